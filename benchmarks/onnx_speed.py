@@ -1,0 +1,225 @@
+"""How much faster a compressed model is than the dense one, in onnxruntime and in torch, at half of its weights.
+
+`python -m benchmarks.onnx_speed` on a machine that does nothing else. Needs the Brown corpus for MiniLM
+(python -m benchmarks.fetch_data); `--text lee` and CREPE need packages from PyPI only.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import functools
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import onnxruntime
+import torch
+from torch import Tensor, nn
+
+import panther
+from benchmarks.common import header, say, table
+from models import crepe, minilm
+from models.data import MissingDataError
+from models.recipe import Recipe
+from panther.batches import as_call, device_of, inference, run
+from panther.converters import WRITERS, ExportReport
+from panther.converters.inputs import flatten
+from panther.errors import PantherError
+from panther.verify import medians_in_turn
+
+SEARCHES = ("uniform", "sensitivity")
+COLUMNS = (
+    "model",
+    "ranks",
+    "batch",
+    "FLOPs, dense / compressed",
+    "onnxruntime: dense ms",
+    "compressed ms",
+    "ratio",
+    "torch: dense ms",
+    "compressed ms",
+    "ratio",
+    "largest difference of the file",
+)
+
+
+@dataclass(frozen=True)
+class Speed:
+    """Median milliseconds of the dense and of one compressed model, at one batch size."""
+
+    model: str
+    ranks: str
+    batch: int
+    flops_ratio: float  # of the dense Linear and Conv layers, dense / compressed
+    onnx_ms: tuple[float, float]
+    torch_ms: tuple[float, float]
+    parity: float  # of the compressed file with the compressed model, as a share of the output's largest value
+
+    def cells(self) -> list[str]:
+        onnx, eager = self.onnx_ms, self.torch_ms
+        return [
+            self.model,
+            self.ranks,
+            str(self.batch),
+            f"{self.flops_ratio:.2f}",
+            *(f"{onnx[0]:.2f}", f"{onnx[1]:.2f}", f"{onnx[0] / onnx[1]:.2f}"),
+            *(f"{eager[0]:.2f}", f"{eager[1]:.2f}", f"{eager[0] / eager[1]:.2f}"),
+            f"{self.parity:.0e}",
+        ]
+
+
+def compress(recipe: Recipe, keep: float, seed: int, exclude: Sequence[Any] | None = None) -> dict[str, panther.Result]:
+    """The recipe's model as `panther.compress` makes it, for each way to choose ranks."""
+    results = {}
+    for search in SEARCHES:
+        say(f"{recipe.name}: compressing, {search} ranks")
+        results[search] = panther.compress(
+            recipe.model,
+            keep,
+            example_inputs=recipe.example_inputs,
+            calib_data=recipe.batches,
+            exclude=exclude,
+            search=search,
+            seed=seed,
+            progress=False,
+            verify=False,
+        )
+    return results
+
+
+def speeds(
+    recipe: Recipe, results: Mapping[str, panther.Result], batches: Sequence[int], seconds: float, threads: int
+) -> Iterator[Speed]:
+    """All models at every batch size, in turns within one process: first the files, then torch, `seconds` each.
+
+    Raises: PantherError when a file does not agree with its model.
+    """
+    inputs = {size: batch_of(recipe.example_inputs, size) for size in batches}
+    models = {"dense": recipe.model, **{search: result.model for search, result in results.items()}}
+    with tempfile.TemporaryDirectory() as folder:
+        files = {name: _exported(models[name], Path(folder) / f"{name}.onnx", recipe, inputs) for name in models}
+        sessions = {name: session(file.path, threads) for name, file in files.items()}
+        for size, given in inputs.items():
+            say(f"{recipe.name}: batch {size}")
+            onnx_ms = _milliseconds({name: _file_run(s, recipe.model, given) for name, s in sessions.items()}, seconds)
+            torch_ms = _torch_milliseconds(models, given, seconds)
+            for search, result in results.items():
+                yield Speed(
+                    recipe.name,
+                    search,
+                    size,
+                    result.report.dense.flops / result.report.compressed.flops,
+                    (onnx_ms["dense"], onnx_ms[search]),
+                    (torch_ms["dense"], torch_ms[search]),
+                    max(check.max_rel for check in files[search].checks),
+                )
+
+
+def batch_of(example: Any, size: int) -> Any:
+    """The example inputs with `size` samples: its own again and again."""
+    if isinstance(example, Tensor):
+        return example[torch.arange(size) % len(example)]
+    return {name: batch_of(tensor, size) for name, tensor in example.items()}
+
+
+def session(path: Path, threads: int) -> onnxruntime.InferenceSession:
+    """A file ready to run on the CPU, one operator after the other, each with `threads` threads."""
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
+    options.execution_mode = onnxruntime.ExecutionMode.ORT_SEQUENTIAL
+    # Else the threads of the model that has just run keep a core busy while another one is timed.
+    options.add_session_config_entry("session.force_spinning_stop", "1")
+    return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+
+
+def _exported(model: nn.Module, path: Path, recipe: Recipe, inputs: Mapping[int, Any]) -> ExportReport:
+    report = WRITERS["onnx"](model, path, recipe.example_inputs, batches=list(inputs.values()))
+    if not report.ok:
+        raise PantherError(f"the file differs from the model, so that its speed means nothing:\n{report}")
+    return report
+
+
+def _file_run(of: onnxruntime.InferenceSession, model: nn.Module, given: Any) -> Callable[[], object]:
+    flat = flatten(model, given, device_of(model))
+    used = {value.name for value in of.get_inputs()}
+    fed = {name: tensor.numpy() for name, tensor in zip(flat.names, flat.tensors, strict=True) if name in used}
+    return functools.partial(of.run, None, fed)
+
+
+def _torch_milliseconds(models: Mapping[str, nn.Module], given: Any, seconds: float) -> dict[str, float]:
+    with contextlib.ExitStack() as stack:
+        for model in models.values():
+            stack.enter_context(inference(model))
+        call = as_call(given)
+        return _milliseconds({name: functools.partial(run, model, call) for name, model in models.items()}, seconds)
+
+
+def _milliseconds(runs: Mapping[str, Callable[[], object]], seconds: float) -> dict[str, float]:
+    medians = medians_in_turn(list(runs.values()), seconds=seconds)
+    return {name: 1e3 * median for name, median in zip(runs, medians, strict=True)}
+
+
+def report(recipes: Sequence[Recipe], found: Sequence[Speed], keep: float, seed: int, threads: int) -> str:
+    """Header and table: all that this script prints."""
+    sizes = "; ".join(f"{recipe.name} {_sample(recipe.example_inputs)}" for recipe in recipes)
+    what = [
+        f"keep {keep}; medians of runs in turns, {threads} threads in both runtimes; ratio: dense / compressed",
+        f"one sample: {sizes}",
+        "FLOPs: of the Linear and Conv layers; difference: to the compressed model in torch, of the largest output",
+    ]
+    return "\n".join([header(recipes, what, seed), "", table(COLUMNS, [speed.cells() for speed in found])])
+
+
+def _sample(example: Any) -> str:
+    tensors = [example] if isinstance(example, Tensor) else list(example.values())
+    return " x ".join(map(str, tensors[0].shape[1:]))
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.onnx_speed", description=__doc__)
+    parser.add_argument("--models", nargs="+", choices=["minilm", "crepe"], default=["minilm", "crepe"])
+    parser.add_argument("--text", choices=sorted(minilm.SOURCES), default="brown", help="calibration text of MiniLM")
+    parser.add_argument("--calibration", type=int, default=512, help="texts and frames (512)")
+    parser.add_argument("--keep", type=float, default=0.5, help="share of the weights (0.5)")
+    parser.add_argument("--batches", type=int, nargs="+", default=[1, 32])
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--seconds", type=float, default=30.0, help="for each model, batch size and runtime (30)")
+    parser.add_argument("--seed", type=int, default=0)
+    given = parser.parse_args()
+    torch.set_num_threads(given.threads)
+    try:
+        recipes = [_recipe(name, given.text, given.calibration, given.seed) for name in given.models]
+        found = [
+            speed
+            for name, recipe in zip(given.models, recipes, strict=True)
+            for speed in speeds(
+                recipe,
+                compress(recipe, given.keep, given.seed, exclude=EXCLUDED[name]),
+                given.batches,
+                given.seconds,
+                given.threads,
+            )
+        ]
+    except (MissingDataError, PantherError, ValueError) as error:
+        print(f"onnx_speed: {error}", file=sys.stderr)
+        return 1
+    print(report(recipes, found, given.keep, given.seed, given.threads))
+    return 0
+
+
+EXCLUDED: dict[str, list[Any] | None] = {"minilm": None, "crepe": [nn.Linear]}  # as in benchmarks.crepe
+
+
+def _recipe(name: str, text: str, calibration: int, seed: int) -> Recipe:
+    """With as little to check as a recipe allows: only speed is measured here."""
+    if name == "crepe":
+        return crepe.build(calibration, count=1)
+    return minilm.build(text, calibration, minilm.NEIGHBOURS + 1, seed=seed)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

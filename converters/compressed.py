@@ -1,0 +1,302 @@
+"""A compressed model on disk: a folder with `model.safetensors` and `panther.json`.
+
+panther.json says which layers are sketched and how they are shaped, which names share one tensor, and the plan and the
+report they came from. It never names code: a layer's type is looked up in panther.nn.LAYERS and nowhere else.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from panther import __version__
+from panther.batches import device_of
+from panther.converters import safetensors
+from panther.converters.files import read_json, staging
+from panther.converters.formats import MANIFEST
+from panther.converters.weights import ModelSource, check_no_meta, copy_of, make_model, tie, tied_names
+from panther.errors import ExportError, LoadError
+from panther.nn import LAYERS
+from panther.spec import Plan, Report, to_data
+
+FORMAT = 1
+WEIGHTS = "model.safetensors"
+
+# The fields of panther.json, all of them present.
+FIELDS = {
+    "panther_format": int,
+    "panther": str,
+    "torch": str,
+    "model_class": str,  # for the reader's information: nothing is imported by it
+    "layers": dict,
+    "tied": dict,
+    "plan": dict,
+    "report": dict,
+}
+
+_GEOMETRY = ("in_features", "out_features", "in_channels", "out_channels", "kernel_size", "stride", "dilation")
+_HOOKS = (
+    "_forward_hooks",
+    "_forward_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+    "_forward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs",
+)
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What panther.json says, checked."""
+
+    model_class: str
+    layers: Mapping[str, Mapping[str, Any]]  # by name: "type", "aliases", and what the type's from_config takes
+    tied: Mapping[str, str]  # a name that has no tensor of its own -> the name whose tensor it is
+    plan: Mapping[str, Any]
+    report: Mapping[str, Any]
+
+
+def describe_layers(model: nn.Module) -> dict[str, dict[str, Any]]:
+    """Every sketched layer of a model, by name: its type, the other names it is registered under, its config."""
+    types = {layer_class: name for name, layer_class in LAYERS.items()}
+    found: dict[int, str] = {}
+    layers: dict[str, dict[str, Any]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        if id(module) in found:
+            layers[found[id(module)]]["aliases"].append(name)
+        elif type(module) in types:
+            found[id(module)] = name
+            layers[name] = {"type": types[type(module)], "aliases": [], **module.config()}
+    return layers
+
+
+def save(model: nn.Module, folder: Path | str, *, plan: Plan, report: Report) -> Path:
+    """Write a compressed model into a folder, all or nothing, and return the folder.
+
+    Buffers are saved, tied tensors once. A folder that panther wrote is overwritten; other files in it are left alone.
+
+    Raises: ExportError when the folder cannot be written, or holds files of these names that panther did not write.
+    """
+    folder = Path(folder)
+    _check_overwritable(folder)
+    tensors, tied = _tensors_of(model)
+    manifest = {
+        "panther_format": FORMAT,
+        "panther": __version__,
+        "torch": str(torch.__version__),
+        "model_class": f"{type(model).__module__}.{type(model).__qualname__}",
+        "layers": describe_layers(model),
+        "tied": tied,
+        "plan": json.loads(plan.to_json()),
+        "report": to_data(report),
+    }
+    exists = folder.exists()
+    with staging(folder if exists else folder.parent, f"the folder {folder}") as stage:
+        whole = stage / "whole"
+        whole.mkdir()
+        _write_tensors(tensors, whole / WEIGHTS)
+        (whole / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
+        if exists:
+            for name in (WEIGHTS, MANIFEST):
+                (whole / name).replace(folder / name)
+        else:
+            whole.rename(folder)
+    return folder
+
+
+def load(folder: Path | str, *, model: ModelSource | None = None, trust_pickle: bool = False) -> nn.Module:
+    """The compressed model in a folder that `save` wrote, in eval mode; `trust_pickle` is not needed here.
+
+    `model` is the dense architecture: a module (it is not changed) or a function that makes one. Its layers at the
+    names listed in panther.json become sketched ones, and all tensors are taken from the file, in the file's dtypes.
+
+    Raises: LoadError when a file is damaged, asks for anything but a layer of panther.nn.LAYERS, or does not fit.
+    """
+    folder = Path(folder)
+    manifest = read_manifest(folder)
+    if model is None:
+        raise LoadError(
+            f"{folder} holds the layers and weights of {manifest.model_class}, not its code: give the dense "
+            "architecture, panther.load(folder, model=factory_or_instance)"
+        )
+    built = _hollow_copy(model) if isinstance(model, nn.Module) else make_model(model, str(folder))
+    device = device_of(model if isinstance(model, nn.Module) else built)
+    for name, record in manifest.layers.items():
+        built = _sketch_layer(built, name, record, folder)
+    tensors = safetensors.read_tensors(folder / WEIGHTS)
+    _assign(built, tensors, manifest.tied, torch.device("cpu") if device.type == "meta" else device, folder)
+    check_no_meta(built)
+    return built.eval()
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """What the folder's panther.json says; its layers are checked when they are built.
+
+    Raises: LoadError when it is missing, of a newer format, or not as `save` writes it.
+    """
+    path = folder / MANIFEST
+    data = read_json(path)
+    version = data.get("panther_format")
+    if isinstance(version, int) and version > FORMAT:
+        raise LoadError(f"{path} has format {version}, this panther reads up to {FORMAT}: upgrade panther-compress")
+    odd = sorted(set(data) ^ set(FIELDS))
+    if odd:
+        listed = ", ".join(repr(name[:40]) for name in odd[:5])
+        raise LoadError(f"{path} was not written by panther: missing or unknown fields {listed}")
+    for name, kind in FIELDS.items():
+        if type(data[name]) is not kind:
+            raise LoadError(f"{path}: {name} is {type(data[name]).__name__}, expected {kind.__name__}")
+    for name, record in data["layers"].items():
+        _check_record(path, name, record)
+    if not all(isinstance(value, str) for value in data["tied"].values()):
+        raise LoadError(f"{path}: 'tied' maps names to names and nothing else")
+    return Manifest(*(data[name] for name in ("model_class", "layers", "tied", "plan", "report")))
+
+
+def _check_record(path: Path, name: str, record: Any) -> None:
+    kind = record.get("type") if isinstance(record, dict) else None
+    if not isinstance(kind, str) or kind not in LAYERS:
+        raise LoadError(
+            f"{path}: layer {name[:80]!r} has the type {str(kind)[:80]!r}; panther builds {', '.join(LAYERS)} and "
+            "imports nothing that a file names. Was it written by a newer panther, or changed?"
+        )
+    aliases = record.get("aliases")
+    if not isinstance(aliases, list) or not all(isinstance(alias, str) for alias in aliases):
+        raise LoadError(f"{path}: the aliases of layer {name[:80]!r} are not a list of names")
+
+
+def _tensors_of(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The state dict with each tensor once, and which name stands for which."""
+    tied = {name: names[0] for names in tied_names(model) for name in names[1:]}
+    tensors: dict[str, Tensor] = {}
+    for name, value in model.state_dict().items():
+        if not isinstance(value, Tensor) or value.is_meta or value.layout != torch.strided:
+            what = value.layout if isinstance(value, Tensor) and not value.is_meta else type(value).__name__
+            raise ExportError(
+                f"{name} of {type(model).__name__} is no dense tensor with values ({what}): cannot save it"
+            )
+        if name not in tied:
+            tensors[name] = value
+    return tensors, tied
+
+
+def _write_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    own: dict[str, Tensor] = {}
+    held: set[int] = set()
+    for name, tensor in tensors.items():
+        # The format wants one contiguous memory a tensor; views into another's memory are written out.
+        storage = tensor.untyped_storage().data_ptr()
+        whole = tensor.is_contiguous() and (tensor.numel() == 0 or storage not in held)
+        own[name] = tensor if whole else tensor.clone(memory_format=torch.contiguous_format)
+        held.add(storage)
+    try:
+        save_file(own, path, metadata={"format": "pt"})
+    except (SafetensorError, ValueError, KeyError) as error:
+        raise ExportError(f"cannot write the weights: {error}. What was there before is unchanged.") from error
+
+
+def _check_overwritable(folder: Path) -> None:
+    if folder.exists() and not folder.is_dir():
+        raise ExportError(f"{folder} is a file: give the name of a folder")
+    if not folder.exists() or not any((folder / name).exists() for name in (WEIGHTS, MANIFEST)):
+        return
+    try:
+        read_manifest(folder)
+    except LoadError as error:
+        raise ExportError(
+            f"{folder} holds a {WEIGHTS} or {MANIFEST} that panther did not write, and they are not overwritten: "
+            "choose another folder"
+        ) from error
+
+
+def _hollow_copy(model: nn.Module) -> nn.Module:
+    """A copy whose saved tensors are on the meta device, so that it costs no memory before the file's are put in."""
+    saved = model.state_dict(keep_vars=True).values()
+    memo: dict[int, Any] = {}
+    for tensor in saved:
+        if isinstance(tensor, nn.Parameter):
+            memo[id(tensor)] = nn.Parameter(tensor.detach().to("meta"), requires_grad=tensor.requires_grad)
+        elif isinstance(tensor, Tensor):
+            memo[id(tensor)] = tensor.detach().to("meta")
+    return copy_of(model, memo)
+
+
+def _sketch_layer(model: nn.Module, name: str, record: Mapping[str, Any], folder: Path) -> nn.Module:
+    """The model with the layer that a record describes at its names; the model itself is that layer for name ""."""
+    config = {key: value for key, value in record.items() if key not in ("type", "aliases")}
+    try:
+        layer = LAYERS[record["type"]].from_config(config)
+    except (ValueError, TypeError) as error:
+        raise LoadError(f"{folder / MANIFEST}: layer {name!r} cannot be built: {error}") from error
+    for place in (name, *record["aliases"]):
+        dense = _layer_at(model, place, folder)
+        _check_geometry(dense, layer, place, folder)
+        for hooks in _HOOKS:
+            getattr(layer, hooks).update(getattr(dense, hooks))
+        if not place:
+            return layer
+        model.set_submodule(place, layer)
+    return layer if not name else model
+
+
+def _layer_at(model: nn.Module, name: str, folder: Path) -> nn.Module:
+    try:
+        return model.get_submodule(name)
+    except AttributeError as error:
+        raise LoadError(
+            f"{folder / MANIFEST} sketches {name[:80]!r}, which {type(model).__name__} does not have: give the "
+            "architecture that was compressed"
+        ) from error
+
+
+def _check_geometry(dense: nn.Module, layer: nn.Module, name: str, folder: Path) -> None:
+    for attribute in _GEOMETRY:
+        wanted, got = getattr(layer, attribute, None), getattr(dense, attribute, None)
+        if wanted is not None and got is not None and wanted != got:
+            raise LoadError(
+                f"{folder / MANIFEST}: {name!r} has {attribute}={wanted}, the architecture given has {got}: give the "
+                "one that was compressed"
+            )
+    if not any(hasattr(dense, attribute) for attribute in _GEOMETRY):
+        raise LoadError(
+            f"{folder / MANIFEST} sketches {name!r}, which is a {type(dense).__name__} in this architecture"
+        )
+
+
+def _assign(
+    model: nn.Module, tensors: Mapping[str, Tensor], tied: Mapping[str, str], device: torch.device, folder: Path
+) -> None:
+    """Make the file's tensors the model's own, once every name and shape has been checked."""
+    wanted = model.state_dict()
+    names = {name: tied.get(name, name) for name in wanted}
+    missing = [name for name, stored in names.items() if stored not in tensors]
+    unknown = sorted((set(tensors) | set(tied)) - set(names))
+    if missing or unknown:
+        raise LoadError(
+            f"{folder / WEIGHTS} does not fit {type(model).__name__}: {len(missing)} tensors missing "
+            f"({', '.join(missing[:5])}), {len(unknown)} not in the model ({', '.join(unknown[:5])}). Give the "
+            "architecture that was compressed."
+        )
+    for name, stored in names.items():
+        got, expected = tensors[stored], wanted[name]
+        if got.shape != expected.shape or got.is_floating_point() != expected.is_floating_point():
+            raise LoadError(
+                f"{folder / WEIGHTS}: {name} is {tuple(got.shape)} {got.dtype}, the model's is {tuple(expected.shape)} "
+                f"{expected.dtype}: give the architecture that was compressed"
+            )
+    # Copies, for the memory of `tensors` is the mapped file.
+    own = {stored: tensors[stored].clone().to(device) for stored in dict.fromkeys(names.values())}
+    try:
+        model.load_state_dict({name: own[stored] for name, stored in names.items()}, assign=True)
+    except RuntimeError as error:
+        raise LoadError(f"{folder / WEIGHTS} does not fit {type(model).__name__}: {error}") from error
+    for name, stored in tied.items():
+        tie(model, [stored, name])

@@ -1,0 +1,165 @@
+"""Example inputs as a flat list of named tensors, and the same inputs at other sizes."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from panther.batches import as_call
+
+_HOLE = object()
+
+# A size that may vary, by the dimension it is: {0: "batch", 1: "sequence"}.
+Axes = Mapping[int, str]
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """One forward call as named tensors, and all that is needed to make the call again from other tensors."""
+
+    names: tuple[str, ...]
+    tensors: tuple[Tensor, ...]
+    slots: tuple[Any, ...]  # the call's leaves; _HOLE where a tensor goes
+    structure: pytree.TreeSpec
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        return {name: tuple(tensor.shape) for name, tensor in zip(self.names, self.tensors, strict=True)}
+
+    @property
+    def constants(self) -> tuple[Any, ...]:
+        """The arguments that are not tensors: an exported file has them built in."""
+        return tuple(slot for slot in self.slots if slot is not None and slot is not _HOLE)
+
+    def call(self, tensors: Sequence[Tensor]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The arguments with these tensors in the place of the example's."""
+        rest = iter(tensors)
+        leaves = [next(rest) if slot is _HOLE else slot for slot in self.slots]
+        args, kwargs = pytree.tree_unflatten(leaves, self.structure)
+        return args, kwargs
+
+    def with_tensors(self, tensors: Sequence[Tensor]) -> Inputs:
+        return dataclasses.replace(self, tensors=tuple(tensors))
+
+
+def flatten(model: nn.Module, example_inputs: Any, device: torch.device) -> Inputs:
+    """The tensors of a call, on `device`, named as the model's forward names them.
+
+    Raises: TypeError for inputs that are no tensor, tuple or dict; ValueError when they hold no tensor.
+    """
+    call = as_call(example_inputs).to(device)
+    leaves, structure = pytree.tree_flatten_with_path((call.args, dict(call.kwargs)))
+    positional = [
+        name for name, p in inspect.signature(model.forward).parameters.items() if p.kind is not p.KEYWORD_ONLY
+    ]
+    named = [(_name(path, positional), leaf) for path, leaf in leaves]
+    tensors = [(name, leaf.detach()) for name, leaf in named if isinstance(leaf, Tensor)]
+    if not tensors:
+        raise ValueError("example_inputs hold no tensor: give what the model's forward takes, as for torch.export")
+    slots = tuple(_HOLE if isinstance(leaf, Tensor) else leaf for _, leaf in leaves)
+    return Inputs(tuple(name for name, _ in tensors), tuple(t for _, t in tensors), slots, structure)
+
+
+def _name(path: tuple[Any, ...], positional: Sequence[str]) -> str:
+    """A name for the leaf at a path of ((args), {kwargs}): the parameter's, then keys or indices."""
+    keys: list[Any] = [getattr(key, "key", getattr(key, "idx", getattr(key, "name", ""))) for key in path]
+    is_keyword, first, *rest = keys
+    if not is_keyword:
+        first = positional[first] if first < len(positional) else f"input_{first}"
+    return re.sub(r"\W", "_", "_".join(map(str, (first, *rest))))
+
+
+def dynamic_axes(inputs: Inputs) -> tuple[dict[int, str], ...]:
+    """Which sizes of each input may vary: dimension 0 where all agree, and the length of token tensors and masks."""
+    ranked = [tensor for tensor in inputs.tensors if tensor.dim()]
+    one_batch = len({tensor.shape[0] for tensor in ranked}) == 1
+    lengths: dict[int, str] = {}
+    found = []
+    for name, tensor in zip(inputs.names, inputs.tensors, strict=True):
+        axes = {0: "batch"} if one_batch and tensor.dim() else {}
+        is_token_like = not tensor.is_floating_point() or "mask" in name
+        if tensor.dim() == 2 and is_token_like:
+            number = len(lengths) + 1
+            label = "sequence" if number == 1 else f"sequence_{number}"
+            axes[1] = lengths.setdefault(tensor.shape[1], label)
+        found.append(axes)
+    return tuple(found)
+
+
+def only(axes: Sequence[Axes], labels: frozenset[str]) -> tuple[dict[int, str], ...]:
+    return tuple({dim: label for dim, label in one.items() if label in labels} for one in axes)
+
+
+def sizes(inputs: Inputs, axes: Sequence[Axes]) -> dict[str, int]:
+    """The present size of each label."""
+    return {
+        label: tensor.shape[dim] for tensor, one in zip(inputs.tensors, axes, strict=True) for dim, label in one.items()
+    }
+
+
+def resized(inputs: Inputs, axes: Sequence[Axes], wanted: Mapping[str, int]) -> Inputs:
+    """The inputs at other sizes, made by repeating or cutting, so that every value remains one the model takes."""
+    tensors = []
+    for tensor, one in zip(inputs.tensors, axes, strict=True):
+        for dim, label in one.items():
+            if wanted[label] != tensor.shape[dim]:
+                index = torch.arange(wanted[label], device=tensor.device) % tensor.shape[dim]
+                tensor = tensor.index_select(dim, index)  # noqa: PLW2901 - one step of several on the same tensor
+        tensors.append(tensor)
+    return inputs.with_tensors(tensors)
+
+
+def other_sizes(present: Mapping[str, int]) -> list[dict[str, int]]:
+    """The present sizes, then a larger batch, batch 1 with another length, and the other length alone; each once."""
+
+    def length(size: int) -> int:
+        return size - size // 3 if size > 2 else size + 1  # shorter where it can be: a position table has an end
+
+    batch = present.get("batch", 0)
+    changes = [
+        ({}, False),
+        ({"batch": batch + 1}, False),
+        ({"batch": 1}, True),
+        ({"batch": batch + 2}, True),
+        ({}, True),
+    ]
+    found: list[dict[str, int]] = []
+    for change, other_length in changes:
+        made = {
+            label: change.get(label, size) if label == "batch" else (length(size) if other_length else size)
+            for label, size in present.items()
+        }
+        if made not in found:
+            found.append(made)
+    return found
+
+
+def named_outputs(output: Any, name: str = "") -> dict[str, Tensor]:
+    """Every tensor of a model's output by name: dict keys and field names, indices for tuples; None is left out."""
+    if isinstance(output, Tensor):
+        return {name or "output": output}
+    found: dict[str, Tensor] = {}
+    for key, value in _parts(output):
+        stem = name or ("output" if isinstance(key, int) else "")
+        found.update(named_outputs(value, f"{stem}_{key}" if stem else str(key)))
+    return found
+
+
+def _parts(output: Any) -> list[tuple[str | int, Any]]:
+    if isinstance(output, Mapping):
+        return [(re.sub(r"\W", "_", str(key)), value) for key, value in output.items()]
+    if isinstance(output, tuple) and hasattr(output, "_fields"):
+        return list(zip(output._fields, output, strict=True))
+    if isinstance(output, tuple | list):
+        return list(enumerate(output))
+    if dataclasses.is_dataclass(output):
+        return [(field.name, getattr(output, field.name)) for field in dataclasses.fields(output)]
+    return []

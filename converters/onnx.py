@@ -1,0 +1,419 @@
+"""An ONNX file of standard operators, checked beside the model in onnxruntime before its path is given out."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import io
+import logging
+import re
+import time
+import warnings
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from panther.batches import device_of, inference
+from panther.converters.files import staging
+from panther.converters.inputs import (
+    Axes,
+    Inputs,
+    dynamic_axes,
+    flatten,
+    named_outputs,
+    only,
+    other_sizes,
+    resized,
+    sizes,
+)
+from panther.converters.parity import ExportReport, ShapeCheck, difference, tolerance_for
+from panther.errors import ExportError
+from panther.ops import REFERENCES
+
+# The oldest opset that torch's exporter writes.
+MIN_OPSET = 18
+
+# Protocol buffers end at 2 GiB; above this the weights go into a file beside the model.
+EXTERNAL_DATA_BYTES = 1_500_000_000
+
+_STANDARD_DOMAINS = ("", "ai.onnx")
+
+# What torch says of its own insides, and nothing that a user could act on. nn.LSTM causes the second; should another
+# module's attribute matter, the comparison with the model shows it.
+_CHATTER = (r"`isinstance\(treespec, LeafSpec\)` is deprecated", r"The tensor attributes? .* assigned during export")
+_CHATTING_LOGGERS = ("torch.onnx", "torch.fx.experimental.symbolic_shapes", "onnxscript", "onnx_ir")
+
+
+@dataclass(frozen=True)
+class _Exported:
+    program: Any  # torch.onnx.ONNXProgram
+    axes: tuple[dict[int, str], ...]
+    notes: tuple[str, ...]
+
+
+def write(
+    model: nn.Module,
+    path: Path | str,
+    example_inputs: Any,
+    *,
+    opset: int | None = None,
+    batches: Iterable[Any] = (),
+    verify: bool = True,
+    tolerance: float | None = None,
+    external_data_above: int = EXTERNAL_DATA_BYTES,
+) -> ExportReport:
+    """Export a model to ONNX; the report's `path` is the file.
+
+    The model is exported in eval mode and its training flags are put back. Batch and sequence sizes are dynamic where
+    the model allows it (the report says so), outputs carry the names of the model's own, and the file is run beside
+    the model at the example's and at other sizes, and on `batches` (inputs like the example's). When they differ by
+    more than `tolerance` (a share of each output's largest value), the report says ok=False and the file is named
+    *.failed.onnx.
+
+    Raises: ExportError when the model cannot be exported to standard operators, or onnxruntime refuses the file.
+        ValueError for an opset that does not exist.
+    """
+    path, started = Path(path), time.perf_counter()
+    _require("onnx", "onnxscript", *(["onnxruntime"] if verify else []))
+    _check_opset(opset)
+    with inference(model), _without_cache(model), _quiet():
+        inputs = flatten(model, example_inputs, device_of(model))
+        outputs = _run_model(model, inputs)
+        exported = _export(model, inputs, tuple(outputs), opset)
+        notes = [*_built_in(inputs), *exported.notes]
+        with staging(path.parent, str(path)) as stage:
+            file = _save(exported.program, stage / path.name, external_data_above)
+            found_opset = _check_file(file, opset)
+            limit = tolerance_for([*model.parameters(), *outputs.values()]) if tolerance is None else tolerance
+            checks: list[ShapeCheck] = []
+            if verify:
+                checks, skipped = _parity(model, file, inputs, exported.axes, batches, limit)
+                notes += skipped
+            else:
+                notes.append("the file was not run beside the model (verify=False)")
+            ok = all(check.ok for check in checks)
+            if not ok:
+                file = _save(exported.program, stage / f"{path.stem}.failed{path.suffix}", external_data_above)
+            size_bytes, external_data, written = _publish(file, path.parent)
+    return ExportReport(
+        path=written,
+        size_bytes=size_bytes,
+        external_data=external_data,
+        opset=found_opset,
+        dynamic=tuple(sizes(inputs, exported.axes)),
+        checks=tuple(checks),
+        tolerance=limit,
+        ok=ok,
+        standard_ops=True,  # _check_file raises otherwise
+        seconds=time.perf_counter() - started,
+        notes=tuple(notes),
+    )
+
+
+class _Flat(nn.Module):
+    """The model as a function of tensors that returns tensors, which is all that ONNX knows."""
+
+    def __init__(self, model: nn.Module, inputs: Inputs) -> None:
+        super().__init__()
+        self.model = model
+        self._inputs = inputs
+        self.training = False  # not by eval(): that the submodules are in eval mode is `inference`'s work
+
+    def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+        args, kwargs = self._inputs.call(tensors)
+        return tuple(named_outputs(self.model(*args, **kwargs)).values())
+
+
+def _run_model(model: nn.Module, inputs: Inputs) -> dict[str, Tensor]:
+    args, kwargs = inputs.call(inputs.tensors)
+    outputs = named_outputs(model(*args, **kwargs))
+    if not outputs:
+        raise ExportError(
+            f"{type(model).__name__} returns no tensor for the example inputs: there is nothing to export"
+        )
+    return outputs
+
+
+def _built_in(inputs: Inputs) -> list[str]:
+    listed = ", ".join(map(repr, inputs.constants))
+    return [f"arguments that are not tensors are built into the file: {listed[:200]}"] if listed else []
+
+
+def _export(model: nn.Module, inputs: Inputs, outputs: Sequence[str], opset: int | None) -> _Exported:
+    """The ONNX program with as many dynamic sizes as the exporter can follow.
+
+    Raises: ExportError when it cannot even follow the example's own sizes.
+    """
+    axes = dynamic_axes(inputs)
+    labels = frozenset(sizes(inputs, axes))
+    failures: dict[str, str] = {}  # by reason, so that the same one is told once
+    for wanted in dict.fromkeys((labels, labels & {"batch"}, frozenset[str]())):
+        attempt = only(axes, wanted)
+        try:
+            program = _program(model, inputs, attempt, outputs, opset)
+        except Exception as error:  # tracing runs the user's code; each failure is told with its reason
+            failures.setdefault(_reason(error), f"dynamic {', '.join(sorted(wanted))}" if wanted else "fixed sizes")
+            continue
+        notes = _fixed_notes(inputs, axes, wanted)
+        return _Exported(program, attempt, (*notes, *(f"no {when}: {reason}" for reason, when in failures.items())))
+    reasons = "; ".join(f"{when}: {reason}" for reason, when in failures.items())
+    raise ExportError(
+        f"{type(model).__name__} cannot be exported to ONNX ({reasons}). Make what is named traceable: torch.cond for "
+        "branches on values, standard torch operators."
+    )
+
+
+def _fixed_notes(inputs: Inputs, axes: Sequence[Axes], dynamic: frozenset[str]) -> list[str]:
+    present = sizes(inputs, axes)
+    notes = [f"{label} is fixed to {size}" for label, size in present.items() if label not in dynamic]
+    if "batch" not in present:
+        notes.append("batch is fixed: the inputs have no first dimension in common")
+    return notes
+
+
+def _program(
+    model: nn.Module, inputs: Inputs, axes: tuple[dict[int, str], ...], outputs: Sequence[str], opset: int | None
+) -> Any:
+    """The ONNX program for one choice of dynamic sizes."""
+    # A size of 1 in the example would be taken for a constant.
+    traced = resized(inputs, axes, {label: max(size, 2) for label, size in sizes(inputs, axes).items()})
+    # Copies, for the tracer marks the tensors it is given as dynamic, for good.
+    traced = traced.with_tensors([tensor.clone() for tensor in traced.tensors])
+    exported = _trace(_Flat(model, traced), traced.tensors, axes)
+    if any(node.target in REFERENCES for node in exported.graph.nodes):
+        exported = exported.run_decompositions(REFERENCES)
+    names = list(inputs.names)
+    program = torch.onnx.export(
+        exported,
+        (),
+        dynamo=True,
+        input_names=names,
+        output_names=[f"{name}_out" if name in names else name for name in outputs],
+        opset_version=opset,
+        verbose=False,
+    )
+    _name_axes(program, axes)
+    return program
+
+
+def _trace(flat: nn.Module, tensors: tuple[Tensor, ...], axes: Sequence[Axes]) -> torch.export.ExportedProgram:
+    """The graph of a call.
+
+    Raises: ExportError with the line of the model's code that could not be followed, where torch tells it.
+    """
+    dynamic = tuple(dict.fromkeys(one, torch.export.Dim.DYNAMIC) for one in axes)
+    shapes = (dynamic,) if any(dynamic) else None
+    printed = io.StringIO()  # torch prints the graph so far when it fails, with the lines of code as comments
+    try:
+        with contextlib.redirect_stderr(printed):
+            return torch.export.export(flat, tensors, dynamic_shapes=shapes, strict=False)
+    except Exception as error:
+        places = re.findall(r"# File: (.+)", printed.getvalue())
+        if not places:
+            raise
+        raise ExportError(f"{places[-1]}: {_reason(error)}") from None
+
+
+def _name_axes(program: Any, axes: Sequence[Axes]) -> None:
+    """Give the dynamic sizes their names instead of the tracer's s0, s1."""
+    names: dict[str, str] = {}
+    for value, one in zip(program.model.graph.inputs, axes, strict=True):
+        for dim, label in one.items():
+            symbol = value.shape[dim].value if not isinstance(value.shape[dim], int) else None
+            if symbol:
+                names.setdefault(symbol, label)
+    # torch 2.10 cannot rename; the names are for readers only.
+    if names and hasattr(program, "rename_axes"):
+        program.rename_axes(names)
+
+
+def _save(program: Any, file: Path, external_data_above: int) -> Path:
+    total = sum(
+        value.const_value.nbytes for value in program.model.graph.initializers.values() if value.const_value is not None
+    )
+    program.save(str(file), external_data=total > external_data_above)
+    return file
+
+
+def _check_file(file: Path, opset: int | None) -> int:
+    """The opset of a file that is valid and holds standard operators only.
+
+    Raises: ExportError otherwise.
+    """
+    onnx = importlib.import_module("onnx")
+    proto = onnx.load(str(file), load_external_data=False)
+    foreign = foreign_operators(proto)
+    if foreign:
+        raise ExportError(
+            f"the exported graph has operators that are not standard ONNX: {', '.join(foreign)}. No other runtime "
+            "would run it; express them by standard torch operators."
+        )
+    try:
+        onnx.checker.check_model(str(file), full_check=True)
+    except Exception as error:  # the checker has several error types, none of them stable API
+        raise ExportError(f"the exported file is not valid ONNX: {_reason(error)}. Try another opset.") from error
+    found = next(entry.version for entry in proto.opset_import if entry.domain in _STANDARD_DOMAINS)
+    if opset is not None and found != opset:
+        raise ExportError(
+            f"the exporter could write opset {found} only, not {opset}: leave opset out, or ask for another"
+        )
+    return int(found)
+
+
+def foreign_operators(proto: Any) -> tuple[str, ...]:
+    """Every operator of an ONNX model outside the standard domain, subgraphs and functions included."""
+    found = {
+        f"{node.domain}::{node.op_type}"
+        for nodes in (proto.graph.node, *(function.node for function in proto.functions))
+        for node in _all_nodes(nodes)
+        if node.domain not in _STANDARD_DOMAINS
+    }
+    return tuple(sorted(found))
+
+
+def _all_nodes(nodes: Iterable[Any]) -> Iterator[Any]:
+    for node in nodes:
+        yield node
+        for attribute in node.attribute:
+            for graph in (attribute.g, *attribute.graphs):
+                yield from _all_nodes(graph.node)
+
+
+def _parity(
+    model: nn.Module,
+    file: Path,
+    inputs: Inputs,
+    axes: Sequence[Axes],
+    batches: Iterable[Any],
+    tolerance: float,
+) -> tuple[list[ShapeCheck], list[str]]:
+    """The file beside the model at the example's and other sizes and on the batches; then what was not checked."""
+    session = _session(file)
+    checks: list[ShapeCheck] = []
+    skipped: list[str] = []
+    cases = [(f"sizes {wanted}", resized(inputs, axes, wanted)) for wanted in other_sizes(sizes(inputs, axes))]
+    for index, batch in enumerate(batches):
+        case = flatten(model, batch, device_of(model))
+        if case.names != inputs.names:
+            raise ValueError(f"batches[{index}] has the inputs {case.names}, the example inputs are {inputs.names}")
+        if _fits(case, inputs, axes):
+            cases.append((f"batches[{index}]", case))
+        else:
+            skipped.append(f"batches[{index}] was not checked: its sizes {case.shapes} are not those the file takes")
+    for what, case in cases:
+        try:
+            expected = _run_model(model, case)
+        except Exception as error:  # the user's model: that it refuses a size is no fault of the file
+            skipped.append(f"{what} not checked, as the model itself refuses them: {_reason(error)}")
+            continue
+        checks.append(_check(session, case, expected, tolerance))
+    return checks, skipped
+
+
+def _fits(case: Inputs, inputs: Inputs, axes: Sequence[Axes]) -> bool:
+    return all(
+        got.dim() == wanted.dim()
+        and all(got.shape[dim] == wanted.shape[dim] for dim in range(wanted.dim()) if dim not in one)
+        for got, wanted, one in zip(case.tensors, inputs.tensors, axes, strict=True)
+    )
+
+
+def _session(file: Path) -> Any:
+    onnxruntime = importlib.import_module("onnxruntime")
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3  # errors only
+    options.intra_op_num_threads = torch.get_num_threads()
+    try:
+        return onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # onnxruntime's error types are not public
+        raise ExportError(
+            f"onnxruntime {onnxruntime.__version__} cannot load the exported file: {_reason(error)}. Try another "
+            "opset, or export model.float(): half-precision kernels are often missing on the CPU."
+        ) from error
+
+
+def _check(session: Any, case: Inputs, expected: Mapping[str, Tensor], tolerance: float) -> ShapeCheck:
+    used = {value.name for value in session.get_inputs()}  # the exporter may drop an input that changes nothing
+    try:
+        fed = {n: t.cpu().numpy() for n, t in zip(case.names, case.tensors, strict=True) if n in used}
+        got = [torch.as_tensor(array) for array in session.run(None, fed)]
+    except TypeError as error:
+        raise ExportError(
+            f"the file cannot be checked: {_reason(error)}. onnxruntime takes no such type from Python; export "
+            "model.float(), or pass verify=False."
+        ) from error
+    except Exception as error:  # as in _session
+        return ShapeCheck(case.shapes, float("inf"), float("inf"), False, f"onnxruntime failed: {_reason(error)}")
+    pairs = [difference(a, b.cpu()) for a, b in zip(got, expected.values(), strict=True)]
+    max_abs, max_rel = max(pair[0] for pair in pairs), max(pair[1] for pair in pairs)
+    return ShapeCheck(case.shapes, max_abs, max_rel, max_rel <= tolerance)
+
+
+def _publish(file: Path, folder: Path) -> tuple[int, Path | None, Path]:
+    """Move a file and its external data out of the staging folder; their size and where they are now."""
+    data = file.with_name(file.name + ".data")
+    size_bytes, external_data = file.stat().st_size, None
+    if data.exists():
+        size_bytes += data.stat().st_size
+        external_data = folder / data.name
+        data.replace(external_data)
+    file.replace(folder / file.name)
+    return size_bytes, external_data, folder / file.name
+
+
+def _require(*packages: str) -> None:
+    for package in packages:
+        try:
+            importlib.import_module(package)
+        except ImportError as error:
+            raise ExportError(f"exporting to ONNX needs the package {package}: pip install {package}") from error
+
+
+def _check_opset(opset: int | None) -> None:
+    newest = importlib.import_module("onnx").defs.onnx_opset_version()
+    if opset is not None and (isinstance(opset, bool) or not MIN_OPSET <= opset <= newest):
+        raise ValueError(f"opset={opset!r}: expected an integer from {MIN_OPSET} to {newest} (or None for torch's own)")
+
+
+def _reason(error: BaseException) -> str:
+    """What the innermost cause says, on one line and cut to its first sentences."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return (" ".join(str(error).split()) or type(error).__name__)[:300].rstrip(".")
+
+
+@contextlib.contextmanager
+def _without_cache(model: nn.Module) -> Iterator[None]:
+    """A Hugging Face decoder without its key/value cache, which is no tensor and is not wanted in the file."""
+    found: list[Any] = [getattr(module, "config", None) for module in model.modules()]
+    configs = {id(config): config for config in found if getattr(config, "use_cache", None) is True}
+    for config in configs.values():
+        config.use_cache = False
+    try:
+        yield
+    finally:
+        for config in configs.values():
+            config.use_cache = True
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the exporter's remarks on its own insides."""
+    levels = {name: logging.getLogger(name).level for name in _CHATTING_LOGGERS}
+    with warnings.catch_warnings():
+        for message in _CHATTER:
+            warnings.filterwarnings("ignore", message=message)
+        for name in levels:
+            logging.getLogger(name).setLevel(logging.ERROR)
+        try:
+            yield
+        finally:
+            for name, level in levels.items():
+                logging.getLogger(name).setLevel(level)
+
+
+__all__ = ["EXTERNAL_DATA_BYTES", "ExportReport", "foreign_operators", "write"]

@@ -1,0 +1,115 @@
+"""A budget worked out for one model, and the plan that an allocator makes within it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from panther.allocators import ALLOCATORS, Allocator, Evaluate, Options
+from panther.allocators.base import Divergence, total
+from panther.chains import dense_cost
+from panther.spec import Budget, Capture, Choice, Cost, LayerSpec, Plan, Target
+
+HEADER_BYTES = 160  # what a tensor's entry takes in the header of a safetensors file, at most for names of 100 letters
+
+
+def resolve(budget: Budget, capture: Capture, dtype_bytes: Mapping[str, int]) -> Target:
+    """Absolute limits on the sketchable layers, and the line that says what they mean in both scopes.
+
+    dtype_bytes: bytes of one number of each sketchable layer.
+    """
+    dense = dense_total(capture.sketchable, dtype_bytes)
+    gained = _gained_biases(capture, dtype_bytes)
+    rest = capture.model_params - dense.params + gained.params
+    params = _limit(budget.params, capture.model_params if budget.of == "model" else dense.params)
+    if params is not None and budget.of == "model":
+        params -= rest
+    flops = _limit(budget.flops, dense.flops)
+    size = _size_limit(budget, capture, dense, gained)
+    return Target(params, flops, size, _describe(params, flops, size, dense, rest, capture))
+
+
+def _limit(value: float | None, whole: int) -> int | None:
+    if value is None:
+        return None
+    return int(value * whole) if isinstance(value, float) else value
+
+
+def _gained_biases(capture: Capture, dtype_bytes: Mapping[str, int]) -> Cost:
+    """What sketching adds beside the weights: a layer without a bias gains one, which makes its mean output right."""
+    bare = [spec for spec in capture.sketchable if not spec.has_bias]
+    size_bytes = sum(spec.out_features * dtype_bytes[spec.name] for spec in bare)
+    return Cost(params=sum(spec.out_features for spec in bare), size_bytes=size_bytes)
+
+
+def _size_limit(budget: Budget, capture: Capture, dense: Cost, gained: Cost) -> int | None:
+    """Bytes left for the sketchable weights once everything else of the file is counted."""
+    if budget.size_mb is None:
+        return None
+    text = str(budget.size_mb)
+    tensors = 4 * len(capture.layers)
+    file_bytes = capture.model_bytes + HEADER_BYTES * tensors
+    limit = file_bytes * float(text[:-1]) / 100 if text.endswith("%") else float(text) * 1e6
+    return int(limit - (file_bytes - dense.size_bytes) - gained.size_bytes)
+
+
+def _describe(params: int | None, flops: int | None, size: int | None, dense: Cost, rest: int, capture: Capture) -> str:
+    parts = []
+    if params is not None:
+        parts.append(
+            f"keep {millions(max(0, params))} of {millions(dense.params)} sketchable weights; "
+            f"{millions(params + rest)} of {millions(capture.model_params)} in the whole model"
+        )
+    if flops is not None:
+        parts.append(f"keep {flops / 1e9:.3g} of {dense.flops / 1e9:.3g} GFLOPs of the sketchable layers")
+    if size is not None:
+        whole = capture.model_bytes / 1e6
+        parts.append(
+            f"save at most {(capture.model_bytes - dense.size_bytes + size) / 1e6:.3g} of {whole:.3g} MB; "
+            f"{max(0, size) / 1e6:.3g} of {dense.size_bytes / 1e6:.3g} MB in sketchable weights"
+        )
+    return "; ".join(parts)
+
+
+def millions(count: int) -> str:
+    """5.4 M, 740 k or 12: a count as people say it."""
+    for unit, name in ((1_000_000_000, "G"), (1_000_000, "M"), (1_000, "k")):
+        if abs(count) >= unit:
+            return f"{count / unit:.3g} {name}"
+    return str(count)
+
+
+def dense_total(specs: Sequence[LayerSpec], dtype_bytes: Mapping[str, int]) -> Cost:
+    return sum((dense_cost(spec, dtype_bytes[spec.name]) for spec in specs), Cost())
+
+
+def allocate(
+    options: Options,
+    target: Target,
+    capture: Capture,
+    *,
+    search: str | Allocator,
+    divergence: Divergence,
+    evaluate: Evaluate | None,
+    budget: str,
+    seed: int,
+) -> Plan:
+    """The plan of the named allocator (or of the user's own) for these options.
+
+    Raises: ValueError when an allocator answers with a layer it was not asked about, or leaves one out.
+    """
+    allocator = ALLOCATORS[search] if isinstance(search, str) else search
+    chosen = allocator(options, target, divergence=divergence, evaluate=evaluate)
+    if {c.layer for c in chosen} != set(options):
+        raise ValueError(f"the allocator answered for {len(chosen)} layers, {len(options)} were asked")
+    name = search if isinstance(search, str) else getattr(search, "__name__", "custom")
+    return Plan(tuple(_explained(c) for c in chosen), capture.fingerprint, name, budget, seed)
+
+
+def _explained(choice: Choice) -> Choice:
+    if choice.is_dense and not choice.reason:
+        return Choice(**{**choice.__dict__, "reason": "kept dense: the budget allows it and its error would cost more"})
+    return choice
+
+
+def is_met(plan: Plan, target: Target) -> bool:
+    return target.is_met_by(total(plan.choices))

@@ -1,0 +1,133 @@
+"""What an allocator is given, and the convex machinery that allocators share."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Protocol
+
+from panther.spec import Choice, Cost, Target
+
+Options = Mapping[str, Sequence[Choice]]  # layer -> choices in rising size, dense last
+Divergence = Callable[[str, float], float]  # layer, its error -> what that does to the output
+Evaluate = Callable[[Sequence[Choice]], float]  # choices -> measured divergence of the whole model
+
+
+class Allocator(Protocol):
+    """One Choice a layer within the target's limits."""
+
+    def __call__(
+        self, options: Options, target: Target, *, divergence: Divergence, evaluate: Evaluate | None
+    ) -> list[Choice]: ...
+
+
+def total(choices: Sequence[Choice]) -> Cost:
+    return sum((c.cost for c in choices), Cost())
+
+
+def exchanged(whole: Cost, old: Cost, new: Cost) -> Cost:
+    """What everything costs once one part is another."""
+    return Cost(
+        whole.params - old.params + new.params,
+        whole.flops - old.flops + new.flops,
+        whole.size_bytes - old.size_bytes + new.size_bytes,
+    )
+
+
+def share(cost: Cost, dense: Cost, target: Target) -> float:
+    """The largest share of the dense cost, over the limits that the target sets (1 when it sets none)."""
+    shares = [getattr(cost, name) / max(1, getattr(dense, name)) for name in target.limits()]
+    return max(shares, default=1.0)
+
+
+def price(cost: Cost, target: Target, weights: Mapping[str, float]) -> float:
+    """One number for a cost: each limited quantity as a share of its limit, weighted."""
+    return sum(
+        (weights[name] * int(getattr(cost, name)) / max(1, limit) for name, limit in target.limits().items()), 0.0
+    )
+
+
+def lower_hull(points: Sequence[tuple[float, float, Choice]]) -> list[tuple[float, float, Choice]]:
+    """The (price, loss, choice) points that a straight trade-off can ever pick, in rising price and falling loss."""
+    hull: list[tuple[float, float, Choice]] = []
+    for point in sorted(points, key=lambda p: (p[0], p[1])):
+        if hull and point[1] >= hull[-1][1]:
+            continue
+        while len(hull) >= 2 and _above(hull[-2], hull[-1], point):
+            hull.pop()
+        hull.append(point)
+    return hull
+
+
+def _above(a: tuple[float, float, Choice], b: tuple[float, float, Choice], c: tuple[float, float, Choice]) -> bool:
+    """Whether b lies on or above the line from a to c."""
+    return (b[1] - a[1]) * (c[0] - a[0]) >= (c[1] - a[1]) * (b[0] - a[0])
+
+
+def convex(options: Options, target: Target, loss: Callable[[Choice], float]) -> list[Choice]:
+    """The choices of least total loss within the limits, up to one hull step a layer.
+
+    Starts with the cheapest of each layer and takes hull steps in falling gain per price while they fit; with several
+    limits the price is re-weighted towards the one that binds.
+    """
+    limits = target.limits()
+    weights = {name: 1.0 / len(limits) for name in limits}
+    plans: list[list[Choice]] = []
+    for _ in range(1 if len(limits) <= 1 else 8):
+        chosen = _greedy(options, target, weights, loss)
+        plans.append(chosen)
+        used = total(chosen)
+        weights = {n: weights[n] * (getattr(used, n) / max(1, limit)) ** 2 for n, limit in limits.items()}
+        norm = sum(weights.values()) or 1.0
+        weights = {n: w / norm for n, w in weights.items()}
+    return min(plans, key=lambda plan: (not target.is_met_by(total(plan)), sum(loss(c) for c in plan)))
+
+
+def _greedy(
+    options: Options, target: Target, weights: Mapping[str, float], loss: Callable[[Choice], float]
+) -> list[Choice]:
+    hulls = {
+        layer: lower_hull([(price(c.cost, target, weights), loss(c), c) for c in choices])
+        for layer, choices in options.items()
+    }
+    at = dict.fromkeys(hulls, 0)
+    used = total([hull[0][2] for hull in hulls.values()])
+    steps = sorted(
+        (
+            ((low[1] - high[1]) / max(high[0] - low[0], 1e-30), layer, index)
+            for layer, hull in hulls.items()
+            for index, (low, high) in enumerate(itertools.pairwise(hull), 1)
+        ),
+        key=lambda step: (-step[0], step[1], step[2]),
+    )
+    stuck: set[str] = set()
+    for _gain, layer, index in steps:
+        if layer in stuck:
+            continue
+        now, then = hulls[layer][at[layer]][2].cost, hulls[layer][index][2].cost
+        after = exchanged(used, now, then)
+        if target.is_met_by(after):
+            used, at[layer] = after, index
+        else:
+            stuck.add(layer)
+    return _fill([hulls[layer][at[layer]][2] for layer in hulls], options, target, loss)
+
+
+def _fill(chosen: list[Choice], options: Options, target: Target, loss: Callable[[Choice], float]) -> list[Choice]:
+    """Spend what the hull steps left over on single options that still fit, best gain first."""
+    current = {c.layer: c for c in chosen}
+    used = total(chosen)
+    while True:
+        best: tuple[float, Choice] | None = None
+        for layer, choices in options.items():
+            now = current[layer]
+            for option in choices:
+                gain = loss(now) - loss(option)
+                after = exchanged(used, now.cost, option.cost)
+                if gain > 0 and target.is_met_by(after) and (best is None or gain > best[0]):
+                    best = (gain, option)
+        if best is None:
+            return [current[layer] for layer in options]
+        option = best[1]
+        used = exchanged(used, current[option.layer].cost, option.cost)
+        current[option.layer] = option

@@ -1,0 +1,52 @@
+"""Ranks by what each layer's error does to the model's output, checked on the whole model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from panther.allocators.base import Divergence, Evaluate, Options, convex, share, total
+from panther.allocators.uniform import uniform
+from panther.spec import Choice, Target
+
+# Shares of a layer's uniform size that it keeps whatever its measured importance. One layer's importance is measured
+# with all others dense, so a plan without a floor trusts it too far; which floor is right depends on the model.
+FLOORS = (0.25, 0.5, 0.75)
+POWERS = (1.0, 0.5)  # exponents on the measured divergence: 0.5 trusts differences between layers less
+
+
+def sensitivity(options: Options, target: Target, *, divergence: Divergence, evaluate: Evaluate | None) -> list[Choice]:
+    """The plan of least predicted divergence within the limits, for several floors; the best on the model wins.
+
+    The uniform plan is among those tried, so the answer is never worse on the samples that `evaluate` uses. Without
+    `evaluate` the middle floor is taken.
+    """
+    even = uniform(options, target, divergence=divergence, evaluate=None)
+    if evaluate is None:
+        return _planned(options, target, divergence, even, 0.5, 1.0)
+    plans = [even]
+    for floor in FLOORS:
+        for power in POWERS:
+            plan = _planned(options, target, divergence, even, floor, power)
+            if plan not in plans:
+                plans.append(plan)
+    return min(plans, key=lambda plan: (not target.is_met_by(total(plan)), evaluate(plan)))
+
+
+def _planned(
+    options: Options, target: Target, divergence: Divergence, even: Sequence[Choice], floor: float, power: float
+) -> list[Choice]:
+    floors = {c.layer: c for c in even}
+
+    def loss(choice: Choice) -> float:
+        return float(divergence(choice.layer, choice.error) ** power)
+
+    kept = {layer: _above_floor(choices, floors[layer], target, floor) for layer, choices in options.items()}
+    return convex(kept, target, loss)
+
+
+def _above_floor(choices: Sequence[Choice], even: Choice, target: Target, floor: float) -> list[Choice]:
+    """The options that keep at least `floor` times what the uniform plan gives this layer; never none."""
+    dense = choices[-1].cost
+    least = floor * share(even.cost, dense, target)
+    kept = [c for c in choices if share(c.cost, dense, target) >= least]
+    return kept or [even]

@@ -1,0 +1,313 @@
+"""Running a model on whatever its users call a batch: tensors, tuples, dicts, with or without targets."""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+from collections import OrderedDict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
+from torch.utils.data import DataLoader, Dataset, IterableDataset, SequentialSampler
+
+from panther.errors import CalibrationError
+
+CHUNK = 32  # rows a batch when the calibration data is one big tensor
+HELD_OUT_SHARE = 0.1  # of the calibration batches, kept aside to measure agreement
+_TARGETS = frozenset({"label", "labels", "target", "targets", "decoder_labels"})
+
+
+@dataclass(frozen=True)
+class Call:
+    """One forward call: positional and keyword arguments, on any device."""
+
+    args: tuple[Any, ...] = ()
+    kwargs: Mapping[str, Any] = field(default_factory=dict)
+
+    def to(self, device: torch.device | str) -> Call:
+        return Call(tuple(_move(a, device) for a in self.args), {k: _move(v, device) for k, v in self.kwargs.items()})
+
+    def masks(self) -> dict[tuple[int, ...], Tensor]:
+        """The padding masks of this call, (batch, length) bool, True where a token counts, by their shape."""
+        found: dict[tuple[int, ...], Tensor] = {}
+        for name, value in self.kwargs.items():
+            if name.endswith("attention_mask") and isinstance(value, Tensor) and value.dim() == 2:
+                shape = tuple(value.shape)
+                # Two masks of one shape (encoder's and decoder's) cannot be told apart: what either counts, counts.
+                found[shape] = value.bool() | found[shape] if shape in found else value.bool()
+        return found
+
+    def tensors(self) -> list[Tensor]:
+        return [v for v in (*self.args, *self.kwargs.values()) if isinstance(v, Tensor)]
+
+    @property
+    def batch_size(self) -> int:
+        return next((t.shape[0] for t in self.tensors() if t.dim()), 1)
+
+    def rows(self, start: int, stop: int) -> Call:
+        """The same call on samples start..stop; tensors without the batch dimension are passed as they are."""
+        size = self.batch_size
+
+        def cut(value: Any) -> Any:
+            if isinstance(value, Tensor) and value.dim() and value.shape[0] == size:
+                return value[start:stop]
+            return value
+
+        return Call(tuple(cut(a) for a in self.args), {k: cut(v) for k, v in self.kwargs.items()})
+
+
+def _move(value: Any, device: torch.device | str) -> Any:
+    if isinstance(value, Tensor):
+        return value.to(device)
+    if isinstance(value, PackedSequence):
+        return value.to(device)  # type: ignore[arg-type]  # its annotation knows dtypes only
+    if isinstance(value, tuple) and hasattr(value, "_fields"):  # a named tuple takes its parts one by one
+        return type(value)(*(_move(v, device) for v in value))
+    if isinstance(value, tuple | list):
+        return type(value)(_move(v, device) for v in value)
+    if isinstance(value, Mapping):
+        return {k: _move(v, device) for k, v in value.items()}
+    return value
+
+
+def as_call(example_inputs: Any) -> Call:
+    """What `example_inputs` means: a tensor is one argument, a tuple several, a dict keyword arguments.
+
+    Raises: TypeError for anything else.
+    """
+    if isinstance(example_inputs, Call):
+        return example_inputs
+    if isinstance(example_inputs, Tensor):
+        return Call((example_inputs,))
+    if isinstance(example_inputs, Mapping):
+        return Call((), dict(example_inputs))
+    if isinstance(example_inputs, tuple | list):
+        return Call(tuple(example_inputs))
+    raise TypeError(
+        f"example_inputs is {type(example_inputs).__name__}: expected a tensor, a tuple of arguments or a dict of "
+        "keyword arguments, as for torch.export"
+    )
+
+
+def batch_call(batch: Any, example: Call, model: nn.Module) -> Call:
+    """The forward call that one calibration batch means, with targets left out.
+
+    Raises: CalibrationError when the batch is of no known kind or has too few parts.
+    """
+    wanted = len(example.args)
+    if isinstance(batch, Call):
+        return batch
+    if isinstance(batch, Tensor):
+        return Call((batch,))
+    if isinstance(batch, Mapping):
+        return Call((batch,)) if _is_argument(batch, example) else Call((), _accepted(batch, example, model))
+    if isinstance(batch, tuple | list) and batch:
+        first, count = batch[0], wanted or 1
+        is_nested = isinstance(first, Mapping) or (isinstance(first, tuple | list) and len(batch) <= 2)
+        if is_nested and not _is_argument(first, example):
+            return batch_call(first, example, model)
+        if len(batch) >= count:
+            return Call(tuple(batch[:count]))
+        raise CalibrationError(
+            f"a calibration batch has {len(batch)} parts, the example inputs {wanted}: "
+            "yield the same arguments, with or without a target behind them"
+        )
+    raise CalibrationError(
+        f"a calibration batch is {type(batch).__name__}: expected a tensor, a tuple (inputs, target) or a dict"
+    )
+
+
+def _is_argument(value: Any, example: Call) -> bool:
+    """Whether a dict or a sequence is one argument of the model, as it is in the example, and not several."""
+    first = example.args[0] if example.args else None
+    return any(isinstance(value, kind) and isinstance(first, kind) for kind in (Mapping, tuple | list))
+
+
+def _accepted(batch: Mapping[str, Any], example: Call, model: nn.Module) -> dict[str, Any]:
+    """The entries of a dict batch that the model's forward takes, without labels that the example does not have."""
+    parameters = inspect.signature(model.forward).parameters
+    takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+
+    def wanted(name: str) -> bool:
+        if name in example.kwargs:
+            return True
+        return name not in _TARGETS and (name in parameters or takes_any)
+
+    kept = {name: value for name, value in batch.items() if wanted(name)}
+    if not kept:
+        raise CalibrationError(
+            f"a calibration batch has the keys {sorted(map(str, batch))}, and {type(model).__name__}.forward takes "
+            f"none of them (it takes {', '.join(parameters)})"
+        )
+    return kept
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Calibration data that can be walked more than once, and a part of it that is kept aside."""
+
+    source: Iterable[Any]
+    stop: int | None  # batches used for fitting; None means all
+    held_out: tuple[Call, ...]
+    is_held_out: bool
+    example: Call
+    model: nn.Module
+
+    def __iter__(self) -> Iterator[Call]:
+        for index, batch in enumerate(self.source):
+            if self.stop is not None and index >= self.stop:
+                return
+            yield batch_call(batch, self.example, self.model)
+
+    def __len__(self) -> int:
+        return self.stop if self.stop is not None else len(self.source)  # type: ignore[arg-type]  # see `calibration`
+
+
+def calibration(data: Any, example: Call, model: nn.Module) -> Calibration:
+    """Make any loader walkable again and keep a tenth of its batches aside (the last ones).
+
+    A list, or a loader with a length and a fixed order, is walked again and never stored; a generator or a
+    shuffling loader is stored once, so that what is kept aside stays apart.
+
+    Raises: CalibrationError when there is no batch, TypeError for a Dataset (its items are not batches).
+    """
+    source = _walkable(data, example, model)
+    count = len(source)
+    if count == 0:
+        raise CalibrationError("calib_data has no batches: give an iterable of inputs (at least one batch)")
+    if count > 1:
+        kept = max(1, round(count * HELD_OUT_SHARE))
+        held = _tail(source, count - kept)
+        return Calibration(
+            source, count - kept, tuple(batch_call(b, example, model) for b in held), True, example, model
+        )
+    only = batch_call(next(iter(source)), example, model)
+    size = only.batch_size
+    if size < 4:
+        return Calibration([only], None, (only,), False, example, model)
+    cut = size - max(1, round(size * HELD_OUT_SHARE))
+    return Calibration([only.rows(0, cut)], None, (only.rows(cut, size),), True, example, model)
+
+
+def _tail(source: Iterable[Any], start: int) -> list[Any]:
+    if isinstance(source, Sequence):
+        return list(source[start:])
+    return [batch for index, batch in enumerate(source) if index >= start]
+
+
+def _walkable(data: Any, example: Call, model: nn.Module) -> Any:
+    if isinstance(data, Tensor | Mapping):
+        whole = batch_call(data, example, model)
+        return [whole.rows(i, i + CHUNK) for i in range(0, whole.batch_size, CHUNK)]
+    if isinstance(data, Dataset) and not isinstance(data, IterableDataset):
+        raise TypeError(
+            "calib_data is a Dataset, whose items are single samples: wrap it, "
+            "as in torch.utils.data.DataLoader(dataset, batch_size=32)"
+        )
+    if isinstance(data, list | tuple):
+        return data
+    if isinstance(data, DataLoader):
+        return data if _has_fixed_order(data) else list(data)
+    try:
+        return list(data)
+    except TypeError:
+        raise TypeError(
+            f"calib_data is {type(data).__name__}: expected an iterable of inputs, of (input, target) pairs or of dicts"
+        ) from None
+
+
+def _has_fixed_order(loader: DataLoader[Any]) -> bool:
+    """Whether every walk gives the same batches; a batch sampler of the user's own may shuffle."""
+    batches = loader.batch_sampler
+    plain = batches is None or getattr(batches, "sampler", None) is loader.sampler
+    return plain and type(loader.sampler) is SequentialSampler and not isinstance(loader.dataset, IterableDataset)
+
+
+@contextlib.contextmanager
+def inference(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode without gradients; every training flag, attribute and buffer is put back at the end."""
+    flags = {module: module.training for module in model.modules()}
+    with unchanged(model), torch.no_grad():
+        model.eval()
+        try:
+            yield
+        finally:
+            for module, flag in flags.items():
+                module.training = flag
+
+
+@contextlib.contextmanager
+def unchanged(model: nn.Module) -> Iterator[None]:
+    """Puts back what a forward leaves behind: attributes, their lists, dicts and sets, and the numbers in buffers."""
+    attributes = {module: dict(module.__dict__) for module in model.modules()}
+    values = [value for held in attributes.values() for value in held.values()]
+    containers = [(value, value.copy()) for value in values if type(value) in (list, dict, set, OrderedDict)]
+    tensors = [value for value in values if isinstance(value, Tensor)] + list(model.buffers())
+    numbers = [(tensor, tensor.detach().clone()) for tensor in tensors]
+    try:
+        yield
+    finally:
+        for module, held in attributes.items():
+            for name in set(module.__dict__) - set(held):
+                del module.__dict__[name]
+            module.__dict__.update(held)
+        for container, before in containers:
+            _refill(container, before)
+        for tensor, kept in numbers:
+            if not torch.equal(tensor, kept):
+                tensor.detach().copy_(kept)
+
+
+def _refill(container: Any, before: Any) -> None:
+    """Make a list, dict or set hold again what it held, without replacing it."""
+    container.clear()
+    (container.extend if isinstance(container, list) else container.update)(before)
+
+
+def device_of(model: nn.Module) -> torch.device:
+    for tensor in (*model.parameters(), *model.buffers()):
+        return tensor.device
+    return torch.device("cpu")
+
+
+def run(model: nn.Module, call: Call) -> Any:
+    """model(*args, **kwargs) on the model's own device."""
+    moved = call.to(device_of(model))
+    return model(*moved.args, **moved.kwargs)
+
+
+def float_outputs(output: Any) -> list[Tensor]:
+    """Every floating-point tensor of a model's output, in order: tensors, tuples, dicts and dataclass-like outputs."""
+    if isinstance(output, Tensor):
+        return [output] if output.is_floating_point() else []
+    if isinstance(output, Mapping):
+        return [t for value in output.values() for t in float_outputs(value)]
+    if isinstance(output, tuple | list):
+        return [t for value in output for t in float_outputs(value)]
+    if hasattr(output, "__dataclass_fields__"):
+        return [t for name in output.__dataclass_fields__ for t in float_outputs(getattr(output, name))]
+    return []
+
+
+def masked_rows(tensor: Tensor, masks: Mapping[tuple[int, ...], Tensor]) -> Tensor:
+    """A (..., features) tensor as (rows, features), padded positions left out where a mask fits its shape."""
+    rows = tensor.reshape(-1, tensor.shape[-1])
+    for shape, mask in masks.items():
+        fits = tuple(tensor.shape[:-1]) == shape or (tensor.dim() == 2 and tensor.shape[0] == mask.numel())
+        if fits and not bool(mask.all()):
+            return rows[mask.reshape(-1)]
+    return rows
+
+
+def scale_of(output: Tensor) -> float:
+    """How large the differences between a model's answers are: the root mean square distance from their mean.
+
+    With one sample, or when all answers are equal, the root mean square of the answers themselves.
+    """
+    distance = output - output.mean(0, keepdim=True)
+    scale = float(distance.square().mean().sqrt())
+    return max(scale if scale > 0 else float(output.square().mean().sqrt()), 1e-20)

@@ -1,0 +1,157 @@
+"""A convolution as a chain of smaller ones: which link does what, and what the chain costs. No torch in here.
+
+A scheme says where the rank sits between two (Tucker-2: three) links:
+
+    output_channel   k x k to r channels, then 1 x 1 to the outputs
+    input_channel    1 x 1 to r channels, then k x k to the outputs
+    spatial          kh x 1 to r channels, then 1 x kw to the outputs (2-d only)
+    tucker2          1 x 1 to r1, k x k to r2, 1 x 1 to the outputs
+
+A linear layer has the one scheme "linear": in to r, then r to out. Only the last link has a bias.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from panther.spec import Cost, LayerSpec
+
+LINEAR = "linear"
+CONV_SCHEMES = ("output_channel", "input_channel", "spatial", "tucker2")
+
+
+class Geometry(Protocol):
+    """What a chain must know of a dense layer; LayerSpec and the sketched layers both have it."""
+
+    @property
+    def in_features(self) -> int: ...
+    @property
+    def out_features(self) -> int: ...
+    @property
+    def kernel_size(self) -> tuple[int, ...]: ...
+    @property
+    def stride(self) -> tuple[int, ...]: ...
+    @property
+    def padding(self) -> tuple[int, ...] | str: ...
+    @property
+    def dilation(self) -> tuple[int, ...]: ...
+
+
+@dataclass(frozen=True)
+class Link:
+    """One convolution of a chain; for a linear layer the tuples are empty."""
+
+    in_channels: int
+    out_channels: int
+    kernel_size: tuple[int, ...] = ()
+    stride: tuple[int, ...] = ()
+    padding: tuple[int, ...] | str = ()
+    dilation: tuple[int, ...] = ()
+
+    @property
+    def weight_shape(self) -> tuple[int, ...]:
+        return (self.out_channels, self.in_channels, *self.kernel_size)
+
+    @property
+    def params(self) -> int:
+        return math.prod(self.weight_shape)
+
+
+def _pointwise(in_channels: int, out_channels: int, dims: int) -> Link:
+    return Link(in_channels, out_channels, (1,) * dims, (1,) * dims, (0,) * dims, (1,) * dims)
+
+
+def _along(layer: Geometry, axis: int, in_channels: int, out_channels: int) -> Link:
+    """The part of a convolution that works along one axis only."""
+
+    def only(values: tuple[int, ...], other: int) -> tuple[int, ...]:
+        return tuple(value if i == axis else other for i, value in enumerate(values))
+
+    padding = layer.padding if isinstance(layer.padding, str) else only(layer.padding, 0)
+    return Link(
+        in_channels, out_channels, only(layer.kernel_size, 1), only(layer.stride, 1), padding, only(layer.dilation, 1)
+    )
+
+
+def links(scheme: str, layer: Geometry, ranks: Sequence[int]) -> tuple[Link, ...]:
+    """The chain that a scheme makes of a layer at the given ranks (two for "tucker2", else one).
+
+    Raises: ValueError when the scheme does not exist or does not apply to this layer.
+    """
+    dims, inputs, outputs = len(layer.kernel_size), layer.in_features, layer.out_features
+    if scheme == LINEAR and not dims:
+        return (Link(inputs, ranks[0]), Link(ranks[0], outputs))
+    if not dims or scheme not in CONV_SCHEMES or (scheme == "spatial" and dims != 2):
+        kind = f"{dims}-d convolution" if dims else "linear layer"
+        raise ValueError(f"no scheme {scheme!r} for a {kind}; schemes: {', '.join((LINEAR, *CONV_SCHEMES))}")
+
+    def full(in_channels: int, out_channels: int) -> Link:
+        return Link(in_channels, out_channels, layer.kernel_size, layer.stride, layer.padding, layer.dilation)
+
+    first = ranks[0]
+    if scheme == "output_channel":
+        return (full(inputs, first), _pointwise(first, outputs, dims))
+    if scheme == "input_channel":
+        return (_pointwise(inputs, first, dims), full(first, outputs))
+    if scheme == "spatial":
+        return (_along(layer, 0, inputs, first), _along(layer, 1, first, outputs))
+    last = ranks[1]
+    return (_pointwise(inputs, first, dims), full(first, last), _pointwise(last, outputs, dims))
+
+
+def schemes_for(spec: LayerSpec) -> tuple[str, ...]:
+    """The schemes worth trying: those whose links are all smaller than the layer itself."""
+    if not spec.kernel_size:
+        return (LINEAR,)
+    if math.prod(spec.kernel_size) == 1:
+        return ("output_channel",)
+    if len(spec.kernel_size) == 2 and 1 not in spec.kernel_size:
+        return CONV_SCHEMES
+    return tuple(scheme for scheme in CONV_SCHEMES if scheme != "spatial")
+
+
+def _positions(spec: LayerSpec, scheme: str) -> tuple[int, ...]:
+    """How many positions each link is applied to, in one run of the example inputs."""
+    outputs = spec.rows
+    if not spec.kernel_size or scheme == "output_channel":
+        return (outputs, outputs)
+    sizes_in, sizes_out = spec.input_shape[2:], spec.output_shape[2:]
+    per_output = outputs / max(1, math.prod(sizes_out))  # batch x calls
+    inputs = round(per_output * math.prod(sizes_in))
+    if scheme == "input_channel":
+        return (inputs, outputs)
+    if scheme == "spatial":
+        return (round(per_output * sizes_out[0] * sizes_in[1]), outputs)
+    return (inputs, outputs, outputs)
+
+
+def chain_cost(scheme: str, spec: LayerSpec, ranks: Sequence[int], bytes_per_number: int) -> Cost:
+    """Numbers, operations and bytes of a layer's weights once they are a chain at these ranks."""
+    chain = links(scheme, spec, ranks)
+    params = sum(link.params for link in chain)
+    flops = sum(2 * n * link.params for n, link in zip(_positions(spec, scheme), chain, strict=True))
+    return Cost(params, flops, params * bytes_per_number)
+
+
+def dense_cost(spec: LayerSpec, bytes_per_number: int) -> Cost:
+    return Cost(spec.params, spec.flops, spec.params * bytes_per_number)
+
+
+def break_even(scheme: str, spec: LayerSpec) -> float:
+    """The rank at which a two-link chain stores as many numbers as the dense weight."""
+    return spec.params / sum(link.params for link in links(scheme, spec, (1, 1)))
+
+
+def rank_step(spec: LayerSpec) -> int:
+    """Ranks are multiples of this: 8 suits CPU vector units; a layer too small for two steps of 8 takes single ones."""
+    best = max(break_even(scheme, spec) for scheme in schemes_for(spec) if scheme != "tucker2")
+    return 8 if best >= 16 else 1
+
+
+def no_rank_pays(spec: LayerSpec) -> str | None:
+    """Why not even rank 1 would make this layer smaller, or None."""
+    best = max(break_even(scheme, spec) for scheme in schemes_for(spec) if scheme != "tucker2")
+    return None if best > 1 else f"no rank pays: break-even is rank {best:.2f}"

@@ -1,0 +1,637 @@
+"""The command line: `python -m panther.convert model.pt` writes a smaller, checked ONNX file beside the model.
+
+Written: NAME.onnx, NAME.panther/ (for panther.load), NAME.plan.json, NAME.report.txt and NAME.report.json; all of them
+as NAME.over-budget.* when the budget could not be met. Results go to stdout, progress and errors to stderr.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import functools
+import importlib
+import importlib.util
+import inspect
+import json
+import re
+import sys
+import tempfile
+import traceback
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from difflib import get_close_matches
+from pathlib import Path
+from types import ModuleType
+from typing import Any, NoReturn, TextIO, cast
+
+import torch
+from torch import Tensor, nn
+
+from panther import __version__
+from panther.allocators import ALLOCATORS
+from panther.batches import CHUNK, Call, as_call, batch_call
+from panther.compress import Result, analyze, compress
+from panther.converters import WRITERS, ExportReport, huggingface, read
+from panther.converters.files import staging
+from panther.converters.inputs import dynamic_axes, flatten, resized, sizes
+from panther.errors import CaptureError, PantherError
+from panther.report import RENDERERS
+from panther.spec import Budget, Plan
+from panther.verify import medians_in_turn
+
+DONE, UNEXPECTED, USAGE, OVER_BUDGET, PARITY_FAILED, INTERRUPTED = 0, 1, 2, 3, 4, 130
+BENCHMARK_BATCHES = (1, 32)
+REPORT_FORMS = {".txt": "text", ".json": "json"}
+
+# Flags that belong to parts which this version does not have: what is missing, and the way on.
+LATER_FLAGS = {
+    "--int8": "quantised factors (int8) are",
+    "--trials": "the tuned search is",
+    "--timeout": "the tuned search is",
+    "--eval": "an evaluation from the shell is",
+    "--max-drop": "a budget on the drop of a metric is",
+    "--checkpoint": "checkpointing is",
+    "--resume": "checkpointing is",
+}
+
+
+class UsageError(Exception):
+    """What was typed cannot be done; the text says what to type instead."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; the exit code.
+
+    0 done, 1 unexpected, 2 usage, 3 budget not met (files are still written, named *.over-budget.*), 4 the ONNX file
+    does not agree with the model (also when the budget is not met), 130 interrupted.
+    """
+    try:
+        arguments = parse(sys.argv[1:] if argv is None else argv)
+    except UsageError as error:
+        return _complain(error, USAGE)
+    except SystemExit as stop:  # --help and --version
+        return int(stop.code or 0)
+    try:
+        with _importable(Path.cwd()), _plain_warnings(arguments.verbose):
+            return _run(arguments)
+    except KeyboardInterrupt:
+        return _complain("interrupted; every file that is there is whole. Run the same command again.", INTERRUPTED)
+    except (UsageError, PantherError, ValueError, TypeError) as error:
+        _show_traceback(arguments.verbose)
+        return _complain(error, USAGE)
+    except Exception as error:  # the last handler there is: one line, and how to see more
+        _show_traceback(arguments.verbose)
+        return _complain(f"{type(error).__name__}: {error} (run again with -v for the traceback)", UNEXPECTED)
+
+
+def _complain(error: object, code: int) -> int:
+    _say("error: " + " ".join(str(error).split()), sys.stderr)
+    return code
+
+
+def _say(text: object, stream: TextIO | None = None) -> None:
+    (stream or sys.stdout).write(f"{text}\n")
+
+
+def _show_traceback(verbose: bool) -> None:
+    if verbose:
+        traceback.print_exc()
+
+
+@contextlib.contextmanager
+def _importable(folder: Path) -> Iterator[None]:
+    """Modules in the folder can be imported, as they can be from `python -m`."""
+    sys.path.insert(0, str(folder))
+    try:
+        yield
+    finally:
+        with contextlib.suppress(ValueError):
+            sys.path.remove(str(folder))
+
+
+@contextlib.contextmanager
+def _plain_warnings(verbose: bool) -> Iterator[None]:
+    """panther's own warnings as one line on stderr; those of other packages only with -v."""
+    own = str(Path(__file__).parent)
+
+    def show(message: Warning | str, category: type[Warning], filename: str, *_: object, **__: object) -> None:
+        if verbose or filename.startswith(own):
+            _say("warning: " + " ".join(str(message).split()), sys.stderr)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("default")
+        warnings.showwarning = show
+        yield
+
+
+# Flags ----------------------------------------------------------------------------------------------------------------
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(f"{message}; see python -m panther.convert --help")
+
+
+def _parser() -> _Parser:
+    parser = _Parser(
+        prog="python -m panther.convert",
+        description="Compress a pretrained PyTorch model and export it to ONNX, with both checked and measured.",
+        epilog="exit codes: 0 done, 1 unexpected, 2 usage, 3 budget not met (files are still written, named "
+        "*.over-budget.*), 4 the ONNX file does not agree with the model",
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add("path", nargs="?", metavar="MODEL", help=".pt, .pth or .safetensors file, or a Hugging Face folder")
+    add("-o", "--output", metavar="DIR", help="where to write (default: beside the model)")
+    add("--model", metavar="MODULE:NAME", help="what builds the model, when the file holds weights only")
+    add("--trust-pickle", action="store_true", help="load a whole pickled module: this runs code from the file")
+    add("--input-shape", action="append", metavar="SHAPE", help=_SHAPE_HELP)
+    add("--calib", metavar="DATA", help="unlabelled inputs: data.npz, or my.py:loader (or a function that returns one)")
+    add("--budget", metavar="BUDGET", help="what to KEEP: 0.5 (the default), 50%%, or params=0.5,flops=50%%,size_mb=20")
+    add("--include", action="append", metavar="PATTERN", help='only these layers: name, glob or "re:..."; repeatable')
+    add("--exclude", action="append", metavar="PATTERN", help="not these layers; repeatable")
+    add("--plan", metavar="FILE", help="a saved plan instead of a search")
+    add("--search", default="sensitivity", metavar="NAME", help=f"{' or '.join(ALLOCATORS)} (default: sensitivity)")
+    add("--seed", type=int, default=0, metavar="N")
+    add("--device", metavar="DEVICE", help="cpu, cuda, cuda:1 (default: where the model is)")
+    add("--opset", type=int, metavar="N", help="ONNX opset (default: the exporter's own)")
+    add("--no-verify", action="store_true", help="do not measure agreement, latency and memory")
+    add("--benchmark", action="store_true", help="time the dense and the compressed ONNX file at batch 1 and 32")
+    add("--config", metavar="FILE", help="flags from a YAML file; the command line wins")
+    add("--save-config", metavar="FILE", help="write this run's flags to a YAML file")
+    add("--dry-run", action="store_true", help="print the target and the plan, write nothing")
+    add("--list-layers", action="store_true", help="print what would be compressed, what not and why")
+    add("--json", action="store_true", help="print the report as JSON")
+    add("--report", metavar="FILE", help="write the report here too (.txt or .json)")
+    add("-v", "--verbose", action="store_true", help="tracebacks, and the warnings of other packages")
+    add("-q", "--quiet", action="store_true", help="no progress, and only the paths on stdout")
+    add("--version", action="version", version=f"panther {__version__}")
+    for flag in LATER_FLAGS:
+        add(flag, nargs="?", const="", help=argparse.SUPPRESS)
+    return parser
+
+
+def parse(argv: Sequence[str]) -> argparse.Namespace:
+    """The flags of a command line, filled up from its --config.
+
+    Raises: UsageError for a flag that does not exist, has a wrong value, or belongs to a later version.
+    """
+    parser = _parser()
+    arguments = parser.parse_args(argv)
+    if arguments.config:
+        recipe = _recipe_flags(Path(arguments.config), vars(arguments))
+        blank = argparse.Namespace(**dict.fromkeys(vars(arguments)))  # without defaults only what was typed is set
+        typed = {name: value for name, value in vars(parser.parse_args(argv, blank)).items() if value is not None}
+        arguments = argparse.Namespace(**{**vars(parser.parse_args(recipe)), **typed})
+    _check(arguments)
+    return arguments
+
+
+def _check(arguments: argparse.Namespace) -> None:
+    for flag, missing in LATER_FLAGS.items():
+        if getattr(arguments, flag[2:].replace("-", "_")) is not None:
+            raise UsageError(f"{flag}: {missing} not part of this version of panther; leave {flag} out")
+    if arguments.path is None:
+        raise UsageError("no model given: python -m panther.convert model.pt; see python -m panther.convert --help")
+    if arguments.search not in ALLOCATORS:
+        later = " (the tuned search is not part of this version of panther)" if arguments.search == "tuned" else ""
+        raise UsageError(f"--search {arguments.search}: expected {' or '.join(ALLOCATORS)}{later}")
+    if arguments.report and Path(arguments.report).suffix not in REPORT_FORMS:
+        later = " (HTML reports are not part of this version of panther)" if arguments.report.endswith("html") else ""
+        raise UsageError(f"--report {arguments.report}: expected a name ending in {' or '.join(REPORT_FORMS)}{later}")
+
+
+def _yaml() -> ModuleType:
+    try:
+        return importlib.import_module("yaml")
+    except ImportError:
+        raise UsageError("--config and --save-config need PyYAML: pip install 'panther-compress[yaml]'") from None
+
+
+def _recipe_flags(path: Path, known: Mapping[str, Any]) -> list[str]:
+    """The command line that a YAML recipe stands for; keys are flags without the dashes, and `path` the model."""
+    yaml = _yaml()
+    try:
+        recipe = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise UsageError(f"--config {path} cannot be read: {error}") from error
+    if not isinstance(recipe, dict):
+        raise UsageError(f"--config {path} holds {type(recipe).__name__}: expected lines such as budget: 0.5")
+    allowed = sorted(name.replace("_", "-") for name in known if name not in ("config", "save_config"))
+    flags: list[str] = []
+    for name, value in recipe.items():
+        key = str(name).replace("_", "-")
+        if key not in allowed:
+            close = get_close_matches(key, allowed, 1)
+            hint = f"did you mean {close[0]!r}?" if close else f"known: {', '.join(allowed)}"
+            raise UsageError(f"--config {path}: unknown key {str(name)!r}; {hint}")
+        flags += [str(value)] if key == "path" else _flag(key, value)
+    return flags
+
+
+def _flag(key: str, value: Any) -> list[str]:
+    """One entry of a recipe as flags: true is a switch, a list repeats, a mapping is name=value,..."""
+    if value is None or value is False:
+        return []
+    if value is True:
+        return [f"--{key}"]
+    if isinstance(value, Mapping):
+        value = ",".join(f"{name}={number}" for name, number in value.items())
+    if isinstance(value, list) and value and all(isinstance(size, int) for size in value):
+        value = ",".join(map(str, value))  # input-shape: [1, 3, 224, 224]
+    return [f"--{key}={item}" for item in (value if isinstance(value, list) else [value])]
+
+
+def _save_recipe(arguments: argparse.Namespace) -> None:
+    """Write what differs from the defaults, so that --config gives the same run."""
+    defaults = vars(_parser().parse_args([]))
+    chosen = {
+        name.replace("_", "-") if name != "path" else name: value
+        for name, value in vars(arguments).items()
+        if value != defaults[name] and name not in ("config", "save_config")
+    }
+    path = Path(arguments.save_config)
+    _write_texts(path.parent, {path.name: _yaml().safe_dump(chosen, sort_keys=True)})
+
+
+# What the flags mean --------------------------------------------------------------------------------------------------
+
+
+def _budget(text: str) -> Budget:
+    """0.5, 50% or params=0.5,size_mb=20 as a Budget.
+
+    Raises: ValueError as Budget.parse.
+    """
+    if "=" in text:
+        pairs = [part.partition("=") for part in text.split(",")]
+        return Budget.from_fields({name.strip(): value.strip() for name, _, value in pairs})
+    value: int | float | str = text
+    for number in (float, int):  # the narrowest that fits: 1 is a count, 1.0 a fraction
+        with contextlib.suppress(ValueError):
+            value = number(text)
+    return Budget.parse(value)
+
+
+def _named_object(flag: str, spec: str) -> Any:
+    """What pkg.mod:name or my.py:name stands for; importing the module runs it.
+
+    Raises: UsageError when the module or the name is not there, or the module fails.
+    """
+    source, _, name = spec.rpartition(":")
+    if not source or not name:
+        raise UsageError(f"{flag} {spec}: expected MODULE:NAME, as in {flag} pkg.mod:name or {flag} my.py:name")
+    try:
+        module = _module_from_file(Path(source)) if source.endswith(".py") else importlib.import_module(source)
+    except Exception as error:  # the user's module may raise anything
+        where = "" if source.endswith(".py") else f" from {Path.cwd()}"
+        raise UsageError(f"{flag} {spec}: importing {source}{where} failed: {type(error).__name__}: {error}") from error
+    if not hasattr(module, name):
+        close = ", ".join(get_close_matches(name, dir(module), 3)) or "none"
+        raise UsageError(f"{flag} {spec}: {source} has no {name!r}; nearest: {close}")
+    return getattr(module, name)
+
+
+def _module_from_file(path: Path) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(f"panther_user_{path.stem}", path)
+    if spec is None or spec.loader is None or not path.is_file():
+        raise FileNotFoundError(f"no file {path}")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module
+
+
+def _device(name: str | None) -> torch.device | None:
+    if name is None:
+        return None
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:  # torch raises each of them for some name
+        raise UsageError(f"--device {name} cannot be used here: {str(error).splitlines()[0]}") from error
+    return device
+
+
+# Inputs ---------------------------------------------------------------------------------------------------------------
+
+_SHAPE_HELP = (
+    "1,3,224,224 or 1,16:int64, once for each argument; or by name, input_ids=1,16:int64. Floats are random, integers "
+    "0, masks 1"
+)
+_SHAPE = re.compile(r"(?:(?P<name>\w+)=)?(?P<sizes>[1-9]\d*(?:,[1-9]\d*)*)(?::(?P<dtype>\w+))?")
+_USUAL_SIZES: dict[type[nn.Module], str] = {nn.Conv1d: "16000", nn.Conv2d: "224,224", nn.Conv3d: "16,112,112"}
+
+
+def _from_shapes(shapes: Sequence[str], model: nn.Module, seed: int) -> Call:
+    """The call that the --input-shape flags describe."""
+    generator = torch.Generator().manual_seed(seed)
+    args: list[Tensor] = []
+    kwargs: dict[str, Tensor] = {}
+    for text in shapes:
+        found = _SHAPE.fullmatch(text.replace(" ", ""))
+        dtype = getattr(torch, found["dtype"], None) if found and found["dtype"] else _float_dtype(model)
+        if found is None or not isinstance(dtype, torch.dtype):
+            raise UsageError(f"--input-shape {text}: expected sizes, as in 1,3,224,224 or 1,16:int64 or ids=1,16:int64")
+        made = _filled(found["name"] or "", [int(size) for size in found["sizes"].split(",")], dtype, generator)
+        if found["name"]:
+            kwargs[found["name"]] = made
+        else:
+            args.append(made)
+    return Call(tuple(args), kwargs)
+
+
+def _filled(name: str, sizes: list[int], dtype: torch.dtype, generator: torch.Generator) -> Tensor:
+    if "mask" in name or dtype == torch.bool:
+        return torch.ones(sizes, dtype=dtype)
+    if dtype.is_floating_point:
+        return torch.randn(sizes, generator=generator).to(dtype)
+    return torch.zeros(sizes, dtype=dtype)  # 0 is an index into any table
+
+
+def _float_dtype(model: nn.Module) -> torch.dtype:
+    return next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+
+
+def _required(model: nn.Module) -> list[str]:
+    """Names of the arguments that forward must be given."""
+    parameters = inspect.signature(model.forward).parameters.values()
+    positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    return [p.name for p in parameters if p.default is p.empty and p.kind in positional]
+
+
+def _from_first_layer(model: nn.Module) -> Call:
+    """One sample for a model whose first layer says what it takes: a Linear.
+
+    Raises: UsageError with the flag to add for every other model.
+    """
+    first = next((m for m in model.modules() if any(True for _ in m.parameters(recurse=False))), model)
+    required = _required(model)
+    if len(required) != 1:
+        flags = " ".join(f"--input-shape {name}=1,16" for name in required)
+        takes = f"takes {len(required)} arguments: add {flags}" if required else "takes no argument by name"
+        raise UsageError(f"cannot tell the inputs of {type(model).__name__}, which {takes} (with your sizes)")
+    if type(first) is nn.Linear:
+        return Call(
+            (torch.randn(1, first.in_features, generator=torch.Generator().manual_seed(0)).to(first.weight.dtype),)
+        )
+    shape, what = "1,3,224,224", type(first).__name__
+    if type(first) in _USUAL_SIZES:
+        channels = cast(nn.Conv2d, first).in_channels
+        shape = f"1,{channels},{_USUAL_SIZES[type(first)]}"
+        what = f"{what} with {channels} channels, which takes any size"
+    elif isinstance(first, nn.Embedding):
+        shape, what = "1,16:int64", f"{what}, which takes any length"
+    raise UsageError(
+        f"cannot tell the input shape of {type(model).__name__}: its first layer is {what}. "
+        f"Add --input-shape {shape} (with your sizes)"
+    )
+
+
+def _calibration(spec: str | None, model: nn.Module) -> Any:
+    """What --calib names, as compress takes it; None without the flag."""
+    if spec is None:
+        return None
+    if spec.endswith(".npz"):
+        return _from_npz(Path(spec), model)
+    data = _named_object("--calib", spec)
+    if callable(data) and not isinstance(data, nn.Module):
+        try:
+            data = data()
+        except Exception as error:  # the user's function may raise anything
+            raise UsageError(f"--calib {spec} failed: {type(error).__name__}: {error}") from error
+    return list(data) if isinstance(data, Iterator) else data  # walked more than once
+
+
+def _from_npz(path: Path, model: nn.Module) -> Any:
+    """The arrays of an .npz file: by name where forward has such arguments, else by position."""
+    import numpy as np
+
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            arrays = {name: torch.from_numpy(file[name]) for name in file.files}
+    except (OSError, ValueError, TypeError) as error:
+        raise UsageError(f"--calib {path} cannot be read as arrays of numbers: {error}") from error
+    if not arrays or len({array.shape[:1] for array in arrays.values()}) != 1 or next(iter(arrays.values())).dim() == 0:
+        found = ", ".join(f"{name} {tuple(array.shape)}" for name, array in arrays.items()) or "nothing"
+        raise UsageError(f"--calib {path} holds {found}: expected arrays with one sample a row, as many rows in each")
+    dtype = _float_dtype(model)
+    tensors = {name: array.to(dtype) if array.is_floating_point() else array for name, array in arrays.items()}
+    if set(tensors) & set(inspect.signature(model.forward).parameters):
+        return tensors
+    if len(tensors) == 1:
+        return next(iter(tensors.values()))
+    return list(zip(*(tensor.split(CHUNK) for tensor in tensors.values()), strict=True))
+
+
+def _first_sample(data: Any, model: nn.Module) -> Call:
+    """One sample of the calibration data, to trace the model with."""
+    batch = data if isinstance(data, Tensor | Mapping) else next(iter(data), None)
+    if batch is None:
+        raise UsageError("--calib has no batches: give at least one")
+    return batch_call(batch, Call((None,) * len(_required(model))), model).rows(0, 1)
+
+
+def _example(arguments: argparse.Namespace, model: nn.Module, data: Any) -> tuple[Call, str]:
+    """The inputs to trace with, and how they were found: flags, config, calibration data, first layer."""
+    if arguments.input_shape:
+        return _from_shapes(arguments.input_shape, model, arguments.seed), "--input-shape"
+    made = huggingface.example_inputs_for(model)
+    if made is not None:
+        return as_call(made), "the Hugging Face config"
+    if data is not None:
+        return _first_sample(data, model), "the first sample of --calib"
+    return _from_first_layer(model), "the first layer"
+
+
+# The run --------------------------------------------------------------------------------------------------------------
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    budget, plan = _goal(arguments)
+    device = _device(arguments.device)
+    source = Path(arguments.path)
+    folder = Path(arguments.output) if arguments.output else source.absolute().parent
+    if arguments.save_config:
+        _save_recipe(arguments)
+    if not (arguments.dry_run or arguments.list_layers):
+        _check_writable(folder)
+    factory = None if arguments.model is None else _named_object("--model", arguments.model)
+    model = read(source, model=factory, trust_pickle=arguments.trust_pickle)
+    data = _calibration(arguments.calib, model)
+    example, found_by = _example(arguments, model, data)
+    layers = {"example_inputs": example, "include": arguments.include, "exclude": arguments.exclude}
+    options: dict[str, Any] = {"verify": False} if arguments.no_verify else {}
+    try:
+        if arguments.list_layers:
+            _say(analyze(model, **layers))
+            return DONE
+        result = compress(
+            model,
+            budget,
+            calib_data=data,
+            plan=plan,
+            search=arguments.search,
+            seed=arguments.seed,
+            device=device,
+            progress=not arguments.quiet,
+            **layers,
+            **options,
+        )
+    except CaptureError as error:
+        if arguments.input_shape or "does not run" not in str(error):
+            raise
+        raise CaptureError(f"{error} The inputs came from {found_by}: say them with --input-shape.") from error
+    if arguments.dry_run:
+        _say(_plan_text(result, as_json=arguments.json))
+        return DONE if result.budget_met else _over_budget(result, "nothing was written (--dry-run)")
+    return _deliver(arguments, result, model, example, folder, source)
+
+
+def _goal(arguments: argparse.Namespace) -> tuple[Budget, Plan | None]:
+    """The budget, and the plan of --plan; a plan brings its own budget when none is typed."""
+    plan = None
+    if arguments.plan:
+        try:
+            plan = Plan.from_json(Path(arguments.plan).read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError) as error:
+            raise UsageError(f"--plan {arguments.plan} cannot be read: {error}") from error
+    text = arguments.budget or (plan.budget if plan else "") or ("1.0" if plan else "0.5")
+    return _budget(text), plan
+
+
+def _check_writable(folder: Path) -> None:
+    """Raise UsageError before the work, and not after it, when nothing can be written there."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise UsageError(f"cannot write to {folder}: {error.strerror}; choose another folder with -o DIR") from error
+
+
+def _plan_text(result: Result, *, as_json: bool) -> str:
+    if as_json:
+        return result.plan.to_json()
+    rows = [
+        f"  {choice.layer}  "
+        + (
+            f"dense: {choice.reason}"
+            if choice.is_dense
+            else f"{choice.scheme}, rank {' x '.join(map(str, choice.ranks))}"
+        )
+        for choice in result.plan.choices
+    ]
+    return "\n".join([f"target: {result.target.text}", *rows])
+
+
+def _over_budget(result: Result, where: str) -> int:
+    broken = next((note for note in result.report.notes if note.startswith("budget not met")), "budget not met")
+    return _complain(f"{broken}; {where}. Ask for a larger --budget, or let more layers take part.", OVER_BUDGET)
+
+
+@dataclass(frozen=True)
+class _Delivery:
+    """What was written and measured besides the compression's own report."""
+
+    result: Result
+    export: ExportReport
+    benchmark: tuple[str, ...]
+
+    def text(self) -> str:
+        return "\n\n".join([RENDERERS["text"](self.result.report), "\n".join([str(self.export), *self.benchmark])])
+
+    def json(self, paths: Sequence[Path] = ()) -> str:
+        data = json.loads(RENDERERS["json"](self.result.report))
+        data |= {"onnx": json.loads(self.export.to_json()), "benchmark": list(self.benchmark)}
+        return json.dumps({**data, "files": [str(path) for path in paths]} if paths else data, indent=1)
+
+
+def _deliver(
+    arguments: argparse.Namespace, result: Result, model: nn.Module, example: Call, folder: Path, source: Path
+) -> int:
+    """Write everything, print the results, and say how it went."""
+    stem = source.resolve().name if source.is_dir() else source.stem
+    base = stem if result.budget_met else f"{stem}.over-budget"
+    options = {} if arguments.opset is None else {"opset": arguments.opset}
+    paths = [result.save(folder / f"{base}.panther")]
+    export: ExportReport = result.export_onnx(folder / f"{base}.onnx", **options)
+    paths.append(Path(export.path))
+    timed = _benchmark(model, export, example, options) if arguments.benchmark else ()
+    delivery = _Delivery(result, export, tuple(timed))
+    texts = {
+        f"{base}.plan.json": result.plan.to_json(),
+        f"{base}.report.txt": delivery.text(),
+        f"{base}.report.json": delivery.json(),
+    }
+    paths += _write_texts(folder, texts)
+    if arguments.report:
+        extra = Path(arguments.report)
+        paths += _write_texts(extra.parent, {extra.name: texts[f"{base}.report{extra.suffix}"]})
+    if arguments.json:
+        _say(delivery.json(paths))
+    else:
+        if not arguments.quiet:
+            _say(delivery.text() + "\n")
+        _say("\n".join(f"wrote {path}" for path in paths))
+    if not export.ok:
+        return _complain(
+            f"the ONNX file does not agree with the model and is kept as {export.path}; use the model in {paths[0]} "
+            "(panther.load), and try another --opset",
+            PARITY_FAILED,
+        )
+    return DONE if result.budget_met else _over_budget(result, f"the best that was found is in {paths[1]}")
+
+
+def _write_texts(folder: Path, texts: Mapping[str, str]) -> list[Path]:
+    """Text files, each whole or not there."""
+    with staging(folder, ", ".join(texts)) as stage:
+        for name, text in texts.items():
+            (stage / name).write_text(text + "\n", encoding="utf-8")
+        return [(stage / name).replace(folder / name) for name in texts]
+
+
+def _benchmark(model: nn.Module, export: ExportReport, example: Call, options: Mapping[str, Any]) -> list[str]:
+    """The dense and the compressed ONNX file in turn in onnxruntime, one line a batch size."""
+    given = example.args or dict(example.kwargs)
+    inputs = flatten(model, given, torch.device("cpu"))
+    axes = dynamic_axes(inputs)
+    present = sizes(inputs, axes)
+    batches = BENCHMARK_BATCHES if "batch" in export.dynamic else (example.batch_size,)
+    lines = []
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            dense = WRITERS["onnx"](model, Path(folder) / "dense.onnx", given, **options)
+            sessions = [_session(path) for path in (dense.path, export.path)]
+            for batch in batches:
+                case = resized(inputs, axes, {**present, "batch": batch})
+                feed = {name: tensor.numpy() for name, tensor in zip(case.names, case.tensors, strict=True)}
+                lines.append(_ratio(batch, *medians_in_turn([_bound(session, feed) for session in sessions])))
+        except Exception as error:  # a benchmark that fails must not cost the report
+            lines.append(f"benchmark: could not be run: {type(error).__name__}: {error}")
+    return lines
+
+
+def _ratio(batch: int, dense: float, compressed: float) -> str:
+    return (
+        f"onnxruntime, batch {batch}, {torch.get_num_threads()} threads: dense {dense * 1e3:.3f} ms, "
+        f"compressed {compressed * 1e3:.3f} ms, ratio {dense / compressed:.2f}x"
+    )
+
+
+def _session(path: Path) -> Any:
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+
+
+def _bound(session: Any, feed: Mapping[str, Any]) -> Callable[[], object]:
+    """One run of a session; an exporter may have dropped an input that changes nothing."""
+    used = {value.name for value in session.get_inputs()}
+    return functools.partial(session.run, None, {name: array for name, array in feed.items() if name in used})
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,296 @@
+"""Layers and what calibration saw of them in, Factors out: decomposed once, sliced at any rank.
+
+Every scheme of panther.chains has one class here, which keeps the small bases and multiplies them with the dense
+weight when a rank is asked for, so that holding all schemes costs less memory than the layer itself.
+Notation: m outputs, c input channels, k kernel positions; W (m, c, *kernel) is the weight.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from dataclasses import replace as changed
+
+import torch
+from torch import Tensor, nn
+
+from panther import chains
+from panther.factors import NOTHING_SEEN, Decomposed, Factors, Profile, compose, convolve, dense_weight
+from panther.sketches import SENSITIVITY_RIDGE, SKETCHES, LowRank, Moments, Seen, with_ridge
+from panther.spec import Choice, LayerSpec
+
+EXACT_UP_TO = 2048  # larger layers take the randomised sketch; an exact one of 4096 needs minutes on two cores
+PROBED_RANKS = 5  # ranks a scheme at which a convolution's error is measured; those between are interpolated
+
+
+def decompose(
+    module: nn.Module, spec: LayerSpec, profile: Profile | None, *, sketch: str = "auto", seed: int = 0
+) -> Factors:
+    """Every scheme of one layer at every useful rank.
+
+    sketch: a name of panther.sketches.SKETCHES, or "auto": exact up to EXACT_UP_TO features, randomised above;
+    without a profile both see the weight only.
+
+    Raises: ValueError when the weight holds NaN or infinite values.
+    """
+    weight = dense_weight(module)
+    refuse_non_finite(weight, spec.name)
+    known = profile if profile is not None and profile.rows > 0 else Profile(0)
+    decomposer = _Decomposer(spec, weight.float().cpu(), known.seen, sketch, seed)
+    schemes = {scheme: _SCHEMES[scheme](decomposer) for scheme in chains.schemes_for(spec)}
+    factors = Factors(spec, module, schemes, known)
+    if known.samples is not None:
+        factors = _with_measured_errors(factors)
+    return changed(factors, profile=changed(known, seen=NOTHING_SEEN))  # the covariances are not needed again
+
+
+def refuse_non_finite(weight: Tensor, name: str) -> None:
+    if not bool(torch.isfinite(weight).all()):
+        bad = int((~torch.isfinite(weight)).sum())
+        raise ValueError(
+            f"the weight of layer {name!r} holds {bad} values that are NaN or infinite: the checkpoint is damaged or "
+            f"the training diverged. Reload it, or leave the layer alone with exclude=[{name!r}]."
+        )
+
+
+@dataclass(frozen=True)
+class _Decomposer:
+    """What every scheme needs: the weight, what is known of its data, and how to sketch a matrix."""
+
+    spec: LayerSpec
+    weight: Tensor
+    seen: Seen
+    sketch: str
+    seed: int
+
+    def low_rank(self, matrix: Tensor, seen: Seen, max_rank: int) -> LowRank:
+        size = matrix.shape[0] if seen.outputs is not None else min(matrix.shape)
+        name = ("whitened" if size <= EXACT_UP_TO else "randomised") if self.sketch == "auto" else self.sketch
+        generator = torch.Generator().manual_seed(self.seed)  # one a matrix: the order of layers does not matter
+        return SKETCHES[name](matrix, seen, max_rank=max(1, max_rank), generator=generator)
+
+    def useful(self, scheme: str) -> list[int]:
+        """The multiples of the step below break-even; at it a layer is as large as before, in two products."""
+        step = chains.rank_step(self.spec)
+        return list(range(step, math.ceil(chains.break_even(scheme, self.spec)), step))
+
+    def outputs_only(self) -> Seen:
+        return Seen(outputs=self.seen.outputs, sensitivity=self.seen.sensitivity)
+
+    def inputs_of(self, matrix: Tensor, repeats: int = 1) -> Seen:
+        """What is known of the columns of a (m * taps, c * repeats) matrix.
+
+        Taps of one output are equally sensitive, and repeats of one channel are taken as uncorrelated.
+        """
+        known, taps = self.seen.inputs, matrix.shape[0] // self.spec.out_features
+        if known is not None and repeats > 1:
+            covariance = torch.kron(known.covariance, torch.eye(repeats, dtype=torch.float64))
+            known = Moments(known.rows, known.mean.repeat_interleave(repeats), covariance)
+        sensitivity = self.seen.sensitivity
+        if sensitivity is None or matrix.shape[0] <= matrix.shape[1]:
+            return Seen(inputs=known)
+        split = matrix.double().reshape(self.spec.out_features, taps, -1)
+        weighted = torch.einsum("op,pkn->okn", sensitivity, split)
+        return Seen(inputs=known, sensitivity=split.flatten(0, 1).T @ weighted.flatten(0, 1))
+
+
+def _nested(scheme: str, links: _Links, ranks: list[int], low: LowRank) -> Decomposed:
+    kept = [r for r in ranks if r <= low.max_rank]
+    return Decomposed(scheme, links, tuple((r,) for r in kept), tuple(float(low.errors[r]) for r in kept))
+
+
+# --- one function a scheme -----------------------------------------------------------------------------------------
+
+_Links = Callable[[Tensor, Sequence[int]], tuple[Tensor, ...]]
+
+
+def _linear(of: _Decomposer) -> Decomposed:
+    ranks = of.useful(chains.LINEAR)
+    low = of.low_rank(of.weight, of.seen, max(ranks, default=1))
+
+    def links(dense: Tensor, rank: Sequence[int]) -> tuple[Tensor, ...]:
+        up, down = low.slice(dense, rank[0])
+        return down, up
+
+    return _nested(chains.LINEAR, links, ranks, low)
+
+
+def _output_channel(of: _Decomposer) -> Decomposed:
+    ranks = of.useful("output_channel")
+    low = of.low_rank(of.weight.flatten(1), of.outputs_only(), max(ranks, default=1))
+
+    def links(dense: Tensor, rank: Sequence[int]) -> tuple[Tensor, ...]:
+        up, down = low.slice(dense.flatten(1), rank[0])
+        ones = (1,) * (dense.dim() - 2)
+        return down.reshape(rank[0], *dense.shape[1:]), up.reshape(*up.shape, *ones)
+
+    return _nested("output_channel", links, ranks, low)
+
+
+def _channel_matrix(weight: Tensor) -> Tensor:
+    """W as (m * k, c): one row for each output and kernel position."""
+    return weight.flatten(2).transpose(1, 2).reshape(-1, weight.shape[1])
+
+
+def _input_channel(of: _Decomposer) -> Decomposed:
+    ranks = of.useful("input_channel")
+    matrix = _channel_matrix(of.weight)
+    low = of.low_rank(matrix, of.inputs_of(matrix), max(ranks, default=1))
+
+    def links(dense: Tensor, rank: Sequence[int]) -> tuple[Tensor, ...]:
+        m, r, kernel = dense.shape[0], rank[0], dense.shape[2:]
+        up, down = low.slice(_channel_matrix(dense), r)
+        last = up.reshape(m, -1, r).transpose(1, 2).reshape(m, r, *kernel)
+        return down.reshape(r, -1, *(1,) * len(kernel)), last.contiguous()
+
+    return _nested("input_channel", links, ranks, low)
+
+
+def _spatial_matrix(weight: Tensor) -> Tensor:
+    """W (m, c, kh, kw) as (m * kw, c * kh)."""
+    return weight.permute(0, 3, 1, 2).reshape(weight.shape[0] * weight.shape[3], -1)
+
+
+def _spatial(of: _Decomposer) -> Decomposed:
+    ranks = of.useful("spatial")
+    matrix = _spatial_matrix(of.weight)
+    low = of.low_rank(matrix, of.inputs_of(matrix, repeats=of.weight.shape[2]), max(ranks, default=1))
+
+    def links(dense: Tensor, rank: Sequence[int]) -> tuple[Tensor, ...]:
+        (m, c, kh, kw), r = dense.shape, rank[0]
+        up, down = low.slice(_spatial_matrix(dense), r)
+        last = up.reshape(m, kw, r).transpose(1, 2).unsqueeze(2)
+        return down.reshape(r, c, kh, 1), last.contiguous()
+
+    return _nested("spatial", links, ranks, low)
+
+
+def _tucker2(of: _Decomposer) -> Decomposed:
+    m, c = of.weight.shape[:2]
+    matrix = _channel_matrix(of.weight)
+    out = of.low_rank(of.weight.flatten(1), of.outputs_only(), m)
+    inn = of.low_rank(matrix, of.inputs_of(matrix), c)
+
+    def links(dense: Tensor, ranks: Sequence[int]) -> tuple[Tensor, ...]:
+        first, last = ranks
+        kernel, ones = dense.shape[2:], (1,) * (dense.dim() - 2)
+        up, projected = out.slice(dense.flatten(1), last)  # (m, last), (last, c * k)
+        core, down = inn.slice(_channel_matrix(projected.reshape(last, c, *kernel)), first)  # (last * k, first), ...
+        core = core.reshape(last, -1, first).transpose(1, 2).reshape(last, first, *kernel)
+        return down.reshape(first, c, *ones), core.contiguous(), up.reshape(m, last, *ones)
+
+    return Decomposed("tucker2", links, *_tucker_path(of.spec, inn, out))
+
+
+def _tucker_path(spec: LayerSpec, inn: LowRank, out: LowRank) -> tuple[tuple[tuple[int, ...], ...], tuple[float, ...]]:
+    """Pairs of ranks that no other pair beats in both numbers and estimated error, in rising size.
+
+    The two projections lose nearly independent parts, so that what they keep multiplies.
+    """
+    step = chains.rank_step(spec)
+    pairs = []
+    for first, last in itertools.product(_geometric(step, inn.max_rank), _geometric(step, out.max_rank)):
+        size = chains.chain_cost("tucker2", spec, (first, last), 1).params
+        if size < spec.params:
+            kept = (1 - float(inn.errors[first])) * (1 - float(out.errors[last]))
+            pairs.append((size, 1 - kept, (first, last)))
+    best: list[tuple[int, float, tuple[int, int]]] = []
+    for pair in sorted(pairs):
+        if not best or pair[1] < best[-1][1]:
+            best.append(pair)
+    return tuple(p[2] for p in best), tuple(p[1] for p in best)
+
+
+def _geometric(step: int, top: int) -> list[int]:
+    """Multiples of the step up to `top`, about 12 % apart."""
+    values, value = [], step
+    while value <= top:
+        values.append(value)
+        value = max(value + step, round(value * 1.12 / step) * step)
+    return values
+
+
+_SCHEMES: dict[str, Callable[[_Decomposer], Decomposed]] = {
+    chains.LINEAR: _linear,
+    "output_channel": _output_channel,
+    "input_channel": _input_channel,
+    "spatial": _spatial,
+    "tucker2": _tucker2,
+}
+
+# --- errors of convolutions, measured on real inputs ---------------------------------------------------------------
+
+
+def _with_measured_errors(factors: Factors) -> Factors:
+    """The same factors with the errors of every scheme measured on the layer's own inputs, so that they compare."""
+    weight = dense_weight(factors.module).float().cpu()
+    energy = _energy(factors, weight)
+    if energy <= 0:
+        return factors
+    schemes = {}
+    for name, decomposed in factors.schemes.items():
+        measured = {}
+        for index in _spread(len(decomposed.ranks)):
+            parts = decomposed.links(weight, decomposed.ranks[index])
+            measured[index] = _energy(factors, weight - compose(name, parts, tuple(weight.shape))) / energy
+        schemes[name] = changed(decomposed, errors=_interpolate(measured, decomposed.errors))
+    return changed(factors, schemes=schemes)
+
+
+def _energy(factors: Factors, weight: Tensor) -> float:
+    """Variance of what a weight makes of the layer's samples, as far as the model's output is sensitive to it."""
+    samples, sensitivity = factors.profile.samples, factors.profile.seen.sensitivity
+    if samples is None:
+        return 0.0
+    outputs = convolve(factors.spec, factors.module, samples, weight).transpose(0, 1).flatten(1)
+    centred = outputs - outputs.mean(1, keepdim=True)
+    if sensitivity is not None:
+        centred = with_ridge(sensitivity.double(), SENSITIVITY_RIDGE).float().T @ centred
+    return float(centred.square().sum())
+
+
+def _spread(count: int) -> list[int]:
+    """At most PROBED_RANKS indices from first to last, closer together at small ranks, where errors fall fastest."""
+    if count <= PROBED_RANKS:
+        return list(range(count))
+    span = math.log(count)
+    return sorted({round(math.exp(span * i / (PROBED_RANKS - 1))) - 1 for i in range(PROBED_RANKS)})
+
+
+def _interpolate(measured: Mapping[int, float], predicted: Sequence[float]) -> tuple[float, ...]:
+    """Predicted errors scaled by measured/predicted, which is interpolated between the probes; never rising."""
+    points = sorted(measured)
+    floor = 1e-12
+    ratios = [math.log(max(measured[i], floor) / max(predicted[i], floor)) for i in points]
+    errors: list[float] = []
+    for index, value in enumerate(predicted):
+        after = next((j for j, p in enumerate(points) if p >= index), len(points) - 1)
+        before = max(0, after - 1) if points[after] != index else after
+        gap = points[after] - points[before]
+        share = (index - points[before]) / gap if gap else 0.0
+        ratio = ratios[before] + share * (ratios[after] - ratios[before])
+        error = max(value, floor) * math.exp(ratio)
+        errors.append(min(error, errors[-1]) if errors else error)
+    return tuple(errors)
+
+
+def candidates(factors: Factors, bytes_per_number: int) -> tuple[Choice, ...]:
+    """Everything that a layer could become and that makes it smaller, in rising size, and last the dense layer."""
+    spec = factors.spec
+    found = [
+        Choice(
+            spec.name,
+            scheme,
+            ranks,
+            error=error,
+            dtype=spec.dtype,
+            cost=chains.chain_cost(scheme, spec, ranks, bytes_per_number),
+        )
+        for scheme, decomposed in factors.schemes.items()
+        for ranks, error in zip(decomposed.ranks, decomposed.errors, strict=True)
+    ]
+    dense = Choice(spec.name, packing="dense", dtype=spec.dtype, cost=chains.dense_cost(spec, bytes_per_number))
+    smaller = [c for c in found if c.cost.params < dense.cost.params]
+    return (*sorted(smaller, key=lambda c: (c.cost.params, c.error)), dense)

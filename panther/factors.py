@@ -1,0 +1,117 @@
+"""The nouns that hold tensors: what calibration saw of a layer, and a layer decomposed once for every rank.
+
+Notation: m outputs, c input channels, k kernel positions; W (m, c, *kernel) is the weight.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from panther import chains
+from panther.sketches import Seen
+from panther.spec import Choice, LayerSpec
+
+_CONV: dict[str, Callable[..., Tensor]] = {"conv1d": F.conv1d, "conv2d": F.conv2d, "conv3d": F.conv3d}
+
+
+NOTHING_SEEN = Seen()
+
+
+@dataclass(frozen=True)
+class Profile:
+    """What calibration saw of one layer.
+
+    seen: a linear layer's features, or a convolution's input channels, outputs and output sensitivity.
+    """
+
+    rows: int
+    seen: Seen = NOTHING_SEEN
+    mean: Tensor | None = None  # (in,) mean input of a linear layer or of a 1 x 1 convolution
+    samples: Tensor | None = None  # a convolution's inputs, (samples, channels, *positions)
+
+
+@dataclass(frozen=True)
+class Decomposed:
+    """One scheme of one layer: slice it into link weights at any of its ranks."""
+
+    scheme: str
+    links: Callable[[Tensor, Sequence[int]], tuple[Tensor, ...]]  # dense weight, ranks -> link weights
+    ranks: tuple[tuple[int, ...], ...]  # what can be asked for, in rising cost
+    errors: tuple[float, ...]  # share of the output energy lost at each of them
+
+
+@dataclass(frozen=True)
+class Factors:
+    """One layer, decomposed once for every scheme that applies to it."""
+
+    spec: LayerSpec
+    module: nn.Module  # the dense layer: its weight is read when a rank is sliced, never copied
+    schemes: Mapping[str, Decomposed]
+    profile: Profile
+
+    def slice(self, choice: Choice) -> tuple[tuple[Tensor, ...], Tensor | None]:
+        """Link weights and the corrected bias (None where nothing is known and the layer has none), float32.
+
+        The bias makes the mean output of the chain on the calibration data that of the dense layer.
+        """
+        weight = dense_weight(self.module).float().cpu()
+        parts = self.schemes[choice.scheme].links(weight, choice.ranks)
+        own: Tensor | None = getattr(self.module, "bias", None)
+        bias = None if own is None else own.detach().float().cpu()
+        shift = self._mean_shift(weight, choice.scheme, parts)
+        if shift is None:
+            return parts, bias
+        return parts, shift if bias is None else bias + shift
+
+    def dense_equivalent(self, choice: Choice) -> tuple[Tensor, Tensor | None]:
+        """The dense weight and bias that a choice amounts to, in the layer's dtype."""
+        parts, bias = self.slice(choice)
+        weight = dense_weight(self.module)
+        whole = compose(choice.scheme, parts, tuple(weight.shape))
+        return whole.to(weight), None if bias is None else bias.to(weight)
+
+    def _mean_shift(self, weight: Tensor, scheme: str, parts: tuple[Tensor, ...]) -> Tensor | None:
+        """Mean of (dense - chain), (m,), without biases."""
+        if self.profile.samples is not None:
+            rest = weight - compose(scheme, parts, tuple(weight.shape))
+            lost = convolve(self.spec, self.module, self.profile.samples, rest)
+            return lost.transpose(0, 1).flatten(1).mean(1)
+        if self.profile.mean is not None:
+            mean = self.profile.mean.float()
+            return weight.flatten(1) @ mean - parts[1].flatten(1) @ (parts[0].flatten(1) @ mean)
+        return None
+
+
+def dense_weight(module: nn.Module) -> Tensor:
+    return cast(Tensor, module.weight).detach()
+
+
+def compose(scheme: str, parts: tuple[Tensor, ...], shape: tuple[int, ...]) -> Tensor:
+    """The dense weight of `shape` that a chain's link weights multiply to."""
+    if scheme == chains.LINEAR:
+        return parts[1] @ parts[0]
+    m, c = shape[:2]
+    if scheme == "output_channel":
+        return (parts[1].flatten(1) @ parts[0].flatten(1)).reshape(shape)
+    if scheme == "input_channel":
+        return torch.einsum("ork,rc->ock", parts[1].flatten(2), parts[0].flatten(1)).reshape(shape)
+    if scheme == "spatial":
+        return torch.einsum("orw,rch->ochw", parts[1].squeeze(2), parts[0].squeeze(3)).reshape(shape)
+    last, core, first = parts[2].flatten(1), parts[1].flatten(2), parts[0].flatten(1)
+    return torch.einsum("os,srk,rc->ock", last, core, first).reshape(m, c, *shape[2:])
+
+
+def convolve(spec: LayerSpec, module: Any, samples: Tensor, weight: Tensor) -> Tensor:
+    """The convolution of a layer with another weight and no bias, in float32 on the CPU."""
+    given = samples.float()
+    padding = module.padding
+    if spec.padding_mode != "zeros":
+        given = F.pad(given, module._reversed_padding_repeated_twice, mode=spec.padding_mode)
+        padding = 0
+    return _CONV[spec.kind](given, weight, None, module.stride, padding, module.dilation, module.groups)

@@ -1,0 +1,152 @@
+"""How much each layer's error hurts the model's output, measured without labels.
+
+A layer is truncated at two sizes, the model runs on a few samples, and the divergence D of its outputs is fitted as
+D = a E^b, where E is the share of the layer's own output that was lost.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from panther.batches import Call, device_of, float_outputs, inference, scale_of
+from panther.factors import Factors
+from panther.progress import Progress
+from panther.spec import Choice
+
+SAMPLES = 32
+KEPT = (0.5, 0.25)  # sizes at which a layer is truncated, as a share of its weights
+B_RANGE = (0.5, 2.0)  # a slope outside of this comes from noise: divergence is about linear in the lost energy
+
+
+@dataclass(frozen=True)
+class Importance:
+    """D = a E^b for one layer."""
+
+    a: float
+    b: float
+
+    def divergence(self, error: float) -> float:
+        return float(self.a * error**self.b) if error > 0 else 0.0  # an infinite `a` leaves the dense layer at 0
+
+
+@dataclass(frozen=True)
+class Reference:
+    """A few samples and what the dense model answers to them."""
+
+    model: nn.Module
+    calls: tuple[Call, ...]
+    outputs: tuple[tuple[Tensor, ...], ...]
+
+    def divergence(self, factors: Mapping[str, Factors], choices: Sequence[Choice]) -> float:
+        """Mean squared error of the model's outputs when these layers are what the choices say.
+
+        In units of each output's variance; padded positions of (batch, length, ...) outputs are left out.
+        """
+        tensors: dict[str, Tensor] = {}
+        gained: dict[nn.Module, Tensor] = {}
+        for choice in choices:
+            if not choice.is_dense:
+                weight, bias = factors[choice.layer].dense_equivalent(choice)
+                tensors[f"{choice.layer}.weight"] = weight
+                module = factors[choice.layer].module
+                if bias is not None and module.bias is not None:
+                    tensors[f"{choice.layer}.bias"] = bias
+                elif bias is not None:
+                    gained[module] = bias.reshape(-1, *(1,) * len(factors[choice.layer].spec.kernel_size))
+        lost, count = 0.0, 0
+        with inference(self.model), _with_biases(gained):
+            for call, answers in zip(self.calls, self.outputs, strict=True):
+                moved = call.to(device_of(self.model))
+                output = functional_call(self.model, tensors, moved.args, dict(moved.kwargs))
+                for answer, got in zip(answers, float_outputs(output), strict=True):
+                    lost += squared_error(answer, got, call)
+                    count += answer.numel()
+        return lost / max(1, count)
+
+
+@contextlib.contextmanager
+def _with_biases(gained: Mapping[nn.Module, Tensor]) -> Iterator[None]:
+    """Layers without a bias add one to their outputs, as their sketched forms do."""
+    hooks = [
+        module.register_forward_hook(lambda _module, _args, output, bias=bias: output + bias, prepend=True)
+        for module, bias in gained.items()
+    ]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def squared_error(answer: Tensor, got: Tensor, call: Call) -> float:
+    """||got - answer||^2 in units of the answers' variance, padded positions left out; infinite if not finite."""
+    scale = scale_of(answer.float())
+    for shape, mask in call.masks().items():
+        if tuple(answer.shape[: len(shape)]) == shape:
+            keep = mask.to(answer.device)
+            answer, got = answer[keep], got[keep]
+    lost = float((got.float() - answer.float()).square().sum()) / scale**2
+    return lost if math.isfinite(lost) else math.inf
+
+
+def reference(model: nn.Module, calls: Sequence[Call], samples: int = SAMPLES) -> Reference:
+    """The dense model's answers on the first `samples` samples of the calls."""
+    chosen: list[Call] = []
+    left = samples
+    for call in calls:
+        if left <= 0:
+            break
+        size = min(left, call.batch_size)
+        chosen.append(call.rows(0, size))
+        left -= size
+    with inference(model):
+        outputs = []
+        for call in chosen:
+            moved = call.to(device_of(model))
+            outputs.append(tuple(float_outputs(model(*moved.args, **moved.kwargs))))
+    return Reference(model, tuple(chosen), tuple(outputs))
+
+
+def importance(
+    against: Reference,
+    factors: Mapping[str, Factors],
+    options: Mapping[str, Sequence[Choice]],
+    *,
+    progress: Progress | None = None,
+) -> dict[str, Importance]:
+    """D = a E^b for every layer, from two truncations and one run of the model each."""
+    found = {}
+    for name in (progress or Progress(False)).track(options, "importance", len(options)):
+        points = []
+        for kept in KEPT:
+            choice = best_within(options[name], kept)
+            if choice is not None and choice.error > 0:
+                points.append((choice.error, against.divergence(factors, [choice])))
+        found[name] = fit(points)
+    return found
+
+
+def best_within(options: Sequence[Choice], kept: float) -> Choice | None:
+    """The option that loses least among those that keep at most this share of the weights."""
+    dense = options[-1].cost.params
+    inside = [c for c in options if not c.is_dense and c.cost.params <= kept * dense]
+    return min(inside, key=lambda c: c.error, default=None)
+
+
+def fit(points: Sequence[tuple[float, float]]) -> Importance:
+    """a and b of D = a E^b through one or two points (error, divergence); b is 1 where the data cannot tell."""
+    usable = [(e, d) for e, d in points if e > 0 and 0 < d < math.inf]
+    if not usable:
+        return Importance(math.inf if points and points[0][1] == math.inf else 0.0, 1.0)
+    (e_low, d_low), (e_high, d_high) = usable[0], usable[-1]
+    b = 1.0
+    if e_high > e_low * 1.05 and d_high > d_low:
+        b = min(B_RANGE[1], max(B_RANGE[0], math.log(d_high / d_low) / math.log(e_high / e_low)))
+    middle = math.exp(sum(math.log(d) - b * math.log(e) for e, d in usable) / len(usable))
+    return Importance(middle, b)

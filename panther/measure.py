@@ -1,0 +1,359 @@
+"""Calibration batches in, the moments of every layer's inputs or outputs out, in one streaming pass.
+
+Linear layers: the covariance of the inputs, once for all layers that read the same tensor, or of the outputs where
+they are fewer. Convolutions: of the outputs and of the input channels, over a fixed random subset of the positions,
+and a few inputs as they are, on which the schemes are compared.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from panther.batches import Call, device_of, inference, masked_rows, run
+from panther.errors import CalibrationError
+from panther.factors import Profile
+from panther.gradients import Reactions
+from panther.progress import Progress
+from panther.sketches import Moments, Seen
+from panther.spec import LayerSpec
+
+ROWS_PER_FEATURE = 64  # rows that are looked at: below about 10 a covariance is noise, above 50 nothing changes
+SAMPLE_BYTES = 8_000_000  # inputs kept a convolution, to compare schemes on
+MAX_SAMPLES = 8
+GRADIENT_SAMPLES = 192  # samples that also run backward, at most
+GRADIENT_SHARE = 0.4  # of all samples: a backward pass costs about what a forward pass does
+STATISTICS_BYTES = 1_000_000_000  # more than this at once, and the layers are measured in several passes
+
+
+class _Accumulator:
+    """Sums of rows and (unless only the mean is wanted) of their products, shifted so that nothing cancels."""
+
+    def __init__(self, *, products: bool = True) -> None:
+        self.rows = 0
+        self.wants_products = products
+        self.shift: Tensor | None = None
+        self.total: Tensor | None = None
+        self.products: Tensor | None = None
+
+    def add(self, rows: Tensor) -> None:
+        """Take (count, features) rows; products in float32 a batch, sums in float64."""
+        if rows.shape[0] == 0:
+            return
+        rows = rows.float()
+        if self.shift is None or self.total is None:
+            self.shift = rows.mean(0)
+            self.total = torch.zeros(rows.shape[1], dtype=torch.float64, device=rows.device)
+        self.rows += rows.shape[0]
+        if not self.wants_products:
+            self.total += rows.sum(0) - rows.shape[0] * self.shift
+            return
+        rows = rows - self.shift
+        self.total += rows.sum(0)
+        products = rows.T @ rows
+        self.products = products.double() if self.products is None else self.products + products
+
+    def mean(self) -> Tensor | None:
+        if self.shift is None or self.total is None:
+            return None
+        return (self.total / self.rows + self.shift).cpu()
+
+    def moments(self) -> Moments | None:
+        mean = self.mean()
+        if mean is None or self.total is None or self.products is None:
+            return None
+        shifted = self.total / self.rows
+        covariance = self.products / self.rows - torch.outer(shifted, shifted)
+        return Moments(self.rows, mean, covariance.cpu())
+
+
+@dataclass
+class _Watch:
+    """What is accumulated for one layer; `shared` is the layer that accumulates the inputs for its group."""
+
+    spec: LayerSpec
+    inputs: _Accumulator | None
+    outputs: _Accumulator | None
+    mean: _Accumulator  # of the inputs
+    owns_inputs: bool
+    positions: int
+    generator: torch.Generator
+    samples: list[Tensor] = field(default_factory=list)
+    picks: dict[tuple[str, int], Tensor] = field(default_factory=dict)
+
+    def some(self, rows: Tensor, samples: int) -> Tensor:
+        """A random part of a linear layer's rows where there are far more than its covariance needs."""
+        enough = self.positions * samples
+        if rows.shape[0] <= enough:
+            return rows
+        return rows[torch.randperm(rows.shape[0], generator=self.generator)[:enough].to(rows.device)]
+
+    def pick(self, side: str, count: int) -> Tensor | slice:
+        """The same random positions for every batch of one size."""
+        if count <= self.positions:
+            return slice(None)
+        if (side, count) not in self.picks:
+            chosen = torch.randperm(count, generator=self.generator)[: self.positions]
+            self.picks[side, count] = chosen.sort().values
+        return self.picks[side, count]
+
+
+def passes(specs: Sequence[LayerSpec], limit_bytes: int = STATISTICS_BYTES) -> list[list[LayerSpec]]:
+    """The layers in groups whose statistics fit into memory together; layers that share an input stay together."""
+    parts: list[list[LayerSpec]] = [[]]
+    used = 0
+    for group in _groups(specs):
+        need = _statistics_bytes(group)
+        if parts[-1] and used + need > limit_bytes:
+            parts.append([])
+            used = 0
+        parts[-1].extend(group)
+        used += need
+    return [part for part in parts if part]
+
+
+def _groups(specs: Sequence[LayerSpec]) -> list[list[LayerSpec]]:
+    """The linear layers that read one tensor together, every other layer alone."""
+    groups: dict[tuple[bool, str], list[LayerSpec]] = defaultdict(list)
+    for spec in specs:
+        shares = spec.kind == "linear" and bool(spec.input_key)
+        groups[shares, spec.input_key if shares else spec.name].append(spec)
+    return list(groups.values())
+
+
+def _statistics_bytes(group: Sequence[LayerSpec]) -> int:
+    if group[0].kind != "linear":
+        return sum(8 * (s.out_features**2 + s.in_features**2) + SAMPLE_BYTES for s in group)
+    if _by_outputs(group):
+        return sum(8 * s.out_features**2 for s in group)
+    return 8 * group[0].in_features ** 2
+
+
+def _by_outputs(group: Sequence[LayerSpec]) -> bool:
+    """Whether the outputs of layers that read one tensor are cheaper to watch than that tensor."""
+    inputs = group[0].in_features
+    return all(s.out_features < inputs for s in group) and sum(s.out_features**2 for s in group) < inputs**2
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Profiles by layer name, and why the output's sensitivity is unknown (None when it is known)."""
+
+    profiles: dict[str, Profile]
+    not_differentiated: str | None
+
+
+def measure(
+    model: nn.Module,
+    specs: Sequence[LayerSpec],
+    batches: Iterable[Call],
+    *,
+    samples: int,
+    gradient_samples: int | None = None,
+    seed: int = 0,
+    progress: Progress | None = None,
+    total: int | None = None,
+) -> Measured:
+    """One pass over the batches; what it saw of every layer in `specs`.
+
+    samples: about how many samples the batches hold, which says how many positions of each are enough.
+    gradient_samples: how many of them also run backward (None: as many as pay); where that fails all are measured
+        without.
+
+    Raises: CalibrationError when a batch does not run, or holds or produces values that are not finite.
+    """
+    shown = (progress or Progress(False)).track(batches, "measuring", total)
+    reason = None
+    if gradient_samples is None:
+        gradient_samples = min(GRADIENT_SAMPLES, max(16, round(GRADIENT_SHARE * samples)))
+    if gradient_samples > 0:
+        try:
+            return _measure(model, specs, shown, samples, gradient_samples, seed)
+        except _NotDifferentiableError as error:
+            reason = str(error)
+        # Out here the error is gone, and with it the activations and the progress bar that its traceback held.
+        shown = (progress or Progress(False)).track(batches, "measuring without gradients", total)
+    return replace(_measure(model, specs, shown, samples, 0, seed), not_differentiated=reason)
+
+
+class _NotDifferentiableError(Exception):
+    """A call ran forward but not backward."""
+
+
+def _measure(
+    model: nn.Module,
+    specs: Sequence[LayerSpec],
+    batches: Iterable[Call],
+    samples: int,
+    gradient_samples: int,
+    seed: int,
+) -> Measured:
+    watches = _watches(specs, samples, seed)
+    context: dict[str, Any] = {"masks": {}}
+    hooks = [model.get_submodule(w.spec.name).register_forward_hook(_hook(w, context)) for w in watches]
+    fast_attention = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)  # the fused encoder layer runs no submodule
+    try:
+        with inference(model), Reactions(model, specs, seed) as reactions:
+            for index, call in enumerate(batches):
+                _refuse_non_finite(call, index)
+                if gradient_samples <= 0:
+                    _run_batch(model, call, index, context)
+                    continue
+                size = min(gradient_samples, call.batch_size)
+                _run_backward(reactions, call.rows(0, size), context)
+                if size < call.batch_size:
+                    _run_batch(model, call.rows(size, call.batch_size), index, context)
+                gradient_samples -= size
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast_attention)
+        for hook in hooks:
+            hook.remove()
+    sensitivities = reactions.found()
+    seen: dict[int, Moments | None] = {}
+    profiles = {w.spec.name: _profile(w, seen, sensitivities.pop(w.spec.name, None)) for w in watches}
+    return Measured(profiles, None)
+
+
+def _watches(specs: Sequence[LayerSpec], samples: int, seed: int) -> list[_Watch]:
+    watches = []
+    for group in _groups(specs):
+        by_outputs = _by_outputs(group) or group[0].kind != "linear"
+        wants_inputs = group[0].kind == "linear" and not by_outputs
+        shared = _Accumulator() if wants_inputs else None
+        mean = shared or _Accumulator(products=False)
+        for index, spec in enumerate(group):
+            is_conv = spec.kind != "linear"
+            watches.append(
+                _Watch(
+                    spec,
+                    _Accumulator() if is_conv and math.prod(spec.kernel_size) > 1 else shared,
+                    _Accumulator() if by_outputs else None,
+                    mean,
+                    index == 0,
+                    _positions(spec, samples),
+                    torch.Generator().manual_seed(seed),
+                )
+            )
+    return watches
+
+
+def _positions(spec: LayerSpec, samples: int) -> int:
+    """Positions a sample that give ROWS_PER_FEATURE rows a feature in all."""
+    sizes = (spec.in_features, spec.out_features)
+    features = min(sizes) if spec.kind == "linear" else max(sizes)
+    return max(16, math.ceil(ROWS_PER_FEATURE * features / max(1, samples)))
+
+
+def _hook(watch: _Watch, context: dict[str, Any]) -> Any:
+    @torch.no_grad()
+    def see(_module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+        if watch.spec.kind == "linear":
+            _see_linear(watch, args[0], output, context["masks"])
+        else:
+            _see_conv(watch, args[0], output)
+
+    return see
+
+
+def _see_linear(watch: _Watch, given: Tensor, output: Tensor, masks: dict[tuple[int, ...], Tensor]) -> None:
+    if watch.owns_inputs:  # `mean` is the accumulator of the inputs where there is one
+        watch.mean.add(watch.some(masked_rows(given, masks), given.shape[0]))
+    if watch.outputs is not None:
+        watch.outputs.add(watch.some(masked_rows(output, masks), output.shape[0]))
+
+
+def _see_conv(watch: _Watch, given: Tensor, output: Tensor) -> None:
+    dims = len(watch.spec.kernel_size)
+    given, output = (t.unsqueeze(0) if t.dim() == dims + 1 else t for t in (given, output))
+    if watch.outputs is not None:
+        watch.outputs.add(_pixels(output, watch, "out"))
+    if watch.inputs is not None:
+        watch.inputs.add(_pixels(given, watch, "in"))
+        _keep_samples(watch, given)
+    else:
+        watch.mean.add(_pixels(_read_by_a_point(given, watch.spec), watch, "in"))
+
+
+def _read_by_a_point(given: Tensor, spec: LayerSpec) -> Tensor:
+    """The input positions that a 1 x 1 convolution reads, padding apart: a stride leaves others out."""
+    return given[(..., *(slice(None, None, step) for step in spec.stride))]
+
+
+def _pixels(tensor: Tensor, watch: _Watch, side: str) -> Tensor:
+    """(N, channels, *positions) as (rows, channels), at most `positions` of each sample."""
+    flat = tensor.flatten(2)
+    chosen = flat[:, :, watch.pick(side, flat.shape[2])]
+    return chosen.transpose(1, 2).reshape(-1, tensor.shape[1])
+
+
+def _keep_samples(watch: _Watch, given: Tensor) -> None:
+    room = MAX_SAMPLES - sum(t.shape[0] for t in watch.samples)
+    each = given[0].numel() * given.element_size()
+    room = min(room, max(1, SAMPLE_BYTES // max(1, each)) - sum(t.shape[0] for t in watch.samples))
+    same = not watch.samples or watch.samples[0].shape[1:] == given.shape[1:]
+    if room > 0 and same:
+        watch.samples.append(given[: min(room, max(1, MAX_SAMPLES // 4))].detach().clone())
+
+
+def _refuse_non_finite(call: Call, index: int) -> None:
+    for tensor in call.tensors():
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            bad = int((~torch.isfinite(tensor)).sum())
+            raise CalibrationError(
+                f"calibration batch {index} holds {bad} values that are NaN or infinite (shape {tuple(tensor.shape)}): "
+                "clean the data, or leave this batch out"
+            )
+
+
+def _run_batch(model: nn.Module, call: Call, index: int, context: dict[str, Any]) -> None:
+    context["masks"] = call.to(device_of(model)).masks()
+    try:
+        run(model, call)
+    except (RuntimeError, ValueError, TypeError, IndexError, KeyError) as error:
+        shapes = ", ".join(str(tuple(t.shape)) for t in call.tensors())
+        reason = str(error).strip().splitlines()
+        raise CalibrationError(
+            f"calibration batch {index} (shapes {shapes}) does not run: {reason[0][:200] if reason else repr(error)}. "
+            "Batches must look like example_inputs, batch dimension included."
+        ) from error
+
+
+def _run_backward(reactions: Reactions, call: Call, context: dict[str, Any]) -> None:
+    for chunk in reactions.chunks(call):
+        context["masks"] = chunk.to(device_of(reactions.model)).masks()
+        try:
+            reactions.run(chunk)
+        except Exception as error:  # a bad batch is told apart when it runs again without gradients
+            reason = str(error).strip().splitlines()
+            text = f"{type(error).__name__}: {reason[0][:160] if reason else 'no message'}"
+            raise _NotDifferentiableError(text) from error
+
+
+def _moments(sums: _Accumulator | None, seen: dict[int, Moments | None]) -> Moments | None:
+    """The moments of an accumulator, worked out once however many layers share it."""
+    if sums is None:
+        return None
+    if id(sums) not in seen:
+        seen[id(sums)] = sums.moments()
+    return seen[id(sums)]
+
+
+def _profile(watch: _Watch, seen: dict[int, Moments | None], sensitivity: Tensor | None) -> Profile:
+    inputs, outputs = _moments(watch.inputs, seen), _moments(watch.outputs, seen)
+    for moments in (inputs, outputs):
+        if moments is not None and not bool(torch.isfinite(moments.covariance).all()):
+            raise CalibrationError(
+                f"the values at layer {watch.spec.name!r} are not finite on the calibration data: the model overflows "
+                "or holds NaN there; check its outputs, or give it exclude=..."
+            )
+    samples = torch.cat(watch.samples).cpu() if watch.samples else None
+    mean = watch.mean.mean() if samples is None else None
+    rows = max((m.rows for m in (inputs, outputs) if m is not None), default=0)
+    return Profile(rows, Seen(inputs, outputs, sensitivity), mean, samples)

@@ -1,0 +1,70 @@
+"""Putting sketched layers into a model, so that nothing else about the model changes."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Mapping
+
+from torch import nn
+
+_HOOKS = (
+    "_forward_hooks",
+    "_forward_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+    "_forward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs",
+    "_backward_hooks",
+    "_backward_pre_hooks",
+)
+
+
+def with_layers(model: nn.Module, layers: Mapping[str, nn.Module]) -> nn.Module:
+    """A copy of the model in which the named layers are these; the replaced ones are never copied.
+
+    Class, hooks, training flags, tied tensors and state-dict prefixes stay; a layer registered under several names
+    is replaced under all of them.
+
+    Raises: AttributeError for a name that the model does not have.
+    """
+    memo: dict[int, object] = {}
+    for name, layer in layers.items():
+        dense = model.get_submodule(name)
+        inherit(layer, dense)
+        memo[id(dense)] = layer
+    compressed: nn.Module = copy.deepcopy(model, memo)
+    keep_unfused(compressed, layers.values())
+    return compressed
+
+
+def put_layers(model: nn.Module, layers: Mapping[str, nn.Module]) -> None:
+    """The same in place."""
+    for name, layer in layers.items():
+        dense = model.get_submodule(name)
+        inherit(layer, dense)
+        for parent in list(model.modules()):
+            for child, module in list(parent._modules.items()):
+                if module is dense:
+                    parent._modules[child] = layer
+    keep_unfused(model, layers.values())
+
+
+def inherit(layer: nn.Module, dense: nn.Module) -> None:
+    """Take over what was attached to the dense layer: hooks, training flag, whether it is trained."""
+    for name in _HOOKS:
+        setattr(layer, name, copy.copy(getattr(dense, name)))
+    layer.train(dense.training)
+    trained = any(p.requires_grad for p in dense.parameters())
+    for parameter in layer.parameters():
+        parameter.requires_grad_(trained)
+
+
+def keep_unfused(model: nn.Module, layers: Iterable[nn.Module]) -> None:
+    """Stop nn.TransformerEncoderLayer from reading its layers' dense weights in a fused kernel of its own.
+
+    In evaluation mode it would skip linear1 and linear2 and multiply with their `weight`, which a sketched layer can
+    only give by multiplying its factors out.
+    """
+    sketched = {id(layer) for layer in layers}
+    for module in model.modules():
+        if isinstance(module, nn.TransformerEncoderLayer) and any(id(m) in sketched for m in module.modules()):
+            module.activation_relu_or_gelu = 0  # the one condition of the fused path that nothing else reads

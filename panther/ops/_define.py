@@ -1,0 +1,98 @@
+"""What every op file says, and how the saying becomes a registered op."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from panther.ops import _kernels
+
+# Holds the registrations: they are undone when it is collected, so it lives as long as the process.
+_LIBRARY = torch.library.Library("panther", "DEF")
+
+
+@dataclass(frozen=True)
+class Op:
+    """One registered op: its name in the dispatcher, and what it computes in plain PyTorch."""
+
+    name: str
+    reference: Callable[..., Tensor]
+    overload: torch._ops.OpOverload
+    samples: Callable[
+        [torch.dtype], list[tuple[Tensor | None, ...]]
+    ]  # valid inputs at the edges, for the contract tests
+
+    def __call__(self, *inputs: Tensor | None) -> Tensor:
+        """Run the op; where no gradient is recorded, without a visit to its backward, which is written in Python."""
+        if torch.is_grad_enabled() or torch.compiler.is_compiling():
+            result: Tensor = self.overload(*inputs)
+        else:
+            # The visit costs as much as the rest of the call: 4 us beside 4 us for small inputs.
+            with torch._C._AutoDispatchBelowAutograd():
+                result = self.overload(*inputs)
+        return result
+
+    def has_kernel(self, device_type: str) -> bool:
+        """Whether compiled code serves this device, as the dispatcher sees it."""
+        key = getattr(torch._C.DispatchKey, device_type.upper())
+        return bool(self.overload.has_kernel_for_dispatch_key(key))
+
+
+def define(
+    schema: str,
+    *,
+    reference: Callable[..., Tensor],
+    setup_context: Callable[..., None],
+    backward: Callable[..., Any],
+    samples: Callable[[torch.dtype], list[tuple[Tensor | None, ...]]],
+) -> Op:
+    """Register an op of the `panther` namespace from its schema, its formula and its backward.
+
+    The reference serves every device that has no kernel of its own, and tensors without data. Under autocast the
+    floating inputs are cast to the autocast dtype, as they are for F.linear. torch.func transforms see the reference.
+    """
+    name = schema.partition("(")[0]
+    qualified = f"panther::{name}"
+    _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    op = Op(name, reference, getattr(torch.ops.panther, name).default, samples)
+    _LIBRARY.impl(name, _falling_back_to(reference), "CompositeExplicitAutograd")
+    torch.library.register_fake(qualified, reference, lib=_LIBRARY)
+    torch.library.register_autograd(qualified, backward, setup_context=setup_context, lib=_LIBRARY)
+    # The key that every torch.func transform sets first: the transforms meet standard ops only. A backward from
+    # register_autograd would raise inside them.
+    _LIBRARY.impl(name, reference, "FuncTorchDynamicLayerFrontMode")
+    for device_type in ("cpu", "cuda"):
+        _LIBRARY.impl(name, _casting(op.overload, device_type), "Autocast" + device_type.upper())
+    return op
+
+
+def _falling_back_to(reference: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """The reference as a kernel: it runs for real tensors only where no compiled kernel does."""
+
+    def kernel(x: Tensor, *others: Any) -> Tensor:
+        if x.is_cpu and _kernels.load()[0] is None:
+            _kernels.warn_that_they_are_missing()
+        return reference(x, *others)
+
+    return kernel
+
+
+def _casting(overload: torch._ops.OpOverload, device_type: str) -> Callable[..., Tensor]:
+    """The op for inputs inside torch.autocast: casts, then calls the op outside of it."""
+
+    def cast(value: Any, dtype: torch.dtype) -> Any:
+        # float64 stays what it is, which is the rule of torch's own autocast ops.
+        lower = isinstance(value, Tensor) and value.is_floating_point() and value.dtype != torch.float64
+        return value.to(dtype) if lower else value
+
+    def call(*inputs: Any) -> Tensor:
+        dtype = torch.get_autocast_dtype(device_type)
+        with torch.autocast(device_type, enabled=False):
+            result: Tensor = overload(*(cast(value, dtype) for value in inputs))
+        return result
+
+    return call

@@ -1,0 +1,143 @@
+"""A Report as plain text: what was asked for, a row a layer, both models' totals, and what to beware of."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator, Sequence
+
+from rich import box
+from rich.console import Console, RenderableType
+from rich.table import Table
+
+from panther.spec import Figures, LayerReport, Report
+
+WIDTH = 110
+
+
+def render(report: Report) -> str:
+    """The report as lines of at most 110 characters, without colour codes.
+
+    Names that do not fit are folded into several lines, never cut.
+    """
+    console = Console(
+        file=io.StringIO(), width=WIDTH, color_system=None, force_terminal=False, highlight=False, emoji=False
+    )
+    for part in _parts(report):
+        console.print(part, markup=False)
+    text: str = console.file.getvalue()  # type: ignore[attr-defined]  # the StringIO of two lines above
+    return "\n".join(line.rstrip() for line in text.splitlines())
+
+
+def _parts(report: Report) -> Iterator[RenderableType]:
+    sketched = [row for row in report.layers if row.scheme != "dense"]
+    dense = [row for row in report.layers if row.scheme == "dense"]
+    yield f"target: {report.target}" if report.target else "target: none"
+    yield "budget met: " + ("yes" if report.budget_met else "NO - this is the best that was found")
+    yield f"{len(sketched)} of {len(report.layers)} dense layers are sketched (found by {report.capture_way})"
+    yield ""
+    if sketched:
+        yield _sketched(sketched)
+        yield "kept: share of its weights that remain; error: predicted share of its output variance that is lost"
+        yield ""
+    if dense:
+        yield _left_dense(dense)
+        yield ""
+    yield _totals(report)
+    yield ""
+    yield from _quality(report)
+    if report.seconds:
+        yield "seconds: " + ", ".join(f"{stage} {seconds:.1f}" for stage, seconds in report.seconds.items())
+    if report.environment:
+        yield "measured with: " + ", ".join(f"{key} {value}" for key, value in report.environment.items())
+    for note in report.notes:
+        yield f"note: {note}"
+
+
+def _table(*columns: str, right: tuple[str, ...] = ()) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, padding=(0, 0, 0, 1))
+    for column in columns:
+        table.add_column(column, justify="right" if column in right else "left", overflow="fold")
+    return table
+
+
+def _sketched(rows: Sequence[LayerReport]) -> Table:
+    numbers = ("kept", "rank", "terms", "error", "MFLOPs")
+    table = _table("layer", "shape", "scheme", *numbers, right=numbers)
+    for row in rows:
+        table.add_row(
+            row.name,
+            row.shape,
+            row.scheme,
+            f"{100 * row.kept:.1f} %",
+            " x ".join(map(str, row.ranks)),
+            str(row.terms),
+            _share(row.error),
+            f"{_millions(row.before.flops)} -> {_millions(row.after.flops)}",
+        )
+    return table
+
+
+def _left_dense(rows: Sequence[LayerReport]) -> Table:
+    table = _table("left dense", "shape", "MFLOPs", "why", right=("MFLOPs",))
+    for row in rows:
+        table.add_row(row.name, row.shape, _millions(row.before.flops), row.reason)
+    return table
+
+
+def _millions(flops: int) -> str:
+    return f"{flops / 1e6:,.0f}" if flops >= 1e8 else f"{flops / 1e6:.3g}"
+
+
+def _share(value: float) -> str:
+    return f"{value:.3f}" if value >= 0.0005 or value == 0 else f"{value:.0e}"
+
+
+def _totals(report: Report) -> Table:
+    table = _table("", "dense", "compressed", "ratio", right=("dense", "compressed", "ratio"))
+    for label, digits, scale, better, field in _QUANTITIES:
+        dense, compressed = _scaled(report.dense, field, scale), _scaled(report.compressed, field, scale)
+        if dense is not None and compressed is not None:
+            table.add_row(label, _number(dense, digits), _number(compressed, digits), _ratio(dense, compressed, better))
+    return table
+
+
+def _number(value: float, digits: int) -> str:
+    return f"{value:,.{digits}f}" if value >= 1 else f"{value:.3g}"
+
+
+# Label, decimals, divisor, what the ratio says, field of Figures.
+_QUANTITIES = (
+    ("parameters and buffers, M", 3, 1e6, "kept", "params"),
+    ("saved file, MB", 3, 1e6, "kept", "size_bytes"),
+    ("GFLOPs of the dense layers", 3, 1e9, "kept", "flops"),
+    ("latency, ms (median)", 2, 1.0, "faster", "latency_ms"),
+    ("peak memory, MB", 1, 1e6, "kept", "peak_memory_bytes"),
+)
+
+
+def _scaled(figures: Figures, field: str, scale: float) -> float | None:
+    value = getattr(figures, field)
+    return None if value is None else value / scale
+
+
+def _ratio(dense: float, compressed: float, better: str) -> str:
+    if not dense or not compressed:
+        return ""
+    if better == "kept":
+        return f"{100 * compressed / dense:.1f} % kept"
+    speed = dense / compressed
+    return f"{speed:.2f}x " + ("faster" if round(speed, 2) > 1 else "as fast" if round(speed, 2) == 1 else "(slower)")
+
+
+def _quality(report: Report) -> Iterator[str]:
+    if report.agreement:
+        batches = f"{report.agreement_batches} batch" + ("" if report.agreement_batches == 1 else "es")
+        kind = "held-out" if report.agreement_held_out else "not held-out"
+        yield f"agreement with the dense model, {batches} ({kind}): " + ", ".join(
+            f"{name.replace('_', ' ')} {value:.4f}" for name, value in report.agreement.items()
+        )
+    else:
+        yield "agreement with the dense model: not measured"
+    if report.metric is not None:
+        dense, compressed = report.metric
+        yield f"eval_fn: dense {dense:.4f}, compressed {compressed:.4f} ({compressed - dense:+.4f})"

@@ -1,0 +1,443 @@
+"""The nouns of panther: frozen data that prints, compares and goes to JSON. No torch in here.
+
+A layer is a matrix of `out` rows and `in` columns applied at `rows` positions; a convolution's `in` is
+in_channels / groups x kernel area. "kept" is always the fraction that REMAINS.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import InitVar, dataclass, field
+from difflib import get_close_matches
+from typing import Any
+
+from panther.errors import PlanError
+
+PLAN_VERSION = 1
+
+# Budget fields that the allocators of this version can hold, and those that are named but not yet honoured.
+BUDGET_FIELDS = ("params", "flops", "size_mb")
+LATER_BUDGET_FIELDS = ("latency_ms", "peak_memory_mb", "max_drop")
+
+
+@dataclass(frozen=True)
+class LayerSpec:
+    """One dense operation of the model: its shape, its cost, and why it cannot be sketched (if it cannot)."""
+
+    name: str  # qualified module name, or the parameter's name for a functional use
+    kind: str  # "linear", "conv1d", "conv2d", "conv3d"
+    in_features: int  # channels for a convolution
+    out_features: int
+    rows: int  # positions the matrix is applied to in one run of the example inputs, over all calls
+    calls: int = 1
+    kernel_size: tuple[int, ...] = ()
+    stride: tuple[int, ...] = ()
+    padding: tuple[int, ...] | str = ()
+    dilation: tuple[int, ...] = ()
+    groups: int = 1
+    padding_mode: str = "zeros"
+    has_bias: bool = True
+    dtype: str = "float32"
+    input_shape: tuple[int, ...] = ()  # of the first call
+    output_shape: tuple[int, ...] = ()
+    input_key: str = ""  # layers with the same key read the same tensor
+    aliases: tuple[str, ...] = ()  # other names under which the same module is registered
+    blockers: tuple[str, ...] = ()  # reasons to stay dense; empty means it can be sketched
+
+    @property
+    def can_be_sketched(self) -> bool:
+        return not self.blockers
+
+    @property
+    def fan_in(self) -> int:
+        """Columns of the weight seen as a matrix."""
+        return self.in_features // self.groups * math.prod(self.kernel_size)
+
+    @property
+    def params(self) -> int:
+        """Numbers in the weight (the bias stays as it is and is not counted)."""
+        return self.out_features * self.fan_in
+
+    @property
+    def flops(self) -> int:
+        return 2 * self.rows * self.params
+
+    @property
+    def shape(self) -> str:
+        """What a reader recognises: "384 -> 1536" or "128 -> 256 (3x3, stride 2)"."""
+        text = f"{self.in_features} -> {self.out_features}"
+        if not self.kernel_size:
+            return text
+        extra = ["x".join(map(str, self.kernel_size))]
+        if any(s != 1 for s in self.stride):
+            extra.append("stride " + "x".join(map(str, self.stride)))
+        if any(d != 1 for d in self.dilation):
+            extra.append("dilation " + "x".join(map(str, self.dilation)))
+        if self.groups != 1:
+            extra.append(f"groups {self.groups}")
+        return f"{text} ({', '.join(extra)})"
+
+
+@dataclass(frozen=True)
+class Capture:
+    """Every dense operation of a model, in the order in which they run."""
+
+    way: str  # "torch.export", "torch.fx" or "observation"
+    layers: tuple[LayerSpec, ...]
+    model_params: int  # numbers in all parameters and buffers, tied ones once
+    model_bytes: int
+    notes: tuple[str, ...] = ()  # why an earlier way failed, what was not run
+
+    @property
+    def sketchable(self) -> tuple[LayerSpec, ...]:
+        return tuple(spec for spec in self.layers if spec.can_be_sketched)
+
+    @property
+    def fingerprint(self) -> str:
+        """Equal for two models exactly when a plan for one fits the other."""
+        rows = [(s.name, s.kind, s.in_features, s.out_features, s.kernel_size, s.groups) for s in self.layers]
+        return hashlib.sha256(repr(sorted(rows)).encode()).hexdigest()[:16]
+
+    def __str__(self) -> str:
+        width = max((len(spec.name) for spec in self.layers), default=5)
+        lines = [f"{len(self.sketchable)} of {len(self.layers)} dense layers can be sketched (found by {self.way})"]
+        for spec in self.layers:
+            verdict = "can be sketched" if spec.can_be_sketched else "stays dense: " + "; ".join(spec.blockers)
+            calls = f" x{spec.calls}" if spec.calls != 1 else ""
+            lines.append(f"  {spec.name:<{width}}  {spec.kind} {spec.shape}{calls}  {spec.params:,} weights  {verdict}")
+        return "\n".join([*lines, *(f"note: {note}" for note in self.notes)])
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What one layer's weights cost: numbers stored, operations per run of the example inputs, bytes."""
+
+    params: int = 0
+    flops: int = 0
+    size_bytes: int = 0
+
+    def __add__(self, other: Cost) -> Cost:
+        return Cost(self.params + other.params, self.flops + other.flops, self.size_bytes + other.size_bytes)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What becomes of one layer: a scheme and its ranks, or "dense" with the reason."""
+
+    layer: str
+    scheme: str = "dense"
+    ranks: tuple[int, ...] = ()
+    packing: str = "two_gemm"
+    dtype: str = "float32"
+    error: float = 0.0  # predicted share of the layer's output variance that is lost
+    cost: Cost = Cost()
+    reason: str = ""
+
+    @property
+    def is_dense(self) -> bool:
+        return self.scheme == "dense"
+
+
+def _number(value: object) -> object:
+    """The Python number in a NumPy scalar or a 0-d tensor; anything else as it is."""
+    item = getattr(value, "item", None)
+    try:
+        return item() if callable(item) else value
+    except (ValueError, RuntimeError):  # several numbers
+        return value
+
+
+def _fraction_or_count(name: str, given: object) -> float | int:
+    """A float in (0, 1] (also "50%") or a positive int, told apart by type and never guessed."""
+    value = _number(given)
+    if isinstance(value, str):
+        text = value.strip()
+        try:
+            if text.endswith("%"):
+                value = float(text[:-1]) / 100
+            else:
+                value = float(text) if any(c in text for c in ".eE") else int(text)
+        except ValueError:
+            raise ValueError(f'Budget({name}={given!r}): not a number; write 0.5, "50%" or an absolute count') from None
+    if isinstance(value, int) and not isinstance(value, bool):
+        if value < 1:
+            raise ValueError(f"Budget({name}={given}): an int is an absolute count and must be at least 1")
+        return value
+    if isinstance(value, float) and 0 < value <= 1:
+        return value
+    raise ValueError(
+        f"Budget({name}={given}): a float is the fraction KEPT and must be in (0, 1]; an int is an absolute count. "
+        f'Write {name}=0.5 or {name}="50%" to keep half, {name}=5_000_000 for five million.'
+    )
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What the compressed model may cost; every field that is given holds.
+
+    params, flops: a float in (0, 1] or "50%" is the fraction kept, an int is absolute (flops are 2 x
+    multiply-adds of the sketchable layers at the example inputs). size_mb: megabytes (10^6 bytes) of the
+    saved file, or "50%" of the dense model's. of: what a fraction of `params` counts, the "sketchable"
+    weights or the whole "model".
+    """
+
+    params: float | int | None = None
+    flops: float | int | None = None
+    size_mb: float | str | None = None
+    of: str = "sketchable"
+    latency_ms: InitVar[object] = None  # named, and refused: not honoured yet
+    peak_memory_mb: InitVar[object] = None
+    max_drop: InitVar[object] = None
+
+    def __post_init__(self, *later: object) -> None:
+        for name, value in zip(LATER_BUDGET_FIELDS, later, strict=True):
+            if value is not None:
+                raise ValueError(
+                    f"Budget({name}=): this version holds budgets on {', '.join(BUDGET_FIELDS)}; {name} is not "
+                    "supported yet. The report measures latency and memory of both models."
+                )
+        for name in ("params", "flops"):
+            if getattr(self, name) is not None:
+                object.__setattr__(self, name, _fraction_or_count(name, getattr(self, name)))
+        if self.size_mb is not None:
+            self._check_size()
+        if self.of not in ("sketchable", "model"):
+            raise ValueError(f"Budget(of={self.of!r}): expected 'sketchable' or 'model'")
+        if all(getattr(self, name) is None for name in BUDGET_FIELDS):
+            raise ValueError("Budget() holds nothing: give at least one of " + ", ".join(BUDGET_FIELDS))
+
+    def _check_size(self) -> None:
+        text = str(self.size_mb).strip()
+        try:
+            number = float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
+        except ValueError:
+            number = math.nan
+        top = 1.0 if text.endswith("%") else math.inf
+        if isinstance(self.size_mb, bool) or not 0 < number <= top or math.isinf(number):
+            raise ValueError(
+                f"Budget(size_mb={self.size_mb!r}): expected megabytes (10^6 bytes) of the saved file, as in "
+                'size_mb=20.0, or a percentage of the dense file, as in size_mb="50%"'
+            )
+        object.__setattr__(self, "size_mb", text if text.endswith("%") else number)
+
+    @classmethod
+    def parse(cls, value: object) -> Budget:
+        """The Budget that a user's `budget=` argument means.
+
+        Raises: ValueError when it is ambiguous or out of range, TypeError when it is of no known kind.
+        """
+        if isinstance(value, Budget):
+            return value
+        if isinstance(value, Mapping):
+            return cls.from_fields(value)
+        if isinstance(value, str) and value.strip().endswith("%"):
+            text = value.strip()[:-1]
+            try:
+                percent = float(text)
+            except ValueError:
+                percent = math.nan
+            if 0 < percent <= 100:
+                return cls(params=percent / 100)
+            raise ValueError(f'budget={value!r}: a percentage is what is KEPT, above 0 and up to 100, as in "50%"')
+        value = _number(value)
+        if isinstance(value, bool) or not isinstance(value, int | float | str):
+            raise TypeError(
+                f"budget={value!r} ({type(value).__name__}): expected the fraction of weights to keep (0.5), "
+                'a percentage ("50%"), panther.Budget(...) or a dict of its fields'
+            )
+        if isinstance(value, float) and 0 < value <= 1:
+            return cls(params=value)
+        raise ValueError(_two_readings(value))
+
+    @classmethod
+    def from_fields(cls, fields: Mapping[str, Any]) -> Budget:
+        for name in fields:
+            if name not in (*BUDGET_FIELDS, "of", *LATER_BUDGET_FIELDS):
+                close = get_close_matches(name, [*BUDGET_FIELDS, "of"], 1)
+                hint = f"; did you mean {close[0]!r}?" if close else ""
+                raise ValueError(f"Budget has no field {name!r} (it has {', '.join(BUDGET_FIELDS)}, of){hint}")
+        return cls(**dict(fields))
+
+    def __str__(self) -> str:
+        parts = [f"{n}={getattr(self, n)}" for n in BUDGET_FIELDS if getattr(self, n) is not None]
+        return ", ".join(parts) + (", of=model" if self.of == "model" else "")
+
+
+def _two_readings(value: object) -> str:
+    """The error text for a bare budget that is not a fraction: what it might mean, and how to write each."""
+    if isinstance(value, str):
+        return (
+            f'budget={value!r} is neither a fraction nor a percentage; write budget=0.5 or budget="50%" to keep '
+            "half of the weights, or panther.Budget(params=..., flops=..., size_mb=...)"
+        )
+    number = float(value)  # type: ignore[arg-type]  # an int or a float: checked by the caller
+    if not math.isfinite(number):
+        return f"budget={value!r} is not a finite number; a fraction KEPT is above 0 and up to 1.0, as in budget=0.5"
+    if number <= 0:
+        return f"budget={value!r}: nothing would remain; a fraction KEPT is above 0 and up to 1.0, as in budget=0.5"
+    if number <= 1:
+        percent = "budget=1.0 keeps everything, budget=0.01 keeps one percent"
+    elif number <= 100:
+        percent = f'budget="{value}%" keeps {value} percent'
+    else:
+        percent = 'budget="50%" keeps half'
+    return (
+        f"budget={value!r} can be read two ways: {percent}; panther.Budget(params={math.ceil(number)}) keeps "
+        f"{math.ceil(number)} numbers. A bare budget is a float above 0 and up to 1.0."
+    )
+
+
+@dataclass(frozen=True)
+class Target:
+    """A Budget worked out for one model: absolute limits on the sketchable layers, and the line that says so."""
+
+    params: int | None = None
+    flops: int | None = None
+    size_bytes: int | None = None
+    text: str = ""
+
+    def limits(self) -> dict[str, int]:
+        """The limits that were given, by the name of the Cost field they bound."""
+        pairs = {"params": self.params, "flops": self.flops, "size_bytes": self.size_bytes}
+        return {name: limit for name, limit in pairs.items() if limit is not None}
+
+    def is_met_by(self, cost: Cost) -> bool:
+        return all(getattr(cost, name) <= limit for name, limit in self.limits().items())
+
+
+def to_data(value: Any) -> Any:
+    """Dataclasses, tuples and mappings as plain JSON values."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {f.name: to_data(getattr(value, f.name)) for f in dataclasses.fields(value)}
+    if isinstance(value, Mapping):
+        return {str(k): to_data(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [to_data(v) for v in value]
+    return value
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One Choice a layer, for one architecture. JSON-able: save it, edit it, use it again."""
+
+    choices: tuple[Choice, ...]
+    fingerprint: str = ""
+    allocator: str = ""
+    budget: str = ""
+    seed: int = 0
+
+    def __getitem__(self, layer: str) -> Choice:
+        for choice in self.choices:
+            if choice.layer == layer:
+                return choice
+        raise KeyError(layer)
+
+    @property
+    def sketched(self) -> tuple[Choice, ...]:
+        return tuple(c for c in self.choices if not c.is_dense)
+
+    @property
+    def cost(self) -> Cost:
+        return sum((c.cost for c in self.choices), Cost())
+
+    def to_json(self) -> str:
+        return json.dumps({"panther_plan": PLAN_VERSION, **to_data(self)}, indent=1)
+
+    @classmethod
+    def from_json(cls, text: str) -> Plan:
+        """Read what `to_json` wrote.
+
+        Raises: PlanError when the text is not a plan, or is one of a newer version.
+        """
+        try:
+            data = json.loads(text)
+            if data.pop("panther_plan") != PLAN_VERSION:
+                raise PlanError(f"this plan is of another version (this panther reads version {PLAN_VERSION})")
+            return cls(**{**data, "choices": tuple(_choice_from(row) for row in data["choices"])})
+        except (KeyError, TypeError, AttributeError, ValueError, RecursionError) as error:
+            raise PlanError(f"not a panther plan: {error!r}; write one with plan.to_json()") from error
+
+    def check_fits(self, capture: Capture) -> None:
+        """Raise PlanError unless this plan was made for a model of this architecture."""
+        known = {spec.name: spec for spec in capture.layers}
+        for choice in self.sketched:
+            if choice.layer not in known:
+                close = ", ".join(get_close_matches(str(choice.layer), known, 3)) or "none"
+                raise PlanError(
+                    f"the plan sketches {choice.layer!r}, which this model does not have; nearest: {close}. "
+                    "A plan belongs to one architecture: make a new one with panther.compress(..., plan=None)."
+                )
+            if not known[choice.layer].can_be_sketched:
+                raise PlanError(
+                    f"the plan sketches {choice.layer!r}, which stays dense in this model: "
+                    + "; ".join(known[choice.layer].blockers)
+                )
+        if self.fingerprint and self.fingerprint != capture.fingerprint:
+            raise PlanError(
+                f"the plan was made for another architecture (fingerprint {self.fingerprint}, this model "
+                f"{capture.fingerprint}): the layer names match but their shapes do not. Make a new plan with "
+                "panther.compress(..., plan=None)."
+            )
+
+
+def _choice_from(row: Mapping[str, Any]) -> Choice:
+    return Choice(**{**row, "ranks": tuple(int(r) for r in row["ranks"]), "cost": Cost(**row["cost"])})
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """One row of the report: what happened to a layer, before and after."""
+
+    name: str
+    kind: str
+    shape: str
+    scheme: str  # "dense" when it was left
+    ranks: tuple[int, ...]
+    terms: int  # quanta of rank (0 for a dense layer)
+    kept: float  # fraction of the layer's weights that remain
+    error: float  # predicted share of the layer's output variance that is lost
+    before: Cost
+    after: Cost
+    reason: str = ""  # why it stayed dense
+
+
+@dataclass(frozen=True)
+class Figures:
+    """Totals of one model. latency and memory are measured, the rest is counted; None means not measured."""
+
+    params: int  # parameters and buffers, tied ones once
+    size_bytes: int  # of the file that `save` writes
+    flops: int  # of the layers that capture lists, at the example inputs
+    latency_ms: float | None = None
+    peak_memory_bytes: int | None = None
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a compression did, in numbers measured beside the dense model in the same run."""
+
+    target: str
+    budget_met: bool
+    capture_way: str
+    layers: tuple[LayerReport, ...]
+    dense: Figures
+    compressed: Figures
+    agreement: Mapping[str, float] = field(default_factory=dict)  # "cosine", "relative_error", "top1"
+    agreement_batches: int = 0
+    agreement_held_out: bool = True
+    metric: tuple[float, float] | None = None  # eval_fn of the dense and of the compressed model
+    seconds: Mapping[str, float] = field(default_factory=dict)  # per stage
+    environment: Mapping[str, str] = field(default_factory=dict)  # torch, threads, device, kernels, seed
+    notes: tuple[str, ...] = ()  # warnings: no calibration data, few rows, not faster, ...
+
+    def to_json(self) -> str:
+        return json.dumps(to_data(self), indent=1)
+
+    def __str__(self) -> str:
+        from panther.report.text import render  # the table needs rich; the data does not
+
+        return render(self)

@@ -1,0 +1,550 @@
+"""The dense model against the compressed one: what is counted, what is measured, and how well they agree.
+
+Counted: numbers, bytes of the saved file, operations. Measured, both models in turn in the same process: latency,
+peak memory, and the agreement of the outputs on batches that nothing was fitted to.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import json
+import math
+import os
+import platform
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.profiler import ProfilerActivity, profile
+
+from panther.batches import Call, device_of, float_outputs, inference, masked_rows, run
+from panther.build_info import build_info
+from panther.chains import chain_cost, dense_cost
+from panther.errors import CalibrationError
+from panther.nn import SketchedLayer
+from panther.spec import Capture, Choice, Cost, Figures, LayerReport, LayerSpec, Plan, Report, Target
+
+T = TypeVar("T")
+
+LATENCY_SECONDS = 1.5  # measured time for both models together: medians of fast models then repeat within 2-3 %
+MOST_ROUNDS, FEWEST_ROUNDS = 500, 3
+POOR_COSINE = 0.5  # below this the compressed model is not the same function in any useful sense
+ROWS_AT_ONCE = 4096  # output rows compared in float64 at a time: 50,000 logits a row stay below 2 GB
+CLASSIFIER_NAMES = frozenset({"classifier", "fc", "head", "heads", "lm_head", "logits", "score"})
+
+
+# Agreement ------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class _Tally:
+    """Sums over output rows, in float64."""
+
+    cosine: float = 0.0
+    cosine_rows: int = 0
+    squared_error: float = 0.0
+    squared_norm: float = 0.0
+    equal_choices: int = 0
+    choices: int = 0
+    rows: int = 0
+    bad_rows: int = 0
+
+    def add(self, dense: Tensor, compressed: Tensor) -> None:
+        """Count rows (rows, features) of the two models; rows with NaN or Inf are only counted as such."""
+        for y, z in zip(torch.split(dense, ROWS_AT_ONCE), torch.split(compressed, ROWS_AT_ONCE), strict=True):
+            self._add_part(y.double(), z.double())
+
+    def _add_part(self, y: Tensor, z: Tensor) -> None:
+        masked = ~y.isfinite() & (y == z)  # both say -inf: a choice that the model rules out
+        y, z = y.masked_fill(masked, 0.0), z.masked_fill(masked, 0.0)
+        usable = y.isfinite().all(-1) & z.isfinite().all(-1)
+        self.rows += len(y)
+        self.bad_rows += int((~usable).sum())
+        y, z = y[usable], z[usable]
+        self.squared_error += float((y - z).square().sum())
+        self.squared_norm += float(y.square().sum())
+        if y.shape[-1] > 1:  # the cosine of single numbers says no more than their sign
+            both_zero = (y == 0).all(-1) & (z == 0).all(-1)
+            self.cosine += float(torch.where(both_zero, 1.0, nn.functional.cosine_similarity(y, z, dim=-1)).sum())
+            self.cosine_rows += len(y)
+
+    def add_choices(self, dense: Tensor, compressed: Tensor) -> None:
+        usable = ~(dense.isnan().any(-1) | compressed.isnan().any(-1))
+        self.equal_choices += int((dense[usable].argmax(-1) == compressed[usable].argmax(-1)).sum())
+        self.choices += int(usable.sum())
+
+    def figures(self) -> dict[str, float]:
+        found: dict[str, float] = {}
+        if self.cosine_rows:
+            found["cosine"] = self.cosine / self.cosine_rows
+        if self.rows > self.bad_rows and (self.squared_norm or not self.squared_error):
+            found["relative_error"] = math.sqrt(self.squared_error / (self.squared_norm or 1.0))
+        if self.choices:
+            found["top1"] = self.equal_choices / self.choices
+        if self.bad_rows:
+            found["non_finite"] = self.bad_rows / self.rows
+        return found
+
+
+def agreement(dense: nn.Module, compressed: nn.Module, calls: Sequence[Call]) -> dict[str, float]:
+    """How alike the outputs of two models are on the same inputs.
+
+    "cosine": mean over output rows (tokens of a (batch, length, features) output, else samples; padded tokens left
+    out). "relative_error": ||y - y'|| / ||y|| over everything. "top1": share of rows with the same largest entry, only
+    where the model is a classifier: its output has a `logits` field, or it is a single (batch, classes) tensor that
+    comes out of a layer named like one (classifier, fc, head, ...), as it is or as (log-)probabilities.
+    "non_finite": share of rows that hold NaN or Inf in either model; the other figures leave them out.
+    A figure that does not apply is absent.
+
+    Raises: CalibrationError when a call cannot be run.
+    """
+    tally = _Tally()
+    classifies = False
+    with inference(dense), inference(compressed):
+        for index, call in enumerate(calls):
+            try:
+                with _last_dense_call(dense) as last:
+                    first = run(dense, call)
+                second = run(compressed, call)
+            except Exception as error:
+                raise CalibrationError(f"held-out batch {index} could not be run: {_one_line(error)}") from error
+            classifies = _is_classifier(first, last) if index == 0 else classifies
+            _compare(tally, first, second, call.masks(), classifies)
+    return tally.figures()
+
+
+def _compare(tally: _Tally, dense: Any, compressed: Any, masks: Mapping[tuple[int, ...], Tensor], top1: bool) -> None:
+    for y, z in zip(float_outputs(dense), float_outputs(compressed), strict=True):
+        tally.add(_rows(y, masks), _rows(z, masks))
+    if top1:
+        tally.add_choices(_rows(_class_scores(dense), masks), _rows(_class_scores(compressed), masks))
+
+
+def _rows(output: Tensor, masks: Mapping[tuple[int, ...], Tensor]) -> Tensor:
+    """An output as (rows, features) on the CPU: a row is a token, or a sample where the output is a map of pixels."""
+    output = output.cpu()
+    if output.dim() == 0:
+        return output.reshape(1, 1)
+    if output.dim() > 3:
+        return output.flatten(1)
+    return masked_rows(output, {shape: mask.cpu() for shape, mask in masks.items()})
+
+
+def _class_scores(output: Any) -> Tensor:
+    named = _named_logits(output)
+    return float_outputs(output)[0] if named is None else named
+
+
+def _named_logits(output: Any) -> Tensor | None:
+    logits = output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", None)
+    return logits if isinstance(logits, Tensor) and logits.dim() in (2, 3) and logits.shape[-1] >= 2 else None
+
+
+def _is_classifier(output: Any, last: Sequence[tuple[str, Tensor]]) -> bool:
+    """Whether the largest entry of an output row is an answer; an embedding must not be taken for one."""
+    if _named_logits(output) is not None:
+        return True
+    tensors = float_outputs(output)
+    if len(tensors) != 1 or tensors[0].dim() != 2 or tensors[0].shape[-1] < 2 or not last:
+        return False
+    name, made = last[-1]
+    if CLASSIFIER_NAMES.isdisjoint(name.split(".")) or made.shape != tensors[0].shape:
+        return False
+    low, high = float(tensors[0].min()), float(tensors[0].max())
+    return made is tensors[0] or (low >= 0 and high <= 1) or high <= 0
+
+
+@contextlib.contextmanager
+def _last_dense_call(model: nn.Module) -> Iterator[list[tuple[str, Tensor]]]:
+    """The name and output of the dense layer that ran last, as the only entry of the list."""
+    last: list[tuple[str, Tensor]] = []
+
+    def watch(name: str) -> Callable[[nn.Module, Any, Any], None]:
+        def hook(_module: nn.Module, _inputs: Any, output: Any) -> None:
+            if isinstance(output, Tensor):
+                last[:] = [(name, output)]
+
+        return hook
+
+    kinds = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+    hooks = [m.register_forward_hook(watch(name)) for name, m in model.named_modules() if isinstance(m, kinds)]
+    try:
+        yield last
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+# Speed and memory -----------------------------------------------------------------------------------------------------
+
+
+def measure_latency(
+    dense: nn.Module, compressed: nn.Module, call: Call, *, seconds: float = LATENCY_SECONDS
+) -> tuple[float, float]:
+    """Median milliseconds of one call of each model, at torch's current number of threads.
+
+    The two run strictly in turn, so that a machine that slows down slows both; `seconds` is the time for all runs
+    after the warm-up (at least three rounds are timed).
+    """
+    runs = []
+    with inference(dense), inference(compressed):
+        for model in (dense, compressed):
+            device = device_of(model)
+            runs.append(functools.partial(_finished, model, call.to(device), device))
+        first, second = medians_in_turn(runs, seconds=seconds)
+    return first * 1e3, second * 1e3
+
+
+def medians_in_turn(runs: Sequence[Callable[[], object]], *, seconds: float = LATENCY_SECONDS) -> list[float]:
+    """Median seconds of each run: two rounds of warm-up, then rounds of one call each until `seconds` have passed."""
+    for run_once in [*runs, *runs]:
+        run_once()
+    taken: list[list[float]] = [[] for _ in runs]
+    end = time.perf_counter() + seconds
+    while len(taken[0]) < FEWEST_ROUNDS or (time.perf_counter() < end and len(taken[0]) < MOST_ROUNDS):
+        for run_once, times in zip(runs, taken, strict=True):
+            start = time.perf_counter()
+            run_once()
+            times.append(time.perf_counter() - start)
+    return [statistics.median(times) for times in taken]
+
+
+def _finished(model: nn.Module, call: Call, device: torch.device) -> None:
+    """One call, waited for."""
+    model(*call.args, **call.kwargs)
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def peak_memory(model: nn.Module, call: Call) -> int:
+    """The most bytes of tensors alive at once while the model runs one call: weights, inputs and everything between.
+
+    On the CPU this follows each allocation and release that torch's profiler records, so buffers inside an operation
+    count and other models in the process do not. On CUDA it is the allocator's own peak, less what was there before.
+    """
+    device = device_of(model)
+    inputs = call.to(device)
+    held = [*model.parameters(), *model.buffers(), *inputs.tensors()]
+    standing = sum({tensor.data_ptr(): _size(tensor) for tensor in held}.values())
+    with inference(model):
+        model(*inputs.args, **inputs.kwargs)  # what the first call allocates and keeps is not part of a call
+        if device.type == "cuda":
+            return standing + _cuda_peak(model, inputs, device)
+        return standing + _cpu_peak(model, inputs)
+
+
+def _cuda_peak(model: nn.Module, call: Call, device: torch.device) -> int:
+    torch.cuda.synchronize(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
+    model(*call.args, **call.kwargs)
+    torch.cuda.synchronize(device)
+    return torch.cuda.max_memory_allocated(device) - before
+
+
+def _cpu_peak(model: nn.Module, call: Call) -> int:
+    with _quiet_profiler(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+        model(*call.args, **call.kwargs)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "trace.json"
+        recorded.export_chrome_trace(str(path))
+        events = json.loads(path.read_text(encoding="utf-8"))["traceEvents"]
+    changes = sorted((e["ts"], e["args"]["Bytes"]) for e in events if e.get("name") == "[memory]")
+    alive = peak = 0
+    for _, change in changes:
+        alive += change
+        peak = max(peak, alive)
+    return peak
+
+
+@contextlib.contextmanager
+def _quiet_profiler() -> Iterator[None]:
+    """Keep the profiler from printing its start and stop on stderr; a level that the user set stays."""
+    name = "KINETO_LOG_LEVEL"
+    if name in os.environ:
+        yield
+        return
+    os.environ[name] = "99"  # above every level; 5 still prints
+    try:
+        yield
+    finally:
+        del os.environ[name]
+
+
+# Counting -------------------------------------------------------------------------------------------------------------
+
+
+def _size(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
+
+
+def _stored(model: nn.Module) -> dict[str, Tensor]:
+    """What is saved of a model: parameters and persistent buffers, one that has several names once."""
+    found: dict[int, tuple[str, Tensor]] = {}
+    for name, value in model.state_dict(keep_vars=True).items():
+        if isinstance(value, Tensor):
+            found.setdefault(id(value), (name, value))
+    return dict(found.values())
+
+
+def model_params(model: nn.Module) -> int:
+    """Numbers in all parameters and persistent buffers, tied ones once."""
+    return sum(t.numel() for t in _stored(model).values())
+
+
+# In the order in which safetensors lays tensors out.
+_SAFETENSORS_DTYPES = {
+    torch.uint64: "U64",
+    torch.int64: "I64",
+    torch.float64: "F64",
+    torch.complex64: "C64",
+    torch.float32: "F32",
+    torch.uint32: "U32",
+    torch.int32: "I32",
+    torch.bfloat16: "BF16",
+    torch.float16: "F16",
+    torch.uint16: "U16",
+    torch.int16: "I16",
+    torch.float8_e4m3fn: "F8_E4M3",
+    torch.float8_e5m2: "F8_E5M2",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+
+
+def file_bytes(model: nn.Module) -> int:
+    """Bytes of the safetensors file that holds this model: the header, and each stored tensor once."""
+    kept = _stored(model)
+    return _header_bytes(kept) + sum(map(_size, kept.values()))
+
+
+def _header_bytes(tensors: Mapping[str, Tensor]) -> int:
+    """Length field, JSON and padding to 8 bytes; offsets are written in decimal, so the order of layout counts."""
+    order = {dtype: place for place, dtype in enumerate(_SAFETENSORS_DTYPES)}
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for name, tensor in sorted(tensors.items(), key=lambda item: (order.get(item[1].dtype, len(order)), item[0])):
+        end = offset + _size(tensor)
+        dtype = _SAFETENSORS_DTYPES.get(tensor.dtype, str(tensor.dtype))
+        header[name] = {"dtype": dtype, "shape": list(tensor.shape), "data_offsets": [offset, end]}
+        offset = end
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    return 8 + -(-len(text) // 8) * 8
+
+
+def figures(
+    model: nn.Module, flops: int, *, latency_ms: float | None = None, peak_memory_bytes: int | None = None
+) -> Figures:
+    """Totals of one model: counted here, apart from what was measured."""
+    return Figures(model_params(model), file_bytes(model), flops, latency_ms, peak_memory_bytes)
+
+
+def layer_report(spec: LayerSpec, choice: Choice | None, compressed: nn.Module) -> LayerReport:
+    """The row of one layer; sizes and ranks are those of the layer in the compressed model, not those of the plan."""
+    before = dense_cost(spec, getattr(torch, spec.dtype).itemsize)
+    layer = compressed.get_submodule(spec.name) if spec.can_be_sketched else None
+    if not isinstance(layer, SketchedLayer):
+        reason = "; ".join(spec.blockers) or (choice.reason if choice else "") or "the plan leaves it dense"
+        return LayerReport(spec.name, spec.kind, spec.shape, "dense", (), 0, 1.0, 0.0, before, before, reason)
+    after = _stored_cost(spec, layer)
+    return LayerReport(
+        name=spec.name,
+        kind=spec.kind,
+        shape=spec.shape,
+        scheme=layer.scheme,
+        ranks=layer.ranks,
+        terms=layer.num_terms,
+        kept=after.params / spec.params,
+        error=choice.error if choice else 0.0,
+        before=before,
+        after=after,
+    )
+
+
+def _stored_cost(spec: LayerSpec, layer: SketchedLayer) -> Cost:
+    """Numbers and bytes in the layer without its bias, and the operations of its chain."""
+    weights = {name: tensor for name, tensor in _stored(layer).items() if name != "bias"}
+    flops = chain_cost(layer.scheme, spec, layer.ranks, 1).flops
+    return Cost(sum(t.numel() for t in weights.values()), flops, sum(map(_size, weights.values())))
+
+
+# The report -----------------------------------------------------------------------------------------------------------
+
+
+def verify(
+    dense: nn.Module,
+    compressed: nn.Module,
+    *,
+    capture: Capture,
+    plan: Plan,
+    target: Target,
+    example: Call,
+    held_out: Sequence[Call] = (),
+    is_held_out: bool = True,
+    eval_fn: Callable[[nn.Module], float] | None = None,
+    seconds: Mapping[str, float] | None = None,
+    notes: Sequence[str] = (),
+    seed: int = 0,
+    measure: bool = True,
+) -> Report:
+    """The whole report of one compression: every layer, both models' totals, and how well their outputs agree.
+
+    `held_out` are the calls that agreement is measured on (the example inputs when there are none); `is_held_out` says
+    that nothing was fitted to them. `measure=False` only counts: no latency, memory, agreement or metric. A measurement
+    that fails becomes a note, because by now there is a compressed model to lose.
+    """
+    start = time.perf_counter()
+    choices = {choice.layer: choice for choice in plan.choices}
+    rows = tuple(layer_report(spec, choices.get(spec.name), compressed) for spec in capture.layers)
+    before, after = sum((r.before for r in rows), Cost()), sum((r.after for r in rows), Cost())
+    sketchable = {spec.name for spec in capture.sketchable}
+    stored = sum((row.after for row in rows if row.name in sketchable), Cost())
+    said = [*notes, *capture.notes]
+    calls = tuple(held_out) or (example,)
+    measured = _measurements(dense, compressed, example, calls, eval_fn, said) if measure else _Measured()
+    totals = [
+        figures(model, cost.flops, latency_ms=latency, peak_memory_bytes=memory)
+        for model, cost, latency, memory in zip(
+            (dense, compressed), (before, after), measured.latency_ms, measured.peak_memory_bytes, strict=True
+        )
+    ]
+    said += _verdicts(totals[0], totals[1], measured.agreement)
+    said += _limits_broken(target, stored)
+    if measured.agreement and not (held_out and is_held_out):
+        on_example = all(call is example for call in calls)
+        what = "the example inputs only" if on_example else "inputs that were not kept aside from the fit"
+        said.append(f"agreement is measured on {what}: give more calibration batches for a measurement on unseen ones")
+    return Report(
+        target=target.text,
+        budget_met=target.is_met_by(stored),
+        capture_way=capture.way,
+        layers=rows,
+        dense=totals[0],
+        compressed=totals[1],
+        agreement=measured.agreement,
+        agreement_batches=len(calls) if measured.agreement else 0,
+        agreement_held_out=bool(held_out) and is_held_out,
+        metric=measured.metric,
+        seconds={**(seconds or {}), "verify": time.perf_counter() - start},
+        environment=environment(compressed, seed),
+        notes=tuple(dict.fromkeys(said)),
+    )
+
+
+@dataclass(frozen=True)
+class _Measured:
+    """What was measured of (dense, compressed); the defaults say that nothing was."""
+
+    latency_ms: tuple[float | None, float | None] = (None, None)
+    peak_memory_bytes: tuple[int | None, int | None] = (None, None)
+    agreement: Mapping[str, float] = field(default_factory=dict)
+    metric: tuple[float, float] | None = None
+
+
+def _measurements(
+    dense: nn.Module,
+    compressed: nn.Module,
+    example: Call,
+    calls: Sequence[Call],
+    eval_fn: Callable[[nn.Module], float] | None,
+    notes: list[str],
+) -> _Measured:
+    """All measurements; what fails is left out and noted."""
+    none = _Measured()
+    return _Measured(
+        latency_ms=_or_note("latency", lambda: measure_latency(dense, compressed, example), none.latency_ms, notes),
+        peak_memory_bytes=_or_note(
+            "peak memory",
+            lambda: (peak_memory(dense, example), peak_memory(compressed, example)),
+            none.peak_memory_bytes,
+            notes,
+        ),
+        agreement=_or_note("agreement", lambda: agreement(dense, compressed, calls), none.agreement, notes),
+        metric=_or_note("eval_fn", lambda: _metric(dense, compressed, eval_fn), none.metric, notes),
+    )
+
+
+def _or_note(what: str, measure: Callable[[], T], otherwise: T, notes: list[str]) -> T:
+    try:
+        return measure()
+    except Exception as error:  # the user's eval_fn and batches raise whatever they like; the model is not lost for it
+        notes.append(f"{what} could not be measured: {_one_line(error)}")
+        return otherwise
+
+
+def _metric(
+    dense: nn.Module, compressed: nn.Module, eval_fn: Callable[[nn.Module], float] | None
+) -> tuple[float, float] | None:
+    if eval_fn is None:
+        return None
+    with inference(dense), inference(compressed):
+        return float(eval_fn(dense)), float(eval_fn(compressed))
+
+
+def _one_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines() or ["no message"]
+    return f"{type(error).__name__}: {lines[0][:200]}"
+
+
+def _verdicts(dense: Figures, compressed: Figures, agreed: Mapping[str, float]) -> Iterator[str]:
+    """What a reader must not overlook in the totals."""
+    if dense.latency_ms and compressed.latency_ms and round(dense.latency_ms / compressed.latency_ms, 2) <= 1:
+        yield f"not faster than the dense model at these inputs ({dense.latency_ms / compressed.latency_ms:.2f}x)"
+    if compressed.size_bytes > dense.size_bytes:
+        yield f"larger than the dense model ({compressed.size_bytes:,} against {dense.size_bytes:,} bytes)"
+    if (
+        dense.peak_memory_bytes
+        and compressed.peak_memory_bytes
+        and compressed.peak_memory_bytes > dense.peak_memory_bytes
+    ):
+        yield (
+            "needs more memory while it runs than the dense model "
+            f"({compressed.peak_memory_bytes:,} against {dense.peak_memory_bytes:,} bytes)"
+        )
+    if agreed.get("non_finite"):
+        yield (
+            f"{agreed['non_finite']:.1%} of the output rows hold NaN or Inf in one of the models and are left out of "
+            "the agreement: look at the inputs, and at the dense model's own outputs, first"
+        )
+    if agreed.get("cosine", 1.0) < POOR_COSINE:
+        yield (
+            f"the outputs hardly agree (cosine {agreed['cosine']:.2f}): keep more, give calibration data from the real "
+            "task, or exclude the layers with the largest error"
+        )
+
+
+def _limits_broken(target: Target, stored: Cost) -> Iterator[str]:
+    for name, limit in target.limits().items():
+        got = getattr(stored, name)
+        if got > limit:
+            yield f"budget not met: the sketchable layers hold {got:,} {name}, at most {limit:,} were asked for"
+
+
+def environment(model: nn.Module, seed: int) -> dict[str, str]:
+    """Where the numbers were measured."""
+    device = device_of(model)
+    return {
+        "torch": str(torch.__version__),
+        "python": platform.python_version(),
+        "threads": str(torch.get_num_threads()),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
+        "cpu": _cpu_name(),
+        "compiled kernels": ", ".join(build_info().kernels) or "none",
+        "seed": str(seed),
+    }
+
+
+def _cpu_name() -> str:
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()

@@ -1,0 +1,176 @@
+"""What every op of panther.ops holds: a new line in OPS is tested by this file as it stands."""
+
+import pytest
+import torch
+
+from panther.build_info import build_info
+from panther.ops import OPS, REFERENCES
+
+# Roundings add up along a sum: 16 of them cover samples with up to 20 terms, whose errors mostly cancel. The inner
+# result of the 16-bit types is rounded as well, which the same 16 cover.
+ROUNDINGS = 16
+
+ops = pytest.mark.parametrize("op", OPS.values(), ids=OPS)
+dtypes = pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
+
+
+def each(inputs, change):
+    return tuple(value if value is None else change(value) for value in inputs)
+
+
+def assert_near(got, op, inputs):
+    """`got` is what the reference gives in float64, within the roundings of its dtype."""
+    exact = op.reference(*each(inputs, lambda value: value.detach().double()))
+    scale = op.reference(
+        *each(inputs, lambda value: value.detach().double().abs())
+    )  # what the roundings are relative to
+    assert got.shape == exact.shape
+    assert bool(((got.double() - exact).abs() <= ROUNDINGS * torch.finfo(got.dtype).eps * scale).all())
+
+
+def wanting_gradients(inputs):
+    return each(inputs, lambda value: value.detach().clone().requires_grad_())
+
+
+@ops
+@dtypes
+def test_op_equals_its_reference_in_float64(op, dtype):
+    for inputs in op.samples(dtype):
+        got = op(*inputs)
+        assert got.dtype == dtype
+        assert_near(got, op, inputs)
+
+
+@ops
+def test_op_gives_the_same_bits_with_and_without_recording_gradients(op):
+    for inputs in op.samples(torch.float32):
+        recorded = op(*wanting_gradients(inputs))
+        with torch.no_grad():
+            assert torch.equal(op(*inputs), recorded)
+        with torch.inference_mode():
+            assert torch.equal(op(*inputs), recorded)
+
+
+@ops
+def test_op_passes_opcheck(op):
+    for inputs in op.samples(torch.float32):
+        torch.library.opcheck(op.overload, wanting_gradients(inputs))
+
+
+@ops
+def test_gradients_of_op_are_those_of_finite_differences(op):
+    for inputs in op.samples(torch.float64):
+        wanting = wanting_gradients(inputs)
+        assert torch.autograd.gradcheck(op, wanting)
+        assert torch.autograd.gradgradcheck(op, wanting)
+
+
+@ops
+def test_each_input_alone_gets_the_gradient_it_gets_among_all(op):
+    for inputs in op.samples(torch.float64):
+        together = wanting_gradients(inputs)
+        op(*together).square().sum().backward()
+        for position, value in enumerate(inputs):
+            if value is None:
+                continue
+            alone = tuple(
+                one.requires_grad_(i == position) for i, one in enumerate(wanting_gradients(inputs)) if one is not None
+            )
+            alone = (*alone, *inputs[len(alone) :])
+            op(*alone).square().sum().backward()
+            assert torch.equal(alone[position].grad, together[position].grad)
+
+
+@ops
+def test_op_tells_shapes_of_tensors_without_data(op):
+    for inputs in op.samples(torch.float32):
+        assert op(*each(inputs, lambda value: value.to("meta"))).shape == op(*inputs).shape
+
+
+@ops
+def test_compiled_function_keeps_op_in_one_graph_and_gives_the_same(op):
+    inputs = op.samples(torch.float32)[0]
+    graphs = []
+
+    def keep(graph, _):
+        graphs.append(graph)
+        return graph
+
+    compiled = torch.compile(lambda *values: op(*values) * 2, fullgraph=True, backend=keep)
+    assert torch.equal(compiled(*inputs), op(*inputs) * 2)
+    assert [node.target for node in graphs[0].graph.nodes].count(op.overload) == 1
+
+
+@ops
+def test_compiled_gradients_equal_eager_ones(op):
+    eager, compiled = (wanting_gradients(op.samples(torch.float64)[0]) for _ in range(2))
+    op(*eager).square().sum().backward()
+    torch.compile(lambda *values: op(*values).square().sum(), fullgraph=True, backend="aot_eager")(*compiled).backward()
+    for one, other in zip(eager, compiled, strict=True):
+        if one is not None:
+            torch.testing.assert_close(one.grad, other.grad)
+
+
+@ops
+def test_exported_op_decomposes_to_standard_ops_with_equal_results(op):
+    class Net(torch.nn.Module):
+        def forward(self, *values):
+            return op(*values)
+
+    inputs = op.samples(torch.float32)[0]
+    program = torch.export.export(Net(), inputs)
+    assert op.overload in [node.target for node in program.graph.nodes]
+    standard = program.run_decompositions(REFERENCES)
+    called = [node.target for node in standard.graph.nodes if node.op == "call_function"]
+    assert {target.namespace for target in called} == {"aten"}
+    assert_near(standard.module()(*inputs), op, inputs)
+
+
+@ops
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_op_under_autocast_runs_in_its_dtype_as_linear_does(op, dtype):
+    for inputs in op.samples(torch.float32):
+        with torch.autocast("cpu", dtype=dtype):
+            got = op(*inputs)
+        assert torch.equal(got, op(*each(inputs, lambda value: value.to(dtype))))
+
+
+@ops
+def test_autocast_leaves_float64_alone(op):
+    inputs = op.samples(torch.float64)[0]
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert op(*inputs).dtype == torch.float64
+
+
+@ops
+def test_gradients_flow_through_autocast_in_the_dtype_of_the_inputs(op):
+    inputs = wanting_gradients(op.samples(torch.float32)[0])
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        op(*inputs).sum().backward()
+    assert all(value.grad.dtype == torch.float32 for value in inputs if value is not None)
+
+
+@ops
+def test_vmap_over_the_first_input_equals_a_loop(op):
+    first, *others = op.samples(torch.float64)[0]
+    stacked = torch.stack([first, first * 2, first - 1])
+    mapped = torch.vmap(lambda value: op(value, *others))(stacked)
+    torch.testing.assert_close(mapped, torch.stack([op(value, *others) for value in stacked]))
+
+
+@ops
+def test_gradients_per_sample_equal_a_loop(op):
+    first, *others = op.samples(torch.float64)[0]
+    stacked = torch.stack([first, first * 2])
+    gradient = torch.func.grad(lambda value: op(value, *others).square().sum())
+    torch.testing.assert_close(torch.vmap(gradient)(stacked), torch.stack([gradient(value) for value in stacked]))
+
+
+@ops
+def test_dispatcher_has_the_kernel_that_build_info_names(op):
+    info = build_info()
+    if not info.compiled:
+        assert info.kernels == ()
+        pytest.skip(f"no compiled kernels here: {info.reason}")
+    assert op.name in info.kernels
+    assert op.has_kernel("cpu")

@@ -1,0 +1,432 @@
+"""What counts as a batch, what is kept aside, and which rows a mask leaves out."""
+
+from collections import OrderedDict, UserDict
+from dataclasses import make_dataclass
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.utils.rnn import pack_padded_sequence
+from torch.utils.data import BatchSampler, DataLoader, IterableDataset, RandomSampler, TensorDataset
+
+from panther.batches import (
+    CHUNK,
+    Call,
+    as_call,
+    batch_call,
+    calibration,
+    device_of,
+    float_outputs,
+    inference,
+    masked_rows,
+    run,
+    unchanged,
+)
+from panther.errors import CalibrationError
+
+
+class Tokens(nn.Module):
+    """Takes what a Hugging Face model takes."""
+
+    def forward(self, input_ids, attention_mask=None, labels=None):
+        return input_ids
+
+
+class Anything(nn.Module):
+    def forward(self, **inputs):
+        return inputs
+
+
+class Pair(NamedTuple):
+    first: Any
+    second: Any
+
+
+X, Y, TARGET = torch.randn(4, 3), torch.randn(4, 5), torch.tensor([0, 1, 2, 3])
+ONE, TWO = Call((torch.zeros(1, 3),)), Call((torch.zeros(1, 3), torch.zeros(1, 5)))
+IDS = torch.arange(8).reshape(2, 4)
+BY_NAME = Call((), {"input_ids": IDS})
+
+
+# --- one batch -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("batch", "example", "args"),
+    [
+        (X, ONE, (X,)),
+        ((X,), ONE, (X,)),
+        ([X], ONE, (X,)),
+        ((X, TARGET), ONE, (X,)),
+        ([X, TARGET], ONE, (X,)),
+        ((X, TARGET, Y), ONE, (X,)),
+        ((X, Y), TWO, (X, Y)),
+        ([X, Y, TARGET], TWO, (X, Y)),
+        (((X, Y), TARGET), TWO, (X, Y)),
+        ([[X, Y], TARGET], TWO, (X, Y)),
+        (((X, Y),), TWO, (X, Y)),
+        (((X,), TARGET), ONE, (X,)),
+        ((X, TARGET), BY_NAME, (X,)),
+        (([X, Y], TARGET), Call(([X, Y],)), ([X, Y],)),
+        (([X, Y],), Call(((X, Y),)), ([X, Y],)),
+        ({"image": X}, Call(({"image": X},)), ({"image": X},)),
+        (({"image": X}, TARGET), Call(({"image": X},)), ({"image": X},)),
+        (Call((Y,)), ONE, (Y,)),
+    ],
+)
+def test_a_batch_becomes_the_positional_arguments_without_its_target(batch, example, args):
+    call = batch_call(batch, example, nn.Identity())
+    assert call.kwargs == {}
+    assert len(call.args) == len(args)
+    assert all(got is wanted or got == wanted for got, wanted in zip(call.args, args, strict=True))
+
+
+@pytest.mark.parametrize("kind", [dict, OrderedDict, UserDict])
+def test_a_mapping_becomes_keyword_arguments_without_labels_and_strangers(kind):
+    batch = kind({"input_ids": IDS, "attention_mask": IDS > 0, "labels": TARGET, "index": 7})
+    for given in (batch, (batch, TARGET), [batch]):
+        call = batch_call(given, BY_NAME, Tokens())
+        assert call.args == ()
+        assert set(call.kwargs) == {"input_ids", "attention_mask"}
+
+
+def test_labels_stay_where_the_example_has_them():
+    example = Call((), {"input_ids": IDS, "labels": TARGET})
+    assert set(batch_call({"input_ids": IDS, "labels": TARGET}, example, Tokens()).kwargs) == {"input_ids", "labels"}
+
+
+def test_a_forward_that_takes_any_keyword_gets_all_but_targets():
+    call = batch_call({"pixels": X, "target": TARGET, "labels": TARGET}, Call((), {"pixels": X}), Anything())
+    assert set(call.kwargs) == {"pixels"}
+
+
+@pytest.mark.parametrize(
+    ("batch", "example", "message"),
+    [
+        ({"pixels": X}, BY_NAME, r"has the keys \['pixels'\], and Tokens.forward takes none of them"),
+        ({}, BY_NAME, r"has the keys \[\]"),
+        ((X,), TWO, r"has 1 parts, the example inputs 2: yield the same arguments"),
+        ("text", ONE, "is str: expected a tensor, a tuple"),
+        (3.5, ONE, "is float"),
+        ((), ONE, "is tuple"),
+        ([], ONE, "is list"),
+        (X.numpy(), ONE, "is ndarray"),
+    ],
+)
+def test_a_batch_of_no_known_kind_is_refused_with_what_is_expected(batch, example, message):
+    with pytest.raises(CalibrationError, match=message):
+        batch_call(batch, example, Tokens())
+
+
+@pytest.mark.parametrize(
+    ("example", "args", "names"),
+    [(X, 1, set()), ((X, Y), 2, set()), ([X, Y], 2, set()), ({"x": X}, 0, {"x"}), (UserDict({"x": X}), 0, {"x"})],
+)
+def test_example_inputs_are_read_as_torch_export_reads_them(example, args, names):
+    call = as_call(example)
+    assert (len(call.args), set(call.kwargs)) == (args, names)
+    assert as_call(call) is call
+
+
+def test_other_example_inputs_are_refused():
+    with pytest.raises(TypeError, match="example_inputs is str: expected a tensor, a tuple of arguments or a dict"):
+        as_call("cat.png")
+
+
+# --- the calls -------------------------------------------------------------------------------------------------------
+
+
+def test_rows_cut_what_has_the_batch_dimension_and_nothing_else():
+    call = Call((X, 2.5), {"other": Y, "table": torch.zeros(9, 3), "scalar": torch.tensor(1.0)})
+    part = call.rows(1, 3)
+    assert call.batch_size == 4 and part.batch_size == 2
+    assert torch.equal(part.args[0], X[1:3]) and part.args[1] == 2.5
+    assert torch.equal(part.kwargs["other"], Y[1:3])
+    assert part.kwargs["table"].shape == (9, 3) and part.kwargs["scalar"].dim() == 0
+    assert len(part.tensors()) == 4
+
+
+def test_a_call_without_tensors_is_one_sample():
+    assert Call((3,)).batch_size == 1
+
+
+def test_moving_keeps_the_structure_of_the_arguments():
+    packed = pack_padded_sequence(torch.randn(4, 2, 3), torch.tensor([4, 2]))
+    nested = {"list": [X, (Y, "text")], "named": Pair(X, None), "packed": packed}
+    moved = Call((nested,)).to("cpu").args[0]
+    assert moved["list"][0] is X and moved["list"][1] == (Y, "text")
+    assert isinstance(moved["named"], Pair) and moved["named"].first is X
+    assert type(moved["packed"]) is type(packed) and torch.equal(moved["packed"].data, packed.data)
+    away = Call((nested,)).to("meta").args[0]
+    assert away["list"][0].is_meta and away["list"][1][0].is_meta and away["named"].first.is_meta
+
+
+def test_a_model_is_run_on_its_own_device():
+    class Names(nn.Linear):
+        def forward(self, x, scale=1):
+            return x.device.type, scale
+
+    assert run(Names(3, 3), Call((X,), {"scale": 2})) == ("cpu", 2)
+    assert run(Names(3, 3, device="meta"), Call((X,))) == ("meta", 1)
+    assert device_of(nn.ReLU()) == torch.device("cpu")
+    assert device_of(nn.BatchNorm1d(2, affine=False, device="meta")).type == "meta"
+
+
+# --- all batches -----------------------------------------------------------------------------------------------------
+
+
+def batches_of(count, size=2):
+    return [torch.full((size, 3), float(i)) for i in range(count)]
+
+
+def firsts(calls):
+    return [int(call.args[0][0, 0]) for call in calls]
+
+
+def loader_of(count, **options):
+    rows = torch.arange(2 * count)[:, None].expand(-1, 3).float()
+    return DataLoader(TensorDataset(rows, torch.arange(2 * count)), batch_size=2, **options)
+
+
+class Stream(IterableDataset):
+    def __init__(self, count):
+        self.count = count
+
+    def __iter__(self):
+        return iter(batches_of(self.count))
+
+
+def all_rows(data):
+    fitted = [int(v) for call in data for v in call.args[0][:, 0]]
+    held = [int(v) for call in data.held_out for v in call.args[0][:, 0]]
+    return fitted, held
+
+
+@pytest.mark.parametrize(("count", "held"), [(2, 1), (3, 1), (10, 1), (14, 1), (16, 2), (20, 2), (37, 4)])
+def test_a_tenth_of_the_batches_is_kept_aside(count, held):
+    data = calibration(batches_of(count), ONE, nn.Identity())
+    assert data.is_held_out and len(data.held_out) == held and len(data) == count - held
+    assert firsts(data) == list(range(count - held))
+    assert firsts(data.held_out) == list(range(count - held, count))
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        lambda: batches_of(20),
+        lambda: tuple(batches_of(20)),
+        lambda: [(batch, TARGET) for batch in batches_of(20)],
+        lambda: (batch for batch in batches_of(20)),
+        lambda: iter(batches_of(20)),
+        lambda: loader_of(20),
+        lambda: loader_of(20, shuffle=True),
+        lambda: DataLoader(Stream(20), batch_size=None),
+        lambda: Stream(20),
+        lambda: torch.arange(20 * CHUNK)[:, None].expand(-1, 3).float(),
+    ],
+    ids=["list", "tuple", "pairs", "generator", "iterator", "loader", "shuffled", "stream loader", "stream", "tensor"],
+)
+def test_any_source_is_walked_twice_with_the_same_split(source):
+    torch.manual_seed(0)
+    data = calibration(source(), ONE, nn.Identity())
+    first, held = all_rows(data)
+    again, still_held = all_rows(data)
+    assert first == again and held == still_held
+    assert not set(first) & set(held)
+    assert len(data) == 18 and len(data.held_out) == 2
+
+
+def test_a_batch_sampler_that_shuffles_is_stored_too():
+    rows = torch.arange(40)[:, None].expand(-1, 3).float()
+    sampler = BatchSampler(RandomSampler(range(40)), batch_size=2, drop_last=False)
+    data = calibration(DataLoader(TensorDataset(rows), batch_sampler=sampler), ONE, nn.Identity())
+    first, held = all_rows(data)
+    assert all_rows(data) == (first, held)
+    assert sorted(first + held) == list(range(40))
+
+
+def test_a_loader_in_fixed_order_is_not_stored():
+    loader = loader_of(20)
+    assert calibration(loader, ONE, nn.Identity()).source is loader
+
+
+def test_one_tensor_is_cut_into_batches():
+    data = calibration(torch.arange(3 * CHUNK + 5)[:, None].float(), ONE, nn.Identity())
+    assert [call.batch_size for call in data] == [CHUNK] * 3
+    assert [call.batch_size for call in data.held_out] == [5]
+
+
+def test_one_mapping_of_tensors_is_cut_into_batches():
+    whole = {"input_ids": torch.arange(2 * CHUNK)[:, None].expand(-1, 4), "labels": torch.zeros(2 * CHUNK)}
+    data = calibration(whole, BY_NAME, Tokens())
+    assert [set(call.kwargs) for call in data] == [{"input_ids"}]
+    assert data.held_out[0].kwargs["input_ids"][0, 0] == CHUNK
+
+
+@pytest.mark.parametrize(("size", "held"), [(4, 1), (9, 1), (20, 2), (256, 26)])
+def test_a_single_batch_is_split_by_its_samples(size, held):
+    rows = torch.arange(size)[:, None].float()
+    data = calibration([(rows, TARGET)], ONE, nn.Identity())
+    assert data.is_held_out and len(data) == 1
+    assert all_rows(data) == (list(range(size - held)), list(range(size - held, size)))
+
+
+@pytest.mark.parametrize("size", [1, 3])
+def test_a_batch_too_small_to_split_is_used_for_both_and_says_so(size):
+    data = calibration([torch.zeros(size, 3)], ONE, nn.Identity())
+    assert not data.is_held_out
+    assert len(data) == len(data.held_out) == 1
+    assert [call.batch_size for call in data] == [size]
+
+
+@pytest.mark.parametrize(
+    "empty",
+    [[], (), iter([]), torch.zeros(0, 3), DataLoader(Stream(0), batch_size=None), {"input_ids": torch.zeros(0, 4)}],
+    ids=["list", "tuple", "iterator", "tensor", "loader", "mapping"],
+)
+def test_no_batches_is_an_error_that_says_what_to_give(empty):
+    with pytest.raises(CalibrationError, match="calib_data has no batches: give an iterable of inputs"):
+        calibration(empty, BY_NAME, Tokens())
+
+
+def test_a_dataset_is_refused_since_its_items_are_not_batches():
+    with pytest.raises(TypeError, match=r"calib_data is a Dataset.*DataLoader\(dataset, batch_size=32\)"):
+        calibration(TensorDataset(X), ONE, nn.Identity())
+
+
+def test_what_cannot_be_iterated_is_refused():
+    with pytest.raises(TypeError, match="calib_data is int: expected an iterable of inputs"):
+        calibration(7, ONE, nn.Identity())
+
+
+def test_an_error_inside_the_users_loader_is_the_users():
+    def broken():
+        yield X
+        raise OSError("disk")
+
+    with pytest.raises(OSError, match="disk"):
+        calibration(broken(), ONE, nn.Identity())
+
+
+# --- masks -----------------------------------------------------------------------------------------------------------
+
+
+MASK = torch.tensor([[1, 1, 1], [1, 0, 0]])
+
+
+def test_padding_masks_are_found_by_name_and_shape():
+    call = Call((X,), {"attention_mask": MASK, "decoder_attention_mask": torch.ones(2, 5), "input_ids": IDS})
+    masks = call.masks()
+    assert set(masks) == {(2, 3), (2, 5)}
+    assert masks[2, 3].dtype == torch.bool and masks[2, 3].tolist() == MASK.bool().tolist()
+
+
+def test_masks_that_do_not_say_what_is_padding_are_left_alone():
+    assert Call((), {"attention_mask": torch.ones(2, 1, 3, 3), "mask": MASK, "head_mask": MASK}).masks() == {}
+    assert Call((), {"attention_mask": None}).masks() == {}
+
+
+def test_two_masks_of_one_shape_leave_out_only_what_both_do():
+    call = Call((), {"attention_mask": MASK, "decoder_attention_mask": torch.tensor([[1, 0, 0], [1, 1, 0]])})
+    assert call.masks()[2, 3].tolist() == [[True, True, True], [True, True, False]]
+
+
+def test_padded_rows_are_left_out_of_both_shapes_a_token_layer_has():
+    masks = {(2, 3): MASK.bool()}
+    tensor = torch.arange(24.0).reshape(2, 3, 4)
+    wanted = torch.stack([tensor[0, 0], tensor[0, 1], tensor[0, 2], tensor[1, 0]])
+    assert torch.equal(masked_rows(tensor, masks), wanted)
+    assert torch.equal(masked_rows(tensor.reshape(6, 4), masks), wanted)
+
+
+@pytest.mark.parametrize("shape", [(2, 4), (2, 5, 4), (3, 2, 4), (2, 2, 3, 4), (4,)])
+def test_shapes_that_the_mask_does_not_fit_keep_all_rows(shape):
+    tensor = torch.randn(shape)
+    assert torch.equal(masked_rows(tensor, {(2, 3): MASK.bool()}), tensor.reshape(-1, 4))
+
+
+def test_no_mask_and_a_full_mask_keep_all_rows():
+    tensor = torch.randn(2, 3, 4)
+    for masks in ({}, {(2, 3): torch.ones(2, 3, dtype=torch.bool)}):
+        assert torch.equal(masked_rows(tensor, masks), tensor.reshape(6, 4))
+
+
+def test_the_mask_that_fits_is_taken():
+    masks = {(2, 5): torch.zeros(2, 5, dtype=torch.bool), (2, 3): MASK.bool()}
+    assert masked_rows(torch.randn(2, 3, 4), masks).shape == (4, 4)
+    assert masked_rows(torch.randn(2, 5, 4), masks).shape == (0, 4)
+
+
+# --- outputs and state -----------------------------------------------------------------------------------------------
+
+
+def test_floating_outputs_are_found_in_any_structure():
+    made = make_dataclass("Output", ["logits", "count"])(X, TARGET)
+    output = {"a": X, "b": (Y, TARGET, None), "c": [made, "text"]}
+    assert [id(t) for t in float_outputs(output)] == [id(X), id(Y), id(X)]
+    assert float_outputs(TARGET) == float_outputs(None) == []
+
+
+def test_inference_puts_every_training_flag_back():
+    model = nn.Sequential(nn.Dropout(), nn.Sequential(nn.Dropout()))
+    model.train()
+    model[1].eval()
+    with inference(model):
+        assert not any(module.training for module in model.modules())
+        assert not torch.is_grad_enabled()
+    assert [module.training for module in model.modules()] == [True, True, False, False]
+    assert torch.is_grad_enabled()
+
+
+def test_inference_keeps_the_hooks_that_were_there():
+    model = nn.Linear(3, 3)
+    outer = model.register_forward_hook(lambda *_: None)
+    with inference(model):
+        inner = model.register_forward_hook(lambda *_: None)
+        assert len(model._forward_hooks) == 2
+        inner.remove()
+    assert list(model._forward_hooks) == [outer.id]
+
+
+class Changes(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("cache", torch.zeros(3))
+        self.loose = torch.zeros(3)
+        self.list, self.dict, self.set = [1], {"a": 1}, {1}
+
+    def forward(self):
+        self.cache += 1
+        self.loose.mul_(2).add_(1)
+        self.list.append(2)
+        self.dict["b"] = 2
+        self.set.clear()
+        self.new = self.cache
+        self.cache = torch.ones(3)
+
+
+def test_unchanged_puts_back_what_a_forward_leaves_behind():
+    model = Changes()
+    kept = (model.cache, model.loose, model.list, model.dict, model.set)
+    with unchanged(model):
+        model()
+        assert model.new is not None
+    assert all(now is then for now, then in zip((model.cache, model.loose, model.list), kept[:3], strict=True))
+    assert model.dict is kept[3] and model.set is kept[4]
+    assert not model.cache.any() and not model.loose.any()
+    assert (model.list, model.dict, model.set) == ([1], {"a": 1}, {1})
+    assert not hasattr(model, "new")
+
+
+def test_unchanged_holds_after_an_error():
+    def fails(model):
+        with unchanged(model), inference(model):
+            model()
+            raise ZeroDivisionError
+
+    model = Changes()
+    with pytest.raises(ZeroDivisionError):
+        fails(model)
+    assert model.training and torch.is_grad_enabled()
+    assert model.list == [1] and not model.cache.any()

@@ -1,0 +1,217 @@
+"""What a chain of links computes and costs, held against torch's own convolutions and torch's own counter."""
+
+import functools
+import math
+import warnings
+from itertools import pairwise
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from panther import chains
+from panther.batches import Call
+from panther.capture import capture
+from panther.nn import LAYERS
+from panther.ops import REFERENCES
+from panther.spec import Cost, LayerSpec
+
+# Torch's advice on even kernels: both sides of a comparison get it.
+pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths:UserWarning")
+
+CONVOLVE = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
+SKETCHED = {layer.DENSE: layer for layer in LAYERS.values()}
+
+# Odd sizes, so that a swapped axis or a forgotten stride changes a shape.
+CONVS = {
+    "conv1d": (lambda: nn.Conv1d(6, 10, 5, stride=2, padding=1, dilation=2), (23,)),
+    "conv1d same": (lambda: nn.Conv1d(6, 10, 4, padding="same", dilation=3), (17,)),
+    "conv2d": (lambda: nn.Conv2d(6, 10, (3, 5), stride=(2, 3), padding=(1, 2), dilation=(2, 1)), (19, 22)),
+    "conv2d plain": (lambda: nn.Conv2d(6, 10, 3), (9, 12)),
+    "conv2d same": (lambda: nn.Conv2d(6, 10, (4, 3), padding="same"), (9, 12)),
+    "conv2d valid": (lambda: nn.Conv2d(6, 10, (4, 3), padding="valid", stride=2), (9, 12)),
+    "conv2d wide": (lambda: nn.Conv2d(6, 10, (1, 5), padding=(0, 2)), (9, 12)),
+    "conv2d pointwise": (lambda: nn.Conv2d(6, 10, 1, stride=2), (9, 12)),
+    "conv2d reflect": (lambda: nn.Conv2d(6, 10, 3, padding=1, padding_mode="reflect", stride=2), (9, 12)),
+    "conv2d circular": (lambda: nn.Conv2d(6, 10, (3, 4), padding="same", padding_mode="circular"), (9, 12)),
+    "conv3d": (lambda: nn.Conv3d(6, 10, (2, 3, 3), stride=(1, 2, 1), padding=(0, 1, 2)), (7, 8, 9)),
+}
+
+CASES = [
+    (name, scheme)
+    for name in CONVS
+    for scheme in chains.CONV_SCHEMES
+    if scheme != "spatial" or name.startswith("conv2d")
+]
+
+# The other padding modes pad the input before the chain, whose links then pad nothing.
+ZERO_PADDED = [case for case in CASES if case[0] not in ("conv2d reflect", "conv2d circular")]
+
+
+@functools.cache
+def made(name):
+    """A dense layer, an input for it and its spec; shared, since no test changes them."""
+    make, size = CONVS[name]
+    conv = make()
+    x = torch.randn(2, 6, *size)
+    (spec,) = capture(conv, Call((x,))).layers
+    return conv, x, spec
+
+
+def ranks_of(scheme):
+    return (3, 4) if scheme == "tucker2" else (4,)
+
+
+def counted(function, *args):
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        function(*args)
+    return counter.get_total_flops()
+
+
+# --- geometry --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("name", "scheme"), ZERO_PADDED)
+def test_a_chain_of_torch_convolutions_has_the_shape_of_the_dense_one(name, scheme):
+    conv, x, spec = made(name)
+    expected = conv(x).shape
+    for link in chains.links(scheme, spec, ranks_of(scheme)):
+        weight = torch.randn(link.weight_shape)
+        assert weight.numel() == link.params
+        x = CONVOLVE[len(spec.kernel_size)](x, weight, None, link.stride, link.padding, link.dilation)
+    assert x.shape == expected
+
+
+@pytest.mark.parametrize(("name", "scheme"), CASES)
+def test_a_sketched_layer_has_the_shape_of_the_dense_one(name, scheme):
+    conv, x, _ = made(name)
+    assert SKETCHED[type(conv)].from_dense(conv, rank=1, scheme=scheme)(x).shape == conv(x).shape
+
+
+@pytest.mark.parametrize("scheme", chains.CONV_SCHEMES)
+def test_links_pass_on_what_the_one_before_them_makes(scheme):
+    spec = made("conv2d")[2]
+    chain = chains.links(scheme, spec, ranks_of(scheme))
+    assert chain[0].in_channels == spec.in_features and chain[-1].out_channels == spec.out_features
+    assert all(one.out_channels == two.in_channels for one, two in pairwise(chain))
+    assert tuple(link.out_channels for link in chain[:-1]) == ranks_of(scheme)
+    # Along each axis exactly one link has the kernel, the stride and the dilation of the layer.
+    for axis in range(2):
+        wide = [link for link in chain if link.kernel_size[axis] != 1]
+        assert [link.kernel_size[axis] for link in wide] == [spec.kernel_size[axis]]
+        assert [link.padding[axis] for link in wide] == [spec.padding[axis]]
+        assert math.prod(link.stride[axis] for link in chain) == spec.stride[axis]
+        assert math.prod(link.dilation[axis] for link in chain) == spec.dilation[axis]
+
+
+def test_a_linear_layer_is_two_thin_ones():
+    first, last = chains.links("linear", LayerSpec("a", "linear", 12, 20, rows=1), (5,))
+    assert (first.weight_shape, last.weight_shape) == ((5, 12), (20, 5))
+
+
+@pytest.mark.parametrize(
+    ("scheme", "name", "kind"),
+    [
+        ("linear", "conv2d", "2-d"),
+        ("spatial", "conv1d", "1-d"),
+        ("spatial", "conv3d", "3-d"),
+        ("other", "conv2d", "2-d"),
+    ],
+)
+def test_a_scheme_that_does_not_apply_lists_those_that_exist(scheme, name, kind):
+    with pytest.raises(
+        ValueError, match=f"no scheme '{scheme}' for a {kind} convolution; schemes: linear, output_chan"
+    ):
+        chains.links(scheme, made(name)[2], (4,))
+    with pytest.raises(ValueError, match="no scheme 'tucker2' for a linear layer"):
+        chains.links("tucker2", LayerSpec("a", "linear", 12, 20, rows=1), (4, 4))
+
+
+@pytest.mark.parametrize(
+    ("name", "schemes"),
+    [
+        ("conv1d", ("output_channel", "input_channel", "tucker2")),
+        ("conv2d", chains.CONV_SCHEMES),
+        ("conv2d wide", ("output_channel", "input_channel", "tucker2")),
+        ("conv2d pointwise", ("output_channel",)),
+        ("conv3d", ("output_channel", "input_channel", "tucker2")),
+    ],
+)
+def test_only_schemes_that_split_the_layer_are_tried(name, schemes):
+    assert chains.schemes_for(made(name)[2]) == schemes
+
+
+# --- costs -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", CONVS)
+def test_the_dense_cost_is_what_torch_counts(name):
+    conv, x, spec = made(name)
+    assert chains.dense_cost(spec, 4) == Cost(conv.weight.numel(), counted(conv, x), 4 * conv.weight.numel())
+
+
+@pytest.mark.parametrize(("name", "scheme"), CASES)
+def test_the_cost_of_a_chain_is_what_its_layer_holds_and_torch_counts(name, scheme):
+    conv, x, spec = made(name)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # some of these chains are larger than their layer
+        sketched = SKETCHED[type(conv)].from_dense(conv, rank=ranks_of(scheme), scheme=scheme)
+    held = sum(p.numel() for n, p in sketched.named_parameters() if n != "bias")
+    assert chains.chain_cost(scheme, spec, ranks_of(scheme), 2) == Cost(held, counted(sketched, x), 2 * held)
+
+
+def test_the_cost_of_a_linear_chain_is_what_torch_counts():
+    x, down, up = torch.randn(2, 7, 24), torch.randn(5, 24), torch.randn(40, 5)
+    (spec,) = capture(nn.Linear(24, 40), Call((x,))).layers
+    (reference,) = [function for op, function in REFERENCES.items() if "low_rank_linear" in str(op)]
+    cost = chains.chain_cost("linear", spec, (5,), 4)
+    assert cost == Cost(5 * 64, counted(reference, x, down, up, None), 4 * 5 * 64)
+    assert cost.flops == 2 * 14 * 5 * 64
+
+
+def test_several_calls_and_a_missing_batch_dimension_are_counted():
+    conv = nn.Conv2d(6, 6, 3, padding=1)
+    sketched = SKETCHED[nn.Conv2d].from_dense(conv, rank=2, scheme="input_channel")
+    unbatched = torch.randn(6, 9, 12)
+    (spec,) = capture(conv, Call((unbatched,))).layers
+    assert chains.chain_cost("input_channel", spec, (2,), 4).flops == counted(sketched, unbatched)
+    (spec,) = capture(nn.Sequential(conv, conv), Call((torch.randn(2, 6, 9, 12),))).layers
+    assert spec.calls == 2
+    twice = counted(nn.Sequential(sketched, sketched), torch.randn(2, 6, 9, 12))
+    assert chains.chain_cost("input_channel", spec, (2,), 4).flops == twice
+
+
+# --- what pays -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("name", "scheme"), [case for case in CASES if case[1] != "tucker2"])
+def test_break_even_is_where_the_chain_holds_as_much_as_the_layer(name, scheme):
+    spec = made(name)[2]
+    even = chains.break_even(scheme, spec)
+    per_rank = chains.chain_cost(scheme, spec, (1,), 4).params
+    assert even * per_rank == pytest.approx(spec.params)
+    for rank in range(1, 40):
+        assert (chains.chain_cost(scheme, spec, (rank,), 4).params < spec.params) == (rank < even)
+
+
+@pytest.mark.parametrize(("features", "step"), [(32, 8), (31, 1), (512, 8), (8, 1), (2, 1)])
+def test_ranks_go_in_steps_of_eight_once_two_steps_pay(features, step):
+    # A square layer breaks even at half its width.
+    assert chains.rank_step(LayerSpec("a", "linear", features, features, rows=1)) == step
+
+
+def test_a_wide_kernel_has_room_for_steps_of_eight_with_few_channels():
+    conv = LayerSpec("c", "conv2d", 16, 24, rows=1, kernel_size=(3, 3), stride=(1, 1), padding=(1, 1), dilation=(1, 1))
+    assert chains.break_even("output_channel", conv) == pytest.approx(16 * 9 * 24 / (16 * 9 + 24))
+    assert chains.rank_step(conv) == 8
+
+
+@pytest.mark.parametrize(("inputs", "outputs", "pays"), [(64, 64, True), (64, 2, True), (64, 1, False), (2, 2, False)])
+def test_a_layer_that_no_rank_makes_smaller_says_where_it_breaks_even(inputs, outputs, pays):
+    spec = LayerSpec("a", "linear", inputs, outputs, rows=1)
+    reason = chains.no_rank_pays(spec)
+    assert (reason is None) == pays == (inputs * outputs > inputs + outputs)
+    if reason:
+        assert reason == f"no rank pays: break-even is rank {inputs * outputs / (inputs + outputs):.2f}"

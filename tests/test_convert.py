@@ -1,0 +1,501 @@
+import json
+import textwrap
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from torch import nn
+
+import panther.convert as cli
+from panther.compress import Result
+from panther.converters import ExportReport
+from panther.spec import Plan
+
+NETS = """
+    import torch
+    from torch import nn
+
+    class Mlp(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second, self.last = nn.Linear(16, 48), nn.Linear(48, 48), nn.Linear(48, 4)
+
+        def forward(self, x):
+            return self.last(self.second(self.first(x).relu()).relu())
+
+    class Cnn(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv2d(3, 8, 3)
+
+        def forward(self, image):
+            return self.conv(image).mean((2, 3))
+
+    class Text(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embed, self.mix = nn.Embedding(20, 16), nn.Linear(16, 16)
+
+        def forward(self, ids):
+            return self.mix(self.embed(ids))
+
+    class Pair(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(16, 24), nn.Linear(16, 24)
+
+        def forward(self, left, right):
+            return self.a(left) + self.b(right)
+
+    class Deeper(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.unused, self.used = nn.Linear(5, 5), nn.Linear(16, 16)
+
+        def forward(self, x):
+            return self.used(x)
+
+    def loader():
+        generator = torch.Generator().manual_seed(0)
+        return (torch.randn(32, 16, generator=generator) for _ in range(6))
+
+    def broken():
+        raise RuntimeError("no such disk")
+
+    batches = [torch.ones(8, 16)] * 2
+    empty = []
+"""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with nets.py, and mlp.pt, cnn.pt, ... made by its classes."""
+    place = tmp_path_factory.mktemp("models")
+    (place / "nets.py").write_text(textwrap.dedent(NETS))
+    torch.manual_seed(0)
+    names: dict[str, Any] = {}
+    exec(textwrap.dedent(NETS), names)  # noqa: S102 - the text above
+    for name in ("Mlp", "Cnn", "Text", "Pair", "Deeper"):
+        torch.save(names[name]().state_dict(), place / f"{name.lower()}.pt")
+    return place
+
+
+@pytest.fixture
+def here(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(folder)
+    return folder
+
+
+@pytest.fixture
+def run(here: Path, capsys: pytest.CaptureFixture[str]):
+    """Runs a command line in the folder; its exit code, stdout and stderr."""
+
+    def command(*argv: str) -> tuple[int, str, str]:
+        capsys.readouterr()
+        code = cli.main(argv)
+        return code, *capsys.readouterr()
+
+    return command
+
+
+MLP = ("mlp.pt", "--model", "nets.py:Mlp")
+
+
+def refusal(err: str) -> str:
+    """The one line of an error."""
+    assert "Traceback" not in err
+    *before, line = err.splitlines()
+    assert line.startswith("error: ")
+    assert all(said.startswith(("warning: ", "target: ")) for said in before)
+    return line
+
+
+@pytest.fixture
+def export(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Makes exporting quick: a function that says whether the file agrees."""
+
+    def fake(*, ok: bool) -> None:
+        def write(self: Result, path: Path, **_: Any) -> ExportReport:
+            path.write_bytes(b"graph")
+            return ExportReport(path, 5, None, 20, ("batch",), (), 1e-4, ok, True, 0.1)
+
+        monkeypatch.setattr(Result, "export_onnx", write)
+
+    return fake
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """Stops at compress() and keeps what it was called with."""
+    seen: dict[str, Any] = {}
+
+    class StoppedError(Exception):
+        pass
+
+    def compress(model: nn.Module, budget: Any, **options: Any) -> None:
+        seen.update(options, model=model, budget=budget)
+        raise StoppedError("here")
+
+    monkeypatch.setattr(cli, "compress", compress)
+    return seen
+
+
+# A whole run
+
+
+def test_a_run_writes_the_files_beside_the_model_and_names_them_on_stdout(
+    run, here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cli, "medians_in_turn", lambda runs: [len(once()) * 0.002 for once in runs])
+    code, out, err = run(*MLP, "--calib", "nets.py:loader", "--benchmark", "--report", "extra.json")
+    assert code == cli.DONE
+    names = ["mlp.panther", "mlp.onnx", "mlp.plan.json", "mlp.report.txt", "mlp.report.json"]
+    wrote = [line.removeprefix("wrote ") for line in out.splitlines() if line.startswith("wrote ")]
+    assert wrote == [str(here / name) for name in names] + ["extra.json"]
+    assert "budget met: yes" in out and "agrees with the model" in out
+    assert "onnxruntime, batch 1, " in out
+    assert (
+        f"onnxruntime, batch 32, {torch.get_num_threads()} threads: dense 2.000 ms, compressed 2.000 ms, ratio 1.00x"
+        in out
+    )
+    assert err.splitlines()[0].startswith("target: keep ")
+    report = json.loads((here / "mlp.report.json").read_text())
+    assert report["compressed"]["size_bytes"] == (here / "mlp.panther/model.safetensors").stat().st_size
+    assert report["agreement_held_out"] and len(report["onnx"]["checks"]) >= 3 and len(report["benchmark"]) == 2
+    assert (here / "extra.json").read_text() == (here / "mlp.report.json").read_text()
+    assert (here / "mlp.report.txt").read_text().rstrip() in out
+    assert Plan.from_json((here / "mlp.plan.json").read_text()).sketched
+
+
+def test_a_saved_plan_is_used_again_with_its_own_budget(run, here: Path) -> None:
+    assert run(*MLP, "--dry-run", "--json", "--budget", "0.6")[0] == cli.DONE
+    plan = run(*MLP, "--dry-run", "--json", "--budget", "0.6")[1]
+    (here / "kept.json").write_text(plan)
+    code, out, _ = run(*MLP, "--dry-run", "--json", "--plan", "kept.json")
+    assert code == cli.DONE
+    assert Plan.from_json(out).choices == Plan.from_json(plan).choices
+
+
+def test_a_budget_out_of_reach_still_writes_files_and_names_them_so(run, here: Path, export: Any) -> None:
+    export(ok=True)
+    code, out, err = run(*MLP, "--budget", "0.001", "-o", "over", "-q")
+    assert code == cli.OVER_BUDGET
+    assert sorted(path.name for path in (here / "over").iterdir()) == [
+        f"mlp.over-budget.{end}" for end in ("onnx", "panther", "plan.json", "report.json", "report.txt")
+    ]
+    assert all(line.startswith("wrote over/mlp.over-budget.") for line in out.splitlines())
+    assert "budget not met: the sketchable layers hold" in refusal(err)
+    assert "over/mlp.over-budget.onnx" in refusal(err)
+
+
+def test_a_file_that_disagrees_is_exit_code_4_and_the_rest_is_kept(run, here: Path, export: Any) -> None:
+    export(ok=False)
+    code, out, err = run(*MLP, "--budget", "0.001", "-o", "wrong", "--json")
+    assert code == cli.PARITY_FAILED
+    assert "does not agree with the model" in refusal(err)
+    assert (here / "wrong/mlp.over-budget.panther/panther.json").exists()
+    assert json.loads(out)["onnx"]["ok"] is False
+    assert len(json.loads(out)["files"]) == 5
+
+
+# Printing only
+
+
+def test_a_dry_run_prints_the_target_and_the_plan_and_writes_nothing(run, here: Path) -> None:
+    before = sorted(here.rglob("*"))
+    code, out, _ = run(*MLP, "--dry-run", "--exclude", "last", "-o", "nowhere")
+    assert code == cli.DONE
+    lines = out.splitlines()
+    assert lines[0].startswith("target: keep ")
+    assert [line.split()[0] for line in lines[1:]] == ["first", "second"]
+    assert sorted(here.rglob("*")) == before
+
+
+def test_a_dry_run_tells_when_the_budget_is_out_of_reach(run) -> None:
+    code, _, err = run(*MLP, "--dry-run", "--budget", "params=10")
+    assert code == cli.OVER_BUDGET
+    assert "nothing was written" in refusal(err)
+
+
+def test_listing_layers_prints_what_can_be_sketched(run, here: Path) -> None:
+    code, out, err = run(*MLP, "--list-layers", "--include", "first")
+    assert (code, err) == (cli.DONE, "")
+    assert out.startswith("1 of 3 dense layers can be sketched")
+    assert "not among include=" in out
+
+
+def test_version_and_help_are_no_errors(run) -> None:
+    assert run("--version")[:2] == (0, f"panther {cli.__version__}\n")
+    code, out, _ = run("--help")
+    assert code == 0
+    assert "3 budget not met" in out and "--int8" not in out
+
+
+# What the flags mean
+
+
+def test_flags_reach_compress(run, quick: dict[str, Any]) -> None:
+    flags = ("--include", "first", "--include", "re:s.c", "--exclude", "last", "--search", "uniform", "--seed", "7")
+    code, _, err = run(*MLP, *flags, "--budget", "params=0.25,size_mb=50%", "--device", "cpu", "-q", "--no-verify")
+    assert code == cli.UNEXPECTED
+    assert refusal(err) == "error: StoppedError: here (run again with -v for the traceback)"
+    assert str(quick["budget"]) == "params=0.25, size_mb=50%"
+    assert (quick["include"], quick["exclude"]) == (["first", "re:s.c"], ["last"])
+    assert (quick["search"], quick["seed"], quick["progress"], quick["verify"]) == ("uniform", 7, False, False)
+    assert quick["device"] == torch.device("cpu")
+    assert quick["plan"] is quick["calib_data"] is None
+
+
+@pytest.mark.parametrize(
+    ("text", "budget"),
+    [(None, "params=0.5"), ("0.3", "params=0.3"), ("30%", "params=0.3"), ("params=500", "params=500")],
+)
+def test_budgets_read_as_in_python(run, quick: dict[str, Any], text: str | None, budget: str) -> None:
+    run(*MLP, *([] if text is None else ["--budget", text]))
+    assert str(quick["budget"]) == budget
+
+
+def test_shapes_make_positional_or_named_inputs(run, quick: dict[str, Any]) -> None:
+    run("pair.pt", "--model", "nets.py:Pair", "--input-shape", "3,16", "--input-shape", "3,16")
+    left, right = quick["example_inputs"].args
+    assert left.shape == right.shape == (3, 16)
+    assert left.dtype == torch.float32 and not torch.equal(left, right)
+    named = ("--input-shape", "ids=2,5:int64", "--input-shape", "attention_mask=2,5:int64")
+    run("text.pt", "--model", "nets.py:Text", *named)
+    kwargs = quick["example_inputs"].kwargs
+    assert kwargs["ids"].tolist() == [[0] * 5] * 2
+    assert kwargs["attention_mask"].tolist() == [[1] * 5] * 2
+
+
+def test_the_input_of_a_first_linear_layer_is_inferred(run, quick: dict[str, Any]) -> None:
+    run(*MLP)
+    assert quick["example_inputs"].args[0].shape == (1, 16)
+
+
+@pytest.mark.parametrize(
+    ("name", "flag"),
+    [
+        ("Cnn", "--input-shape 1,3,224,224 "),
+        ("Text", "--input-shape 1,16:int64 "),
+        ("Pair", "--input-shape left=1,16 --input-shape right=1,16 "),
+    ],
+)
+def test_where_the_input_cannot_be_inferred_the_flag_to_add_is_printed(run, name: str, flag: str) -> None:
+    code, _, err = run(f"{name.lower()}.pt", "--model", f"nets.py:{name}")
+    assert code == cli.USAGE
+    assert flag in refusal(err)
+
+
+def test_a_wrong_guess_says_that_it_was_one(run) -> None:
+    code, _, err = run("deeper.pt", "--model", "nets.py:Deeper")
+    assert code == cli.USAGE
+    assert "The inputs came from the first layer: say them with --input-shape." in refusal(err)
+
+
+def test_calibration_data_gives_the_inputs_too(run, quick: dict[str, Any], here: Path) -> None:
+    run("deeper.pt", "--model", "nets.py:Deeper", "--calib", "nets.py:loader")
+    assert quick["example_inputs"].args[0].shape == (1, 16)
+    assert [batch.shape for batch in quick["calib_data"]] == [(32, 16)] * 6
+    assert [batch.shape for batch in quick["calib_data"]] == [(32, 16)] * 6  # a generator is walked more than once
+    run("deeper.pt", "--model", "nets.py:Deeper", "--calib", "nets.py:batches")
+    assert len(quick["calib_data"]) == 2
+
+
+def test_arrays_are_taken_by_name_or_by_position(run, quick: dict[str, Any], here: Path) -> None:
+    rows = np.arange(40 * 16, dtype=np.float64).reshape(40, 16)
+    np.savez("one.npz", rows)
+    run(*MLP, "--calib", "one.npz")
+    assert quick["calib_data"].dtype == torch.float32 and quick["calib_data"].shape == (40, 16)
+    np.savez("named.npz", right=rows, left=-rows, label=np.zeros(40))
+    run("pair.pt", "--model", "nets.py:Pair", "--calib", "named.npz")
+    assert torch.equal(quick["calib_data"]["left"], -quick["calib_data"]["right"])
+    assert set(quick["example_inputs"].kwargs) == {"left", "right"}
+    np.savez("placed.npz", rows, -rows)
+    run("pair.pt", "--model", "nets.py:Pair", "--calib", "placed.npz")
+    assert [len(left) for left, _ in quick["calib_data"]] == [32, 8]
+    assert len(quick["example_inputs"].args) == 2
+
+
+def test_a_factory_is_imported_from_the_working_folder(run, here: Path, quick: dict[str, Any]) -> None:
+    (here / "package_of_mine").mkdir(exist_ok=True)
+    (here / "package_of_mine" / "net.py").write_text("from torch import nn\ndef make():\n    return nn.Linear(16, 8)\n")
+    torch.save(nn.Linear(16, 8).state_dict(), "single.pt")
+    run("single.pt", "--model", "package_of_mine.net:make")
+    assert isinstance(quick["model"], nn.Linear)
+
+
+def test_a_hugging_face_folder_brings_its_inputs(run, here: Path, quick: dict[str, Any]) -> None:
+    transformers = pytest.importorskip("transformers")
+    config = transformers.BertConfig(
+        vocab_size=30, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32
+    )
+    transformers.BertModel(config).save_pretrained(here / "bert")
+    run("bert")
+    assert set(quick["example_inputs"].kwargs) == {"input_ids", "attention_mask"}
+
+
+# Recipes
+
+
+def test_a_recipe_gives_the_flags_and_the_command_line_wins(run, quick: dict[str, Any], here: Path) -> None:
+    recipe = {"path": "mlp.pt", "model": "nets.py:Mlp", "budget": {"params": 0.4}, "input_shape": [2, 16], "seed": 3}
+    Path("recipe.yaml").write_text(yaml.safe_dump({**recipe, "include": ["first", "last"], "quiet": True}))
+    run("--config", "recipe.yaml", "--seed", "5", "--include", "second")
+    assert str(quick["budget"]) == "params=0.4"
+    assert quick["example_inputs"].args[0].shape == (2, 16)
+    assert (quick["seed"], quick["include"], quick["progress"]) == (5, ["second"], False)
+
+
+def test_a_saved_recipe_gives_the_same_run(run, quick: dict[str, Any], here: Path) -> None:
+    run(*MLP, "--budget", "0.3", "--exclude", "last", "--input-shape", "2,16", "--save-config", "saved.yaml")
+    first = dict(quick)
+    assert "config" not in yaml.safe_load(Path("saved.yaml").read_text())
+    run("--config", "saved.yaml")
+    assert (quick["budget"], quick["exclude"]) == (first["budget"], first["exclude"])
+    assert torch.equal(quick["example_inputs"].args[0], first["example_inputs"].args[0])
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("budgt: 0.5", "unknown key 'budgt'; did you mean 'budget'?"),
+        ("zzz: 1", "unknown key 'zzz'; known: "),
+        ("- 1", "holds list: expected lines such as budget: 0.5"),
+        ("a: [", "cannot be read"),
+        ("trials: 5", "--trials: the tuned search is not part"),
+    ],
+)
+def test_a_recipe_that_cannot_be_followed_is_refused(run, here: Path, text: str, words: str) -> None:
+    Path("bad.yaml").write_text(text)
+    code, _, err = run(*MLP, "--config", "bad.yaml")
+    assert code == cli.USAGE
+    assert words in refusal(err)
+
+
+# Refusals
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--budget", "0"], "a fraction KEPT is above 0"),
+        (["--budget", "1"], "can be read two ways"),
+        (["--budget", "1.7"], "can be read two ways"),
+        (["--budget", "abc"], "neither a fraction nor a percentage"),
+        (["--budget", "latency_ms=5"], "latency_ms is not supported yet"),
+        (["--budget", "prams=5"], "did you mean 'params'?"),
+        (["--int8"], "--int8: quantised factors (int8) are not part of this version"),
+        (["--trials", "9"], "--trials: the tuned search is not part of this version"),
+        (["--timeout", "9"], "--timeout: the tuned search is not part"),
+        (["--search", "tuned"], "the tuned search is not part of this version"),
+        (["--search", "best"], "expected uniform or sensitivity"),
+        (["--eval", "my.py:f"], "--eval: an evaluation from the shell is not part"),
+        (["--max-drop", "0.01"], "--max-drop: a budget on the drop of a metric is not part"),
+        (["--checkpoint", "c"], "--checkpoint: checkpointing is not part"),
+        (["--resume"], "--resume: checkpointing is not part"),
+        (["--report", "r.html"], "HTML reports are not part"),
+        (["--report", "r.doc"], "expected a name ending in .txt or .json"),
+        (["--device", "gpu9"], "--device gpu9 cannot be used here"),
+        (["--opset", "x"], "argument --opset: invalid int value: 'x'; see python -m panther.convert --help"),
+        (["--typo"], "unrecognized arguments: --typo"),
+        (["--input-shape", "1x16"], "--input-shape 1x16: expected sizes"),
+        (["--input-shape", "1,16:floaty"], "expected sizes"),
+        (["--input-shape", "1,0"], "expected sizes"),
+        (["--include", "nothing.*"], "matches no dense layer"),
+        (["--calib", "gone.npz"], "gone.npz cannot be read"),
+        (["--calib", "nets.py"], "expected MODULE:NAME"),
+        (["--calib", "gone.py:loader"], "no file gone.py"),
+        (["--calib", "nets.py:lodaer"], "nets.py has no 'lodaer'; nearest: loader"),
+        (["--calib", "nets.py:broken"], "failed: RuntimeError: no such disk"),
+        (["--calib", "nets.py:empty"], "has no batches"),
+        (["--plan", "gone.json"], "--plan gone.json cannot be read"),
+        (["--plan", "nets.py"], "not a panther plan"),
+        (["--config", "gone.yaml"], "--config gone.yaml cannot be read"),
+        (["-o", "mlp.pt"], "cannot write to mlp.pt"),
+    ],
+)
+def test_each_of_these_is_refused_in_one_line(run, here: Path, flags: list[str], words: str) -> None:
+    before = sorted(here.rglob("*"))
+    code, out, err = run(*MLP, *flags)
+    assert (code, out) == (cli.USAGE, "")
+    assert words in refusal(err)
+    assert [path for path in sorted(here.rglob("*")) if "__pycache__" not in str(path)] == [
+        path for path in before if "__pycache__" not in str(path)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        ([], "no model given"),
+        (["gone.pt"], "gone.pt: No such file"),
+        (["mlp.pt"], "--model pkg.mod:factory"),
+        (["mlp.pt", "--model", "no_such_package.net:make"], "ModuleNotFoundError"),
+        (["mlp.pt", "--model", "nets.py:Cnn"], "does not fit Cnn"),
+        (["x.onnx"], "x.onnx is an ONNX model"),
+        (["x.pt2"], "a torch.export archive"),
+        (["whole.pt"], "pass --trust-pickle"),
+    ],
+)
+def test_models_that_cannot_be_read_say_the_way_out(run, here: Path, argv: list[str], words: str) -> None:
+    Path("x.onnx").write_bytes(b"\x08\x07 not really")
+    Path("x.pt2").write_bytes(b"not really either")
+    torch.save(nn.Sequential(nn.Linear(4, 4)), "whole.pt")
+    code, out, err = run(*argv)
+    assert (code, out) == (cli.USAGE, "")
+    assert words in refusal(err)
+
+
+def test_arrays_that_do_not_belong_together_are_refused(run, here: Path) -> None:
+    np.savez("uneven.npz", np.ones((3, 16)), np.ones((4, 16)))
+    assert "as many rows in each" in refusal(run(*MLP, "--calib", "uneven.npz")[2])
+    np.savez("objects.npz", np.array([{}], dtype=object))
+    assert "cannot be read as arrays of numbers" in refusal(run(*MLP, "--calib", "objects.npz")[2])
+
+
+def test_a_trusted_pickle_is_read(run, here: Path, quick: dict[str, Any]) -> None:
+    torch.save(nn.Sequential(nn.Linear(4, 4)), "trusted.pt")
+    run("trusted.pt", "--trust-pickle")
+    assert isinstance(quick["model"], nn.Sequential)
+
+
+# Ends that nobody wants
+
+
+def test_ctrl_c_ends_with_one_line_and_nothing_half_written(run, here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    before = sorted(here.glob("*"))
+    monkeypatch.setattr(cli, "compress", interrupted)
+    code, out, err = run(*MLP)
+    assert (code, out) == (cli.INTERRUPTED, "")
+    assert "interrupted" in refusal(err)
+    assert sorted(here.glob("*")) == before
+
+
+def test_ctrl_c_while_writing_leaves_whole_files_only(run, here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Result, "export_onnx", interrupted)
+    assert run(*MLP, "-o", "stopped")[0] == cli.INTERRUPTED
+    assert [path.name for path in (here / "stopped").iterdir()] == ["mlp.panther"]
+    assert json.loads((here / "stopped/mlp.panther/panther.json").read_text())["layers"]
+
+
+def test_the_unexpected_is_one_line_and_a_traceback_with_v(run, quick: dict[str, Any]) -> None:
+    code, _, err = run(*MLP, "-v")
+    assert code == cli.UNEXPECTED
+    assert "Traceback" in err and err.splitlines()[-1].startswith("error: StoppedError: here")
+
+
+def test_a_run_leaves_the_import_path_as_it_was(run, quick: dict[str, Any]) -> None:
+    import sys
+
+    before = list(sys.path)
+    run(*MLP)
+    assert sys.path == before

@@ -1,0 +1,118 @@
+import json
+from dataclasses import replace
+
+import pytest
+
+from panther.report import RENDERERS
+from panther.report.text import WIDTH, render
+from panther.spec import Cost, Figures, LayerReport, Report
+
+ROW = LayerReport(
+    "encoder.fc1", "linear", "384 -> 1536", "linear", (152,), 10, 0.495, 0.0312, Cost(10, 10**9), Cost(5, 5 * 10**8)
+)
+LEFT = LayerReport(
+    "head", "linear", "384 -> 10", "dense", (), 0, 1.0, 0.0, Cost(10, 7), Cost(10, 7), "tied to embed.weight"
+)
+REPORT = Report(
+    target="keep 5.4 M of 10.8 M sketchable weights",
+    budget_met=True,
+    capture_way="torch.export",
+    layers=(ROW, LEFT),
+    dense=Figures(22_713_216, 90_900_000, 2 * 10**9, 10.0, 100_000_000),
+    compressed=Figures(17_000_000, 68_000_000, 10**9, 8.0, 80_000_000),
+    agreement={"cosine": 0.91234, "relative_error": 0.4},
+    agreement_batches=3,
+    metric=(0.9, 0.85),
+    seconds={"capture": 1.25, "verify": 3.0},
+    environment={"torch": "2.13.0", "threads": "2"},
+    notes=("the calibration set is small",),
+)
+
+
+def line_with(text: str, rendered: str) -> str:
+    (line,) = [line for line in rendered.splitlines() if text in line]
+    return line
+
+
+def test_the_target_comes_first() -> None:
+    assert render(REPORT).splitlines()[0] == "target: keep 5.4 M of 10.8 M sketchable weights"
+
+
+def test_a_sketched_layer_shows_what_it_kept_and_lost() -> None:
+    cells = line_with("encoder.fc1", render(REPORT)).split()
+    assert " ".join(cells) == "encoder.fc1 384 -> 1536 linear 49.5 % 152 10 0.031 1,000 -> 500"
+
+
+def test_a_dense_layer_shows_why() -> None:
+    assert line_with("tied to embed.weight", render(REPORT)).startswith("head")
+
+
+def test_totals_show_both_models_and_their_ratio() -> None:
+    rendered = render(REPORT)
+    assert line_with("parameters", rendered).split()[-5:] == ["22.713", "17.000", "74.8", "%", "kept"]
+    assert line_with("saved file", rendered).split()[-5:] == ["90.900", "68.000", "74.8", "%", "kept"]
+    assert line_with("latency", rendered).split()[-4:] == ["10.00", "8.00", "1.25x", "faster"]
+    assert line_with("peak memory", rendered).split()[-3:] == ["80.0", "%", "kept"]
+
+
+@pytest.mark.parametrize(("latency", "words"), [(20.0, "0.50x (slower)"), (10.01, "1.00x as fast")])
+def test_a_model_that_is_not_faster_is_not_called_faster(latency: float, words: str) -> None:
+    rendered = render(replace(REPORT, compressed=replace(REPORT.compressed, latency_ms=latency)))
+    assert line_with("latency", rendered).endswith(words)
+
+
+def test_a_missed_budget_is_said_in_capitals() -> None:
+    assert "budget met: NO" in render(replace(REPORT, budget_met=False))
+
+
+def test_what_was_not_measured_is_not_shown_as_a_number() -> None:
+    counted = Figures(10, 10, 10)
+    rendered = render(replace(REPORT, dense=counted, compressed=counted, agreement={}, metric=None))
+    assert "latency" not in rendered and "peak memory" not in rendered and "eval_fn" not in rendered
+    assert "agreement with the dense model: not measured" in rendered
+
+
+def test_agreement_says_whether_the_batches_were_kept_aside() -> None:
+    assert "3 batches (held-out): cosine 0.9123, relative error 0.4000" in render(REPORT)
+    seen = render(replace(REPORT, agreement_held_out=False, agreement_batches=1))
+    assert "1 batch (not held-out)" in seen
+
+
+def test_metric_seconds_environment_and_notes_are_shown() -> None:
+    rendered = render(REPORT)
+    assert "eval_fn: dense 0.9000, compressed 0.8500 (-0.0500)" in rendered
+    assert "seconds: capture 1.2, verify 3.0" in rendered
+    assert "measured with: torch 2.13.0, threads 2" in rendered
+    assert "note: the calibration set is small" in rendered
+
+
+def test_long_names_are_folded_and_never_cut() -> None:
+    name = "model.decoder.layers.11.self_attention.query_key_value_projection." + "x" * 60
+    rendered = render(replace(REPORT, layers=(replace(ROW, name=name),)))
+    assert max(map(len, rendered.splitlines())) <= WIDTH
+    lines = rendered.splitlines()
+    start, end = (next(i for i, line in enumerate(lines) if line.startswith(word)) for word in ("layer ", "kept: "))
+    width = lines[start].index("shape")
+    assert "".join(line[:width].strip() for line in lines[start + 2 : end]) == name
+
+
+def test_there_are_no_colour_codes_and_brackets_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    rendered = render(replace(REPORT, notes=("shape [bold]4[/bold]",), layers=(replace(LEFT, reason="used by x[0]"),)))
+    assert "\x1b" not in rendered
+    assert "shape [bold]4[/bold]" in rendered and "used by x[0]" in rendered
+
+
+def test_a_model_without_dense_layers_still_has_a_report() -> None:
+    assert "0 of 0 dense layers" in render(replace(REPORT, layers=()))
+
+
+def test_every_renderer_gives_text_that_names_the_target() -> None:
+    assert set(RENDERERS) == {"text", "json"}
+    for renderer in RENDERERS.values():
+        assert REPORT.target in renderer(REPORT)
+    assert json.loads(RENDERERS["json"](REPORT))["layers"][0]["ranks"] == [152]
+
+
+def test_str_of_a_report_is_the_text() -> None:
+    assert str(REPORT) == RENDERERS["text"](REPORT)
