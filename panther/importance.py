@@ -55,7 +55,7 @@ class Reference:
                 weight, bias = factors[choice.layer].dense_equivalent(choice)
                 tensors[f"{choice.layer}.weight"] = weight
                 module = factors[choice.layer].module
-                if bias is not None and module.bias is not None:
+                if bias is not None and getattr(module, "bias", None) is not None:
                     tensors[f"{choice.layer}.bias"] = bias
                 elif bias is not None:
                     gained[module] = bias.reshape(-1, *(1,) * len(factors[choice.layer].spec.kernel_size))

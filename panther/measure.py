@@ -283,7 +283,8 @@ def _see_conv(watch: _Watch, given: Tensor, output: Tensor) -> None:
 
 def _read_by_a_point(given: Tensor, spec: LayerSpec) -> Tensor:
     """The input positions that a 1 x 1 convolution reads, padding apart: a stride leaves others out."""
-    return given[(..., *(slice(None, None, step) for step in spec.stride))]
+    read: tuple[Any, ...] = (..., *(slice(None, None, step) for step in spec.stride))
+    return given[read]
 
 
 def _pixels(tensor: Tensor, watch: _Watch, side: str) -> Tensor:

@@ -7,6 +7,8 @@ from collections.abc import Iterable, Mapping
 
 from torch import nn
 
+from panther.errors import CaptureError
+
 _HOOKS = (
     "_forward_hooks",
     "_forward_hooks_with_kwargs",
@@ -24,14 +26,20 @@ def with_layers(model: nn.Module, layers: Mapping[str, nn.Module]) -> nn.Module:
     Class, hooks, training flags, tied tensors and state-dict prefixes stay; a layer registered under several names
     is replaced under all of them.
 
-    Raises: AttributeError for a name that the model does not have.
+    Raises: AttributeError for a name that the model does not have, CaptureError for a model that cannot be copied.
     """
     memo: dict[int, object] = {}
     for name, layer in layers.items():
         dense = model.get_submodule(name)
         inherit(layer, dense)
         memo[id(dense)] = layer
-    compressed: nn.Module = copy.deepcopy(model, memo)
+    try:
+        compressed: nn.Module = copy.deepcopy(model, memo)
+    except RuntimeError as error:
+        raise CaptureError(
+            f"this {type(model).__name__} cannot be copied ({str(error).splitlines()[0][:160]}). Tensors that are "
+            "computed and kept on a module stop a copy: run torch.nn.utils.remove_weight_norm (or the like) first."
+        ) from error
     keep_unfused(compressed, layers.values())
     return compressed
 
@@ -68,3 +76,5 @@ def keep_unfused(model: nn.Module, layers: Iterable[nn.Module]) -> None:
     for module in model.modules():
         if isinstance(module, nn.TransformerEncoderLayer) and any(id(m) in sketched for m in module.modules()):
             module.activation_relu_or_gelu = 0  # the one condition of the fused path that nothing else reads
+        if isinstance(module, nn.TransformerEncoder) and any(id(m) in sketched for m in module.modules()):
+            module.use_nested_tensor = False  # it would hand nested tensors to layers that no longer fuse

@@ -1,0 +1,359 @@
+"""Every allocator, and one of a user's own: within the limits, never worse with more of them, and never an exception.
+
+Small problems are compared with the best of all plans, found by trying each.
+"""
+
+from __future__ import annotations
+
+import itertools
+import random
+from collections.abc import Callable, Iterator, Sequence
+
+import pytest
+
+from panther.allocators import ALLOCATORS, Allocator, Options
+from panther.allocators.base import Divergence, Evaluate, convex, lower_hull, share, total
+from panther.spec import Choice, Cost, Target
+
+ROUNDING = 1e-9
+
+
+def evenly(options: Options, target: Target, *, divergence: Divergence, evaluate: Evaluate | None) -> list[Choice]:
+    """What a user may write: each layer's best up to the same place in its list, as far down as fits."""
+    plan: list[Choice] = []
+    for place in range(100, -1, -1):
+        plan = [
+            min((c for c in choices if c.cost.params <= top.cost.params), key=lambda c: c.error)
+            for choices in options.values()
+            for top in [choices[place * (len(choices) - 1) // 100]]
+        ]
+        if target.is_met_by(total(plan)):
+            break
+    return plan
+
+
+EVERY: dict[str, Allocator] = {**ALLOCATORS, "a user's own": evenly}
+every_allocator = pytest.mark.parametrize("name", EVERY)
+BUDGETS = (0.2, 0.3, 0.4, 0.5, 0.6, 0.75, 0.9, 1.0)
+LIMITS = (("params",), ("flops",), ("size_bytes",), ("params", "flops"), ("params", "flops", "size_bytes"))
+every_limit = pytest.mark.parametrize("limited", LIMITS, ids=" and ".join)
+
+
+class Problem:
+    """Random layers of one to two schemes each, with convex errors and flops that do not follow the params."""
+
+    def __init__(self, layers: int, ranks: int, seed: int) -> None:
+        rng = random.Random(seed)
+        self.options = {f"layer{i}": self._layer(f"layer{i}", ranks, rng) for i in range(layers)}
+        self.weights = {layer: rng.uniform(0.1, 5) for layer in self.options}
+        self.dense = total([choices[-1] for choices in self.options.values()])
+
+    @staticmethod
+    def _layer(name: str, ranks: int, rng: random.Random) -> list[Choice]:
+        dense = Cost(rng.randint(300, 4000), rng.randint(300, 4000), 0)
+        choices = []
+        for scheme in rng.choice((["one"], ["one", "other"])):
+            power, work = rng.uniform(1, 4), rng.uniform(0.6, 1.3)
+            for rank in range(1, ranks + 1):
+                part = rank / (ranks + 1)
+                cost = Cost(int(part * dense.params), int(part * dense.flops * work), 4 * int(part * dense.params))
+                choices.append(Choice(name, scheme, (rank,), error=(1 - part) ** power, cost=cost))
+        choices.sort(key=lambda c: (c.cost.params, c.error))
+        whole = Cost(dense.params, dense.flops, 4 * dense.params)
+        return [*choices, Choice(name, packing="dense", cost=whole)]
+
+    def target(self, kept: float, limited: Sequence[str]) -> Target:
+        return Target(**{name: int(kept * getattr(self.dense, name)) for name in limited})
+
+    def divergence(self, layer: str, error: float) -> float:
+        return self.weights[layer] * error
+
+    def loss(self, choice: Choice) -> float:
+        return self.divergence(choice.layer, choice.error)
+
+    def evaluate(self, plan: Sequence[Choice]) -> float:
+        return sum(self.loss(choice) for choice in plan)
+
+    def solve(self, name: str, target: Target, *, evaluates: bool = True) -> list[Choice]:
+        evaluate = self.evaluate if evaluates else None
+        return EVERY[name](self.options, target, divergence=self.divergence, evaluate=evaluate)
+
+    def plans(self, target: Target) -> Iterator[tuple[Choice, ...]]:
+        """Every plan within the target."""
+        for plan in itertools.product(*self.options.values()):
+            if target.is_met_by(total(plan)):
+                yield plan
+
+
+PROBLEMS = [Problem(layers, ranks, seed) for seed, (layers, ranks) in enumerate([(6, 10), (3, 12), (10, 5), (2, 25)])]
+
+
+@every_allocator
+@every_limit
+@pytest.mark.parametrize("evaluates", [True, False], ids=["evaluated", "not evaluated"])
+def test_every_limit_that_is_given_holds(name: str, limited: Sequence[str], evaluates: bool) -> None:
+    for problem in PROBLEMS:
+        for kept in BUDGETS:
+            target = problem.target(kept, limited)
+            plan = problem.solve(name, target, evaluates=evaluates)
+            if kept >= 0.3:  # below that, one kind of cost may already be too much for every plan
+                assert target.is_met_by(total(plan)), (kept, total(plan), target)
+
+
+@every_allocator
+@every_limit
+def test_every_layer_gets_one_of_its_own_options(name: str, limited: Sequence[str]) -> None:
+    for problem in PROBLEMS:
+        plan = problem.solve(name, problem.target(0.5, limited))
+        assert sorted(c.layer for c in plan) == sorted(problem.options)
+        assert all(choice in problem.options[choice.layer] for choice in plan)
+
+
+@every_allocator
+@every_limit
+def test_more_budget_is_never_worse(name: str, limited: Sequence[str]) -> None:
+    for problem in PROBLEMS:
+        losses = [problem.evaluate(problem.solve(name, problem.target(kept, limited))) for kept in BUDGETS[1:]]
+        # A budget for two kinds of cost can be spent in steps that block one another; a tenth is what that may lose.
+        slack = 0.0 if len(limited) == 1 else 0.1
+        for before, after in itertools.pairwise(losses):
+            assert after <= before * (1 + slack) + ROUNDING
+
+
+@every_allocator
+@every_limit
+def test_the_whole_budget_leaves_everything_dense(name: str, limited: Sequence[str]) -> None:
+    for problem in PROBLEMS:
+        assert all(choice.is_dense for choice in problem.solve(name, problem.target(1.0, limited)))
+
+
+@every_allocator
+def test_without_a_limit_everything_stays_dense(name: str) -> None:
+    assert all(choice.is_dense for choice in PROBLEMS[0].solve(name, Target()))
+
+
+@every_allocator
+@pytest.mark.parametrize("limit", [-5, 0, 1])
+def test_limits_that_nothing_meets_give_the_smallest_plan(name: str, limit: int) -> None:
+    for problem in PROBLEMS:
+        plan = problem.solve(name, Target(params=limit))
+        least = {layer: min(c.cost.params for c in choices) for layer, choices in problem.options.items()}
+        assert {c.layer: c.cost.params for c in plan} == least
+
+
+@every_allocator
+@every_limit
+def test_the_same_problem_has_the_same_answer(name: str, limited: Sequence[str]) -> None:
+    target = PROBLEMS[0].target(0.4, limited)
+    assert PROBLEMS[0].solve(name, target) == Problem(6, 10, 0).solve(name, target)
+
+
+@every_allocator
+def test_one_layer_gets_the_best_that_fits(name: str) -> None:
+    problem = Problem(1, 30, 3)
+    target = problem.target(0.5, ("params",))
+    (choice,) = problem.solve(name, target)
+    assert problem.loss(choice) == pytest.approx(min(problem.loss(c) for (c,) in problem.plans(target)))
+
+
+@every_allocator
+def test_no_layer_is_no_plan(name: str) -> None:
+    assert EVERY[name]({}, Target(params=10), divergence=lambda layer, error: error, evaluate=lambda plan: 0.0) == []
+
+
+@every_allocator
+def test_a_layer_that_can_only_stay_dense_stays_dense(name: str) -> None:
+    dense = Choice("only", packing="dense", cost=Cost(100, 100, 400))
+    options = {**PROBLEMS[0].options, "only": [dense]}
+    weights = {**PROBLEMS[0].weights, "only": 1.0}
+    target = PROBLEMS[0].target(0.6, ("params",))
+    plan = EVERY[name](options, target, divergence=lambda layer, error: weights[layer] * error, evaluate=None)
+    assert dense in plan and target.is_met_by(total(plan))
+
+
+# What each promises beyond that
+
+
+@every_limit
+def test_uniform_keeps_the_same_share_of_every_layer_up_to_one_step(limited: Sequence[str]) -> None:
+    problem = Problem(8, 40, 5)
+    for kept in (0.3, 0.5, 0.7):
+        target = problem.target(kept, limited)
+        shares, steps = [], []
+        for choice in problem.solve("uniform", target):
+            sizes = sorted(
+                share(c.cost, problem.options[choice.layer][-1].cost, target) for c in problem.options[choice.layer]
+            )
+            shares.append(share(choice.cost, problem.options[choice.layer][-1].cost, target))
+            steps.append(max(b - a for a, b in itertools.pairwise(sizes)))
+        # One step down to fit, and one up again with what is left over.
+        assert max(shares) - min(shares) <= 2 * max(steps)
+
+
+def test_uniform_does_not_look_at_importance() -> None:
+    problem = PROBLEMS[0]
+    target = problem.target(0.5, ("params",))
+    plan = ALLOCATORS["uniform"](problem.options, target, divergence=lambda *_: 1 / 0, evaluate=lambda _: 1 / 0)
+    assert plan == problem.solve("uniform", target)
+
+
+@every_limit
+def test_sensitivity_is_never_worse_than_uniform_on_what_it_evaluates(limited: Sequence[str]) -> None:
+    for problem in PROBLEMS:
+        for kept in (0.3, 0.5, 0.7):
+            target = problem.target(kept, limited)
+            planned = problem.evaluate(problem.solve("sensitivity", target))
+            assert planned <= problem.evaluate(problem.solve("uniform", target)) + ROUNDING
+
+
+def test_sensitivity_gives_more_to_the_layer_that_matters_more() -> None:
+    options = {name: Problem._layer(name, 20, random.Random(1)) for name in ("little", "much")}
+    weights = {"little": 0.1, "much": 10.0}
+    target = Target(params=sum(choices[-1].cost.params for choices in options.values()) // 2)
+    plan = ALLOCATORS["sensitivity"](options, target, divergence=lambda n, e: weights[n] * e, evaluate=None)
+    little, much = sorted(plan, key=lambda c: c.layer)
+    assert much.cost.params > little.cost.params
+    assert little.cost.params >= 0.2 * options["little"][-1].cost.params  # the floor: half of the uniform share
+
+
+def test_sensitivity_never_takes_a_plan_beyond_the_limits_while_uniform_keeps_them() -> None:
+    met = 0
+    for seed in range(60):
+        problem = Problem(3, 5, seed)
+        rng = random.Random(seed)
+        target = Target(
+            params=int(rng.uniform(0.15, 0.6) * problem.dense.params),
+            flops=int(rng.uniform(0.15, 0.6) * problem.dense.flops),
+        )
+        if target.is_met_by(total(problem.solve("uniform", target))):
+            met += 1
+            assert target.is_met_by(total(problem.solve("sensitivity", target)))
+    assert met > 30
+
+
+def test_a_layer_whose_smallest_error_breaks_the_model_stays_dense_when_it_can() -> None:
+    options = {name: Problem._layer(name, 10, random.Random(2)) for name in ("fragile", "other")}
+    target = Target(params=int(0.7 * sum(choices[-1].cost.params for choices in options.values())))
+
+    def divergence(layer: str, error: float) -> float:
+        return float("inf") if layer == "fragile" and error > 0 else error
+
+    plan = {c.layer: c for c in ALLOCATORS["sensitivity"](options, target, divergence=divergence, evaluate=None)}
+    assert plan["fragile"].is_dense and not plan["other"].is_dense
+
+
+# The convex machinery
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_convex_is_within_one_hull_step_of_the_best_of_all_plans(seed: int) -> None:
+    problem = Problem(3, 9, seed)
+    for kept in (0.3, 0.5, 0.8):
+        target = problem.target(kept, ("params",))
+        got = problem.evaluate(convex(problem.options, target, problem.loss))
+        best = min(problem.evaluate(plan) for plan in problem.plans(target))
+        steps = [
+            low[1] - high[1]
+            for choices in problem.options.values()
+            for low, high in itertools.pairwise(lower_hull([(c.cost.params, problem.loss(c), c) for c in choices]))
+        ]
+        assert best - ROUNDING <= got <= best + max(steps)
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_convex_is_exact_where_the_budget_ends_on_a_hull_step(seed: int) -> None:
+    problem = Problem(3, 9, seed)
+    price = 4e-4
+    # The plan that minimises loss + price * params is the best of all that cost no more than it.
+    best = [min(choices, key=lambda c: problem.loss(c) + price * c.cost.params) for choices in problem.options.values()]
+    got = convex(problem.options, Target(params=total(best).params), problem.loss)
+    assert problem.evaluate(got) == pytest.approx(problem.evaluate(best))
+
+
+def test_convex_prefers_a_plan_within_all_limits_to_a_better_one_beyond_them() -> None:
+    beyond = Choice("layer", "small but slow", (1,), error=0.1, cost=Cost(5, 60))
+    within = Choice("layer", "larger but fast", (1,), error=0.2, cost=Cost(40, 40))
+    options = {"layer": [beyond, within, Choice("layer", cost=Cost(100, 100))]}
+    assert convex(options, Target(params=50, flops=50), lambda c: c.error) == [within]
+
+
+def hull_of(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
+    return [(price, loss) for price, loss, _ in lower_hull([(p, e, Choice("layer")) for p, e in points])]
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_a_hull_falls_bends_one_way_and_lies_below_every_point(seed: int) -> None:
+    rng = random.Random(seed)
+    points = [(rng.randint(1, 30) / 1.0, rng.random()) for _ in range(rng.randint(1, 25))]
+    hull = hull_of(points)
+    assert hull[0] == min(points) and hull[-1][1] == min(loss for _, loss in points)
+    slopes = [(b[1] - a[1]) / (b[0] - a[0]) for a, b in itertools.pairwise(hull)]
+    assert all(slope < 0 for slope in slopes) and slopes == sorted(slopes)
+    for price, loss in points:
+        assert loss >= on_hull(hull, price) - ROUNDING
+
+
+def on_hull(hull: Sequence[tuple[float, float]], price: float) -> float:
+    for (left, above), (right, below) in itertools.pairwise(hull):
+        if left <= price <= right:
+            return above + (below - above) * (price - left) / (right - left)
+    return hull[-1][1]
+
+
+@pytest.mark.parametrize(
+    ("points", "expected"),
+    [
+        ([], []),
+        ([(1, 1)], [(1, 1)]),
+        ([(1, 1), (1, 0.5)], [(1, 0.5)]),
+        ([(1, 1), (2, 1), (3, 0)], [(1, 1), (3, 0)]),
+        ([(0, 1), (1, 0.5), (2, 0)], [(0, 1), (2, 0)]),
+        ([(0, 1), (1, 0.2), (2, 0)], [(0, 1), (1, 0.2), (2, 0)]),
+    ],
+)
+def test_a_hull_of_few_points(points: list[tuple[float, float]], expected: list[tuple[float, float]]) -> None:
+    assert hull_of(points) == expected
+
+
+def test_the_order_of_layers_does_not_change_what_each_gets() -> None:
+    problem = PROBLEMS[0]
+    target = problem.target(0.5, ("params",))
+    plan = convex(problem.options, target, problem.loss)
+    turned = convex(dict(reversed(problem.options.items())), target, problem.loss)
+    assert {c.layer: c for c in plan} == {c.layer: c for c in turned}
+
+
+def best_by_programming(problem: Problem, limit: int, step: int) -> float:
+    """The least loss within a limit on params, by dynamic programming over costs rounded up to `step`."""
+    room = limit // step
+    least = [0.0] * (room + 1)
+    for choices in problem.options.values():
+        bundles = [(-(-c.cost.params // step), problem.loss(c)) for c in choices]
+        least = [
+            min((least[left - size] + loss for size, loss in bundles if size <= left), default=float("inf"))
+            for left in range(room + 1)
+        ]
+    return least[room]
+
+
+@pytest.mark.parametrize("kept", [0.3, 0.5, 0.7])
+def test_convex_on_many_layers_is_as_good_as_exact_dynamic_programming(kept: float) -> None:
+    problem = Problem(20, 30, 8)
+    target = problem.target(kept, ("params",))
+    got = problem.evaluate(convex(problem.options, target, problem.loss))
+    assert target.params is not None
+    assert got <= best_by_programming(problem, target.params, step=20) * 1.02
+
+
+TIES: dict[str, Callable[[], list[Choice]]] = {
+    "all lose the same": lambda: [Choice("a", "one", (r,), error=0.5, cost=Cost(r, r, r)) for r in (1, 2, 3)],
+    "all cost the same": lambda: [Choice("a", "one", (r,), error=1 / r, cost=Cost(2, 2, 2)) for r in (1, 2, 3)],
+}
+
+
+@every_allocator
+@pytest.mark.parametrize("choices", TIES.values(), ids=TIES)
+def test_ties_are_no_trouble(name: str, choices: Callable[[], list[Choice]]) -> None:
+    options = {"a": [*choices(), Choice("a", cost=Cost(10, 10, 10))]}
+    (choice,) = EVERY[name](options, Target(params=5), divergence=lambda _, error: error, evaluate=None)
+    assert choice.cost.params <= 5
