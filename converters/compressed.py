@@ -23,6 +23,7 @@ from panther.converters.formats import MANIFEST
 from panther.converters.weights import ModelSource, check_no_meta, copy_of, make_model, tie, tied_names
 from panther.errors import ExportError, LoadError
 from panther.nn import LAYERS
+from panther.nn.surgery import inherit, keep_unfused
 from panther.spec import Plan, Report, to_data
 
 FORMAT = 1
@@ -41,13 +42,6 @@ FIELDS = {
 }
 
 _GEOMETRY = ("in_features", "out_features", "in_channels", "out_channels", "kernel_size", "stride", "dilation")
-_HOOKS = (
-    "_forward_hooks",
-    "_forward_hooks_with_kwargs",
-    "_forward_hooks_always_called",
-    "_forward_pre_hooks",
-    "_forward_pre_hooks_with_kwargs",
-)
 
 
 @dataclass(frozen=True)
@@ -239,12 +233,12 @@ def _sketch_layer(model: nn.Module, name: str, record: Mapping[str, Any], folder
     for place in (name, *record["aliases"]):
         dense = _layer_at(model, place, folder)
         _check_geometry(dense, layer, place, folder)
-        for hooks in _HOOKS:
-            getattr(layer, hooks).update(getattr(dense, hooks))
+        inherit(layer, dense)
         if not place:
             return layer
         model.set_submodule(place, layer)
-    return layer if not name else model
+    keep_unfused(model, [layer])
+    return model
 
 
 def _layer_at(model: nn.Module, name: str, folder: Path) -> nn.Module:

@@ -25,7 +25,7 @@ from panther.capture import capture
 from panther.decompose import candidates, decompose, refuse_non_finite
 from panther.errors import CaptureError
 from panther.factors import Factors, Profile
-from panther.importance import Importance, Reference, importance, reference
+from panther.importance import Importance, Reference, affordable_samples, importance, reference
 from panther.measure import measure, passes
 from panther.nn.surgery import put_layers
 from panther.progress import Progress
@@ -256,7 +256,8 @@ def _prepare(
     notes.extend(_thin(factors))
     options = {name: candidates(f, dtype_bytes[name]) for name, f in factors.items()}
     with _timed(seconds, "importance"):
-        against = reference(model, [example] if data is None else list(_first(data)))
+        samples = affordable_samples(found, example)
+        against = reference(model, [example] if data is None else list(_first(data, samples)), samples)
     return _Prepared(
         model,
         example,
@@ -277,13 +278,13 @@ def _prepare(
     )
 
 
-def _first(data: Calibration) -> Iterator[Call]:
-    """Enough batches for the reference samples."""
+def _first(data: Calibration, samples: int) -> Iterator[Call]:
+    """Enough batches for this many samples."""
     seen = 0
     for call in data:
         yield call
         seen += call.batch_size
-        if seen >= 64:
+        if seen >= samples:
             return
 
 
@@ -327,7 +328,7 @@ def _thin(factors: Mapping[str, Factors]) -> Iterator[str]:
     if thin:
         least = min(factors[n].profile.rows for n in thin)
         layers = thin[0] if len(thin) == 1 else f"{len(thin)} layers"
-        yield f"{layers} saw fewer than 10 rows a feature (least: {least}): more calibration data will give better ranks"
+        yield f"{layers} saw fewer than 10 rows a feature (least: {least}): more calibration data gives better ranks"
     if unseen and len(unseen) < len(factors):
         yield f"the calibration data never reached {', '.join(unseen)}: decomposed from the weights alone"
 

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from panther import chains
-from panther.factors import NOTHING_SEEN, Decomposed, Factors, Profile, compose, convolve, dense_weight
+from panther.factors import NOTHING_SEEN, Decomposed, Factors, Profile, convolve, dense_weight
+from panther.nn.factor import compose
 from panther.sketches import SENSITIVITY_RIDGE, SKETCHES, LowRank, Moments, Seen, with_ridge
 from panther.spec import Choice, LayerSpec
 
@@ -234,7 +235,7 @@ def _with_measured_errors(factors: Factors) -> Factors:
         measured = {}
         for index in _spread(len(decomposed.ranks)):
             parts = decomposed.links(weight, decomposed.ranks[index])
-            measured[index] = _energy(factors, weight - compose(name, parts, tuple(weight.shape))) / energy
+            measured[index] = _energy(factors, weight - compose(parts)) / energy
         schemes[name] = changed(decomposed, errors=_interpolate(measured, decomposed.errors))
     return changed(factors, schemes=schemes)
 

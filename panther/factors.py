@@ -9,11 +9,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from panther import chains
+from panther.nn.factor import compose
 from panther.sketches import Seen
 from panther.spec import Choice, LayerSpec
 
@@ -64,7 +63,7 @@ class Factors:
         parts = self.schemes[choice.scheme].links(weight, choice.ranks)
         own: Tensor | None = getattr(self.module, "bias", None)
         bias = None if own is None else own.detach().float().cpu()
-        shift = self._mean_shift(weight, choice.scheme, parts)
+        shift = self._mean_shift(weight, parts)
         if shift is None:
             return parts, bias
         return parts, shift if bias is None else bias + shift
@@ -73,13 +72,13 @@ class Factors:
         """The dense weight and bias that a choice amounts to, in the layer's dtype."""
         parts, bias = self.slice(choice)
         weight = dense_weight(self.module)
-        whole = compose(choice.scheme, parts, tuple(weight.shape))
+        whole = compose(parts)
         return whole.to(weight), None if bias is None else bias.to(weight)
 
-    def _mean_shift(self, weight: Tensor, scheme: str, parts: tuple[Tensor, ...]) -> Tensor | None:
+    def _mean_shift(self, weight: Tensor, parts: tuple[Tensor, ...]) -> Tensor | None:
         """Mean of (dense - chain), (m,), without biases."""
         if self.profile.samples is not None:
-            rest = weight - compose(scheme, parts, tuple(weight.shape))
+            rest = weight - compose(parts)
             lost = convolve(self.spec, self.module, self.profile.samples, rest)
             return lost.transpose(0, 1).flatten(1).mean(1)
         if self.profile.mean is not None:
@@ -90,21 +89,6 @@ class Factors:
 
 def dense_weight(module: nn.Module) -> Tensor:
     return cast(Tensor, module.weight).detach()
-
-
-def compose(scheme: str, parts: tuple[Tensor, ...], shape: tuple[int, ...]) -> Tensor:
-    """The dense weight of `shape` that a chain's link weights multiply to."""
-    if scheme == chains.LINEAR:
-        return parts[1] @ parts[0]
-    m, c = shape[:2]
-    if scheme == "output_channel":
-        return (parts[1].flatten(1) @ parts[0].flatten(1)).reshape(shape)
-    if scheme == "input_channel":
-        return torch.einsum("ork,rc->ock", parts[1].flatten(2), parts[0].flatten(1)).reshape(shape)
-    if scheme == "spatial":
-        return torch.einsum("orw,rch->ochw", parts[1].squeeze(2), parts[0].squeeze(3)).reshape(shape)
-    last, core, first = parts[2].flatten(1), parts[1].flatten(2), parts[0].flatten(1)
-    return torch.einsum("os,srk,rc->ock", last, core, first).reshape(m, c, *shape[2:])
 
 
 def convolve(spec: LayerSpec, module: Any, samples: Tensor, weight: Tensor) -> Tensor:

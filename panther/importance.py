@@ -17,9 +17,11 @@ from torch.func import functional_call
 from panther.batches import Call, device_of, float_outputs, inference, scale_of
 from panther.factors import Factors
 from panther.progress import Progress
-from panther.spec import Choice
+from panther.spec import Capture, Choice
 
-SAMPLES = 32
+SAMPLES = 32  # at most
+LEAST_SAMPLES = 4
+FLOPS = 2e12  # of all truncations together, which fewer samples keep to: 10 to 30 seconds on two cores
 KEPT = (0.5, 0.25)  # sizes at which a layer is truncated, as a share of its weights
 B_RANGE = (0.5, 2.0)  # a slope outside of this comes from noise: divergence is about linear in the lost energy
 
@@ -93,6 +95,13 @@ def squared_error(answer: Tensor, got: Tensor, call: Call) -> float:
             answer, got = answer[keep], got[keep]
     lost = float((got.float() - answer.float()).square().sum()) / scale**2
     return lost if math.isfinite(lost) else math.inf
+
+
+def affordable_samples(found: Capture, example: Call) -> int:
+    """How many samples every layer can be truncated on within FLOPS."""
+    one_run = sum(spec.flops for spec in found.layers) / max(1, example.batch_size)
+    everything = one_run * len(found.sketchable) * len(KEPT)
+    return max(LEAST_SAMPLES, min(SAMPLES, int(FLOPS / max(1.0, everything))))
 
 
 def reference(model: nn.Module, calls: Sequence[Call], samples: int = SAMPLES) -> Reference:

@@ -41,7 +41,7 @@ ALLOWED = {
     "nn": {"ops", *NOUNS},
     "sketches": {*NOUNS},
     "allocators": {*NOUNS},
-    "factors": {"sketches", *NOUNS},
+    "factors": {"nn", "sketches", *NOUNS},
     "report": {*NOUNS},
     "compress": {*STAGES, *HELPERS, *NOUNS, "allocators", "nn", "ops", "sketches", "converters"},
     "converters": {*NOUNS, "batches", "nn", "ops"},
