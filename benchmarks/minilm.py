@@ -108,11 +108,12 @@ class Cost:
     peak_after: int  # once the compressed model exists
 
     def __str__(self) -> str:
-        rise = (self.peak_after - self.peak_before) / 1e6
+        rise, before = (self.peak_after - self.peak_before) / 1e6, self.peak_before / 1e6
+        times = self.seconds / self.forward_seconds
         return (
             f"cost at keep {self.keep}, uniform ranks: measure + decompose + replace {self.seconds:.2f} s, one forward "
-            f"pass over the calibration texts {self.forward_seconds:.2f} s: {self.seconds / self.forward_seconds:.2f} times; "
-            f"peak memory of the process rises by {rise:.0f} MB over {self.peak_before / 1e6:.0f} MB"
+            f"pass over the calibration texts {self.forward_seconds:.2f} s: {times:.2f} times; peak memory of the "
+            f"process rises by {rise:.0f} MB over {before:.0f} MB"
         )
 
 

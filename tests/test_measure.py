@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -74,6 +75,7 @@ def recorded(model: nn.Module) -> Iterator[dict[str, list[tuple[Tensor, Tensor]]
             lambda _m, args, output, name=name: seen.setdefault(name, []).append((args[0].clone(), output.clone()))
         )
         for name, module in model.named_modules()
+        if isinstance(module, nn.Linear | nn.Conv1d | nn.Conv2d)
     ]
     try:
         yield seen
@@ -168,7 +170,7 @@ def test_what_stands_in_padded_positions_changes_nothing(gradient_samples: int) 
 
 def test_a_convolution_is_watched_at_its_channels_and_outputs_over_all_positions() -> None:
     model = Pixels()
-    batches = model.batches()
+    batches = model.batches(3, 2)
     profile = profiles_of(model, batches)["conv"]
     assert_moments(profile.seen.inputs, rows_of(model, batches, "conv", 0))
     assert_moments(profile.seen.outputs, rows_of(model, batches, "conv", 1))
@@ -252,12 +254,9 @@ class Twice(nn.Module):
 def test_a_layer_named_like_a_tensor_is_not_taken_for_one_of_its_readers() -> None:
     model = Twice()
     batches = [Call((torch.randn(4, 9, 6),)) for _ in range(2)]
-    specs = [
-        *specs_of(model, batches[0]),
-    ]
-    # Whatever names the graph has: make the readers' tensors those of the layers before them.
+    # Whatever the graph of this torch calls them: the tensors that `after` and `last` read are named like layers.
     keys = {"after": "linear", "last": "conv1d"}
-    specs = [LayerSpec(**{**spec.__dict__, "input_key": keys.get(spec.name, "")}) for spec in specs]
+    specs = [replace(spec, input_key=keys.get(spec.name, "")) for spec in specs_of(model, batches[0])]
     profiles = measure(model, specs, batches, samples=8).profiles
     for name in ("after", "last"):
         assert_moments(profiles[name].seen.inputs, rows_of(model, batches, name, 0))

@@ -1,0 +1,371 @@
+from __future__ import annotations
+
+import gc
+import weakref
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from panther import decompose as stage
+from panther.batches import Call
+from panther.capture import capture
+from panther.decompose import candidates, decompose
+from panther.factors import NOTHING_SEEN, Factors, Profile
+from panther.measure import measure
+from panther.replace import sketched_layer
+from panther.sketches import SENSITIVITY_RIDGE, Seen, with_ridge
+from panther.spec import Choice, LayerSpec
+
+# Even kernels with padding="same" pad one side more; torch says that this copies the input, of the dense layer too.
+pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths:UserWarning")
+
+BETWEEN_PROBES = 0.3  # how far off an interpolated error of a convolution may be, relative to it
+
+
+class Case(NamedTuple):
+    title: str
+    build: Callable[[], nn.Module]
+    input_shape: tuple[int, ...]
+
+
+def cases() -> Iterator[Case]:
+    geometries: dict[str, dict[str, Any]] = {
+        "plain": {},
+        "strided": {"stride": 2, "padding": 1},
+        "dilated": {"dilation": 2, "padding": 2},
+        "same": {"padding": "same"},
+        "reflect": {"padding": 2, "padding_mode": "reflect"},
+        "circular same": {"padding": "same", "padding_mode": "circular"},
+        "without bias": {"bias": False},
+        "uneven": {"stride": (2, 1, 1), "padding": (1, 0, 2), "kernel_size": (3, 4, 2)},
+    }
+    kinds: tuple[tuple[Callable[..., nn.Module], tuple[int, ...]], ...] = (
+        (nn.Conv1d, (11,)),
+        (nn.Conv2d, (9, 8)),
+        (nn.Conv3d, (6, 5, 7)),
+    )
+    for make, size in kinds:
+        for title, options in geometries.items():
+            cut = {k: v[: len(size)] if isinstance(v, tuple) else v for k, v in options.items()}
+            given = {"kernel_size": 3, **cut}
+            yield Case(f"{make.__name__} {title}", lambda m=make, g=given: m(6, 10, **g), (2, 6, *size))
+        yield Case(f"{make.__name__} pointwise", lambda m=make: m(12, 10, 1), (2, 12, *size))
+
+
+CASES = {case.title: case for case in cases()}
+every_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+
+
+def decaying_(layer: nn.Module) -> nn.Module:
+    """Make the singular values of a layer's weight fall as those of trained ones do."""
+    with torch.no_grad():
+        weight: Any = layer.weight
+        u, _, v = torch.linalg.svd(weight.flatten(1), full_matrices=False)
+        values = 1 / torch.arange(1, u.shape[1] + 1)
+        weight.copy_((u * values @ v).reshape(weight.shape))
+    return layer
+
+
+def spread_inputs(shape: tuple[int, ...], count: int = 4) -> list[Tensor]:
+    """Batches whose channels are correlated and have a mean."""
+    mix = torch.randn(shape[1], shape[1]) / torch.arange(1, shape[1] + 1).sqrt()
+    return [torch.einsum("cd,nd...->nc...", mix, torch.randn(shape)) + 1.5 for _ in range(count)]
+
+
+class Studied(NamedTuple):
+    factors: Factors
+    layer: Any
+    given: Tensor  # all calibration inputs
+    sensitivity: Tensor | None
+
+
+def study(layer: nn.Module, batches: list[Tensor], *, gradient_samples: int = 0, **options: Any) -> Studied:
+    model = nn.Sequential(layer)
+    calls = [Call((batch,)) for batch in batches]
+    (spec,) = capture(model, calls[0]).sketchable
+    measured = measure(
+        model, [spec], calls, samples=sum(len(b) for b in batches), gradient_samples=gradient_samples
+    ).profiles
+    profile = measured["0"]
+    return Studied(decompose(layer, spec, profile, **options), layer, torch.cat(batches), profile.seen.sensitivity)
+
+
+def all_choices(factors: Factors) -> list[Choice]:
+    return [choice for choice in candidates(factors, 4) if not choice.is_dense]
+
+
+@torch.no_grad()
+def lost_share(studied: Studied, choice: Choice) -> tuple[float, float]:
+    """Share of the output's variance that the built layer loses on the calibration inputs, and the mean it is off by.
+
+    The mean is relative to the spread of the dense layer's outputs.
+    """
+    dense, got = studied.layer(studied.given), sketched_layer(studied.factors, choice)(studied.given)
+    channel = -1 if studied.factors.spec.kind == "linear" else 1
+    rest, whole = (t.movedim(channel, -1).flatten(0, -2).double() for t in (dense - got, dense))
+    off = float(rest.mean(0).abs().max() / (whole - whole.mean(0)).std())
+    rest, whole = rest - rest.mean(0), whole - whole.mean(0)
+    if studied.sensitivity is not None and len(studied.sensitivity) == rest.shape[1]:
+        factor = with_ridge(studied.sensitivity, SENSITIVITY_RIDGE)
+        rest, whole = rest @ factor, whole @ factor
+    return float(rest.square().sum() / whole.square().sum()), off
+
+
+# Convolutions
+
+
+@every_case
+def test_a_built_convolution_loses_what_its_factors_say_and_keeps_the_mean(case: Case) -> None:
+    studied = study(decaying_(case.build()), spread_inputs(case.input_shape))
+    assert studied.factors.schemes
+    for scheme, decomposed in studied.factors.schemes.items():
+        ranks = sorted({0, len(decomposed.ranks) // 2, len(decomposed.ranks) - 1})
+        for index in ranks if decomposed.ranks else ():
+            choice = Choice(studied.factors.spec.name, scheme, decomposed.ranks[index])
+            lost, off = lost_share(studied, choice)
+            exactly = index in (0, len(decomposed.ranks) - 1)  # measured, unless a smaller rank lost less
+            tolerance = 1e-3 if exactly else BETWEEN_PROBES
+            assert decomposed.errors[index] == pytest.approx(lost, rel=tolerance, abs=1e-5), (scheme, index)
+            assert off < 1e-4
+
+
+@every_case
+def test_the_dense_equivalent_computes_what_the_built_layer_does(case: Case) -> None:
+    studied = study(case.build(), spread_inputs(case.input_shape))
+    for choice in all_choices(studied.factors)[::7]:
+        weight, bias = studied.factors.dense_equivalent(choice)
+        same = case.build()
+        same.weight, same.bias = nn.Parameter(weight), None if bias is None else nn.Parameter(bias)
+        with torch.no_grad():
+            built = sketched_layer(studied.factors, choice)(studied.given)
+            torch.testing.assert_close(same(studied.given), built, rtol=1e-4, atol=1e-4)
+
+
+@every_case
+def test_errors_of_a_scheme_never_rise_with_its_cost(case: Case) -> None:
+    for gradients in (0, 100):
+        factors = study(case.build(), spread_inputs(case.input_shape), gradient_samples=gradients).factors
+        for scheme, decomposed in factors.schemes.items():
+            costs = [
+                c.cost.params
+                for r in decomposed.ranks
+                for c in all_choices(factors)
+                if (c.scheme, c.ranks) == (scheme, r)
+            ]
+            assert costs == sorted(costs) and len(costs) == len(decomposed.ranks)
+            assert list(decomposed.errors) == sorted(decomposed.errors, reverse=True)
+            assert all(0 <= error <= 1 + 1e-6 for error in decomposed.errors)
+
+
+@every_case
+def test_every_candidate_is_smaller_than_the_dense_layer_which_comes_last(case: Case) -> None:
+    factors = study(case.build(), spread_inputs(case.input_shape)).factors
+    *smaller, dense = candidates(factors, 4)
+    assert dense.is_dense and dense.error == 0 and dense.cost.params == factors.spec.params
+    assert [c.cost.params for c in smaller] == sorted(c.cost.params for c in smaller)
+    for choice in smaller:
+        layer = sketched_layer(factors, choice)
+        held = sum(p.numel() for name, p in layer.named_parameters() if name != "bias")
+        assert held == choice.cost.params < dense.cost.params
+        assert choice.cost.size_bytes == 4 * held
+
+
+@pytest.mark.parametrize("title", ["Conv1d plain", "Conv2d plain", "Conv2d strided", "Conv3d plain"])
+def test_where_the_output_is_known_to_react_errors_count_in_that_norm(title: str) -> None:
+    case = CASES[title]
+    studied = study(decaying_(case.build()), spread_inputs(case.input_shape), gradient_samples=100)
+    assert studied.sensitivity is not None
+    for scheme, decomposed in studied.factors.schemes.items():
+        choice = Choice(studied.factors.spec.name, scheme, decomposed.ranks[0])
+        assert decomposed.errors[0] == pytest.approx(lost_share(studied, choice)[0], rel=1e-3)
+
+
+def test_all_schemes_are_there_for_two_axes_and_all_but_spatial_for_others() -> None:
+    def names(title: str) -> set[str]:
+        return set(study(CASES[title].build(), spread_inputs(CASES[title].input_shape)).factors.schemes)
+
+    assert names("Conv2d plain") == {"output_channel", "input_channel", "spatial", "tucker2"}
+    assert names("Conv1d plain") == names("Conv3d plain") == {"output_channel", "input_channel", "tucker2"}
+    assert names("Conv2d pointwise") == {"output_channel"}
+
+
+def test_a_weight_of_few_input_directions_is_kept_best_by_its_input_channels() -> None:
+    layer = nn.Conv2d(16, 16, 3)
+    with torch.no_grad():
+        layer.weight.copy_(torch.einsum("mrhw,rc->mchw", torch.randn(16, 2, 3, 3), torch.randn(2, 16)))
+    schemes = study(layer, spread_inputs((2, 16, 8, 8))).factors.schemes
+    at_two = {name: s.errors[s.ranks.index((2,))] for name, s in schemes.items() if (2,) in s.ranks}
+    assert at_two["input_channel"] < 1e-6 < at_two["output_channel"]
+
+
+# Linear layers
+
+
+@pytest.mark.parametrize(("inputs", "outputs"), [(20, 12), (16, 16), (12, 20)])
+def test_a_built_linear_layer_loses_what_its_factors_say_and_keeps_the_mean(inputs: int, outputs: int) -> None:
+    layer = decaying_(nn.Linear(inputs, outputs))
+    studied = study(layer, [batch + 2 for batch in torch.randn(4, 200, inputs)])
+    assert set(studied.factors.schemes) == {"linear"}
+    for choice in all_choices(studied.factors):
+        lost, off = lost_share(studied, choice)
+        assert choice.error == pytest.approx(lost, rel=5e-3, abs=1e-4)  # the ridge of 1e-3 counts in the error only
+        assert off < 1e-4
+
+
+@pytest.mark.parametrize(("inputs", "outputs"), [(20, 12), (12, 20)])
+def test_the_dense_equivalent_of_a_linear_layer_computes_what_the_built_one_does(inputs: int, outputs: int) -> None:
+    studied = study(nn.Linear(inputs, outputs), list(torch.randn(4, 50, inputs)))
+    for choice in all_choices(studied.factors):
+        weight, bias = studied.factors.dense_equivalent(choice)
+        built = sketched_layer(studied.factors, choice)(studied.given)
+        torch.testing.assert_close(nn.functional.linear(studied.given, weight, bias), built, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("build", [lambda b: nn.Linear(12, 12, b), lambda b: nn.Conv2d(6, 10, 3, bias=b)])
+def test_a_layer_without_a_bias_gains_one_only_from_calibration(build: Callable[[bool], nn.Module], bias: bool) -> None:
+    layer = build(bias)
+    given = torch.randn(4, 12) if isinstance(layer, nn.Linear) else torch.randn(4, 6, 8, 8)
+    calibrated = study(layer, [given]).factors
+    alone = decompose(layer, calibrated.spec, None)
+    choice = all_choices(calibrated)[0]
+    assert sketched_layer(calibrated, choice).bias is not None
+    assert (sketched_layer(alone, choice).bias is not None) == bias
+
+
+# Data types
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("build", [lambda: nn.Linear(16, 16), lambda: nn.Conv2d(6, 10, 3)])
+def test_layers_keep_their_dtype_and_are_factored_in_float32(
+    build: Callable[[], nn.Module], dtype: torch.dtype
+) -> None:
+    layer: Any = build().to(dtype)
+    shape = (4, 16) if isinstance(layer, nn.Linear) else (4, 6, 8, 8)
+    factors = study(layer, [torch.randn(shape, dtype=dtype)]).factors
+    choice = all_choices(factors)[-1]
+    parts, bias = factors.slice(choice)
+    assert all(part.dtype == torch.float32 for part in parts) and bias is not None and bias.dtype == torch.float32
+    built = sketched_layer(factors, choice)
+    assert {p.dtype for p in built.parameters()} == {dtype}
+    assert {t.dtype for t in factors.dense_equivalent(choice) if t is not None} == {dtype}
+    assert built(torch.randn(shape, dtype=dtype)).dtype == dtype
+    assert choice.dtype == str(dtype).removeprefix("torch.")
+
+
+# Promises
+
+
+def layers_and_profiles() -> list[tuple[nn.Module, LayerSpec, Profile]]:
+    torch.manual_seed(2)
+    model = nn.Sequential(nn.Conv2d(4, 12, 3), nn.Flatten(2), nn.Linear(16, 24), nn.Linear(24, 10))
+    calls = [Call((torch.randn(4, 4, 6, 6),)) for _ in range(2)]
+    specs = capture(model, calls[0]).sketchable
+    profiles = measure(model, specs, calls, samples=8).profiles
+    return [(model.get_submodule(spec.name), spec, profiles[spec.name]) for spec in specs]
+
+
+def test_the_order_of_layers_changes_no_bit_of_their_factors(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stage, "EXACT_UP_TO", 4)  # so that the randomised sketch is used
+    found = []
+    for turn in (1, -1):
+        given = layers_and_profiles()[::turn]
+        found.append({spec.name: decompose(*rest, seed=5) for *rest, spec in ((m, s, p, s) for m, s, p in given)})
+    for name, factors in found[0].items():
+        assert all_choices(factors) == all_choices(found[1][name])
+        for choice in all_choices(factors)[::3]:
+            for a, b in zip(factors.slice(choice)[0], found[1][name].slice(choice)[0], strict=True):
+                assert torch.equal(a, b)
+
+
+def test_large_layers_take_the_randomised_sketch_and_lose_hardly_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer, batches = decaying_(nn.Linear(48, 48)), list(torch.randn(2, 200, 48))
+    exact = study(layer, batches).factors
+    monkeypatch.setattr(stage, "EXACT_UP_TO", 47)
+    near = study(layer, batches).factors
+    pairs = list(zip(all_choices(exact), all_choices(near), strict=True))
+    assert all(a.error <= b.error + 1e-9 and b.error <= 1.05 * a.error + 1e-9 for a, b in pairs)
+    assert any(a.error != b.error for a, b in pairs)
+
+
+def test_the_sketch_can_be_named() -> None:
+    layer, batches = nn.Linear(16, 16), list(torch.randn(2, 100, 16) * torch.linspace(0.01, 3, 16))
+    plain = study(layer, batches, sketch="data_free").factors
+    values = torch.linalg.svdvals(layer.weight.detach().double()).square()
+    for choice in all_choices(plain):
+        assert choice.error == pytest.approx(float(values[choice.ranks[0] :].sum() / values.sum()), abs=1e-6)
+
+
+@pytest.mark.parametrize("profile", [None, Profile(0)])
+def test_a_layer_that_was_not_seen_is_decomposed_by_its_weight(profile: Profile | None) -> None:
+    for layer, spec, _ in layers_and_profiles():
+        factors = decompose(layer, spec, profile)
+        assert factors.profile.rows == 0 and all_choices(factors)
+        parts, bias = factors.slice(all_choices(factors)[0])
+        assert all(bool(part.isfinite().all()) for part in parts)
+        assert bias is not None and torch.equal(bias, layer.bias.detach())
+
+
+@pytest.mark.parametrize("build", [lambda: nn.Linear(16, 16), lambda: nn.Linear(8, 32), lambda: nn.Conv2d(6, 10, 3)])
+def test_a_layer_that_only_saw_zeros_still_has_finite_factors(build: Callable[[], nn.Module]) -> None:
+    layer: Any = build()
+    shape = (4, layer.in_features) if isinstance(layer, nn.Linear) else (4, 6, 8, 8)
+    studied = study(layer, [torch.zeros(shape)], gradient_samples=4)
+    for choice in all_choices(studied.factors):
+        built = sketched_layer(studied.factors, choice)
+        torch.testing.assert_close(built(studied.given), layer(studied.given), rtol=0, atol=1e-6)
+    errors = [choice.error for choice in all_choices(studied.factors) if choice.scheme != "tucker2"]
+    assert all(0 <= error <= 1 for error in errors)
+
+
+def test_a_weight_that_is_not_finite_is_refused_by_name_with_the_way_out() -> None:
+    layer = nn.Linear(8, 8)
+    (_, spec, _), *_ = layers_and_profiles()
+    with torch.no_grad():
+        layer.weight[0, :3] = torch.tensor([float("nan"), float("inf"), -float("inf")])
+    with pytest.raises(ValueError, match=r"layer '0' holds 3 values .*NaN or infinite.*exclude=\['0'\]"):
+        decompose(layer, spec, None)
+
+
+def test_statistics_are_given_up_once_a_layer_is_decomposed() -> None:
+    kept = []
+    gone = []
+    for layer, spec, profile in layers_and_profiles():
+        for moments in (profile.seen.inputs, profile.seen.outputs):
+            if moments is not None:
+                gone.append(weakref.ref(moments.covariance))
+        kept.append(decompose(layer, spec, profile))
+        del profile, moments
+    gc.collect()
+    assert gone and all(reference() is None for reference in gone)
+    assert all(factors.profile.seen is NOTHING_SEEN and factors.profile.rows for factors in kept)
+
+
+def test_factors_hold_no_copy_of_the_dense_weight() -> None:
+    layer = nn.Linear(16, 16)
+    factors = study(layer, [torch.randn(64, 16)]).factors
+    assert factors.module is layer
+    choice = all_choices(factors)[-1]
+    before = factors.slice(choice)[0]
+    with torch.no_grad():
+        layer.weight.mul_(2)
+    after = factors.slice(choice)[0]
+    torch.testing.assert_close(after[1] @ after[0], 2 * before[1] @ before[0])
+
+
+def test_ranks_are_multiples_of_eight_where_the_layer_has_room_for_two() -> None:
+    large, small = (all_choices(decompose(nn.Linear(n, n), replace_spec(n), None)) for n in (64, 16))
+    assert [choice.ranks[0] for choice in large] == [8, 16, 24]
+    assert [choice.ranks[0] for choice in small] == [1, 2, 3, 4, 5, 6, 7]
+
+
+def replace_spec(size: int) -> LayerSpec:
+    return LayerSpec("layer", "linear", size, size, rows=1)
+
+
+def test_seen_defaults_to_nothing() -> None:
+    assert NOTHING_SEEN == Seen()
