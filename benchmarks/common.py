@@ -6,6 +6,7 @@ layers, in ranks of the same steps, and nothing is trained afterwards.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -25,7 +26,7 @@ from panther.decompose import candidates, decompose
 from panther.errors import PantherError
 from panther.factors import Factors, dense_weight
 from panther.importance import SAMPLES, Importance, importance, reference
-from panther.measure import GRADIENT_SAMPLES, measure, passes
+from panther.measure import GRADIENT_SAMPLES, GRADIENT_SHARE, measure, passes
 from panther.replace import replace
 from panther.spec import Budget, Capture, Plan
 from panther.verify import environment
@@ -44,7 +45,7 @@ class Decomposition:
     sketch: str
     schemes: tuple[str, ...] = ()  # empty: all that apply, the best of each layer at equal cost
     sees_data: bool = True
-    gradient_samples: int = 0
+    sees_gradients: bool = False
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,7 @@ class Method:
     search: str = "uniform"
 
 
-PANTHER = Decomposition("auto", gradient_samples=GRADIENT_SAMPLES)
+PANTHER = Decomposition("auto", sees_gradients=True)
 
 METHODS = (
     Method("plain SVD", Decomposition("data_free", ONE_SCHEME, sees_data=False)),
@@ -65,9 +66,9 @@ METHODS = (
     Method("panther, sensitivity ranks", PANTHER, "sensitivity"),
 )
 
-BASELINES = (
-    "plain SVD: of the weights alone; whitened SVD: that of SVD-LLM, made stronger by a centred covariance and "
-    "corrected biases; all rows have ranks in the same steps"
+LEGEND = (
+    "plain SVD: of the weights alone; whitened SVD: SVD-LLM's, made stronger by centring and corrected biases",
+    "panther.compress keeps a tenth of its batches aside for its own report; here every row is fitted to all",
 )
 
 
@@ -117,17 +118,21 @@ def factors_of(of: Subject, how: Decomposition, seed: int) -> dict[str, Factors]
     for part in passes(of.found.sketchable):
         profiles = {}
         if how.sees_data:
-            measured = measure(
-                of.model, part, of.calls, samples=of.samples, gradient_samples=how.gradient_samples, seed=seed
-            )
+            backward = backward_samples(of.samples) if how.sees_gradients else 0
+            measured = measure(of.model, part, of.calls, samples=of.samples, gradient_samples=backward, seed=seed)
             if measured.not_differentiated is not None:
-                raise PantherError(f"a row would not be what it says: {measured.not_differentiated}")
+                raise PantherError(f"no backward pass, so this would be another method: {measured.not_differentiated}")
             profiles = measured.profiles
         for spec in part:
             module = of.model.get_submodule(spec.name)
             whole = decompose(module, spec, profiles.pop(spec.name, None), sketch=how.sketch, seed=seed)
             found[spec.name] = _only(whole, how.schemes)
     return {spec.name: found[spec.name] for spec in of.found.sketchable}
+
+
+def backward_samples(samples: int) -> int:
+    """As many as `measure` chooses by itself; given to it, so that the table can tell."""
+    return min(GRADIENT_SAMPLES, max(16, round(GRADIENT_SHARE * samples)))
 
 
 def _only(factors: Factors, schemes: Sequence[str]) -> Factors:
@@ -139,25 +144,27 @@ def _only(factors: Factors, schemes: Sequence[str]) -> Factors:
 def plans_of(
     of: Subject, factors: Mapping[str, Factors], searches: Sequence[str], keeps: Sequence[float], seed: int
 ) -> Iterator[tuple[str, float, Plan]]:
-    """One plan for each search and budget; importance is measured once, and only when a search asks for it.
+    """One plan for each search and budget; importance is measured once, when a search first asks for it.
 
     Raises: PantherError when a plan keeps more than it may.
     """
     dtype_bytes = {name: dense_weight(f.module).element_size() for name, f in factors.items()}
     options = {name: candidates(f, dtype_bytes[name]) for name, f in factors.items()}
     against = reference(of.model, of.calls)
-    importances: Mapping[str, Importance] = {}
+
+    @functools.cache
+    def importances() -> dict[str, Importance]:
+        say(f"measuring the importance of {len(factors)} layers")
+        return importance(against, factors, options)
+
     for search, keep in itertools.product(searches, keeps):
-        if search != "uniform" and not importances:
-            say(f"importance of {len(factors)} layers")
-            importances = importance(against, factors, options)
         target = resolve(Budget.parse(keep), of.found, dtype_bytes)
         plan = allocate(
             options,
             target,
             of.found,
             search=search,
-            divergence=lambda layer, error, known=importances: known[layer].divergence(error),
+            divergence=lambda layer, error: importances()[layer].divergence(error),
             evaluate=lambda choices: against.divergence(factors, choices),
             budget=str(keep),
             seed=seed,
@@ -203,8 +210,8 @@ def data_used(method: Method, samples: int, unit: str) -> str:
     if not method.how.sees_data:
         return "none"
     parts = [f"{samples} {unit}"]
-    if method.how.gradient_samples:
-        parts.append(f"{min(samples, method.how.gradient_samples)} also backward")
+    if method.how.sees_gradients:
+        parts.append(f"{min(samples, backward_samples(samples))} also backward")
     if method.search != "uniform":
         parts.append(f"{min(samples, SAMPLES)} for the ranks")
     return ", ".join(parts)
@@ -254,7 +261,7 @@ def report(
 ) -> str:
     """Header, table, and what the rows keep: all that a script prints."""
     what = [f"{recipe.name}: {recipe.notes}", f"calibration: {calibration}; no row is trained afterwards"]
-    closing = [kept_line(of, rows, keeps), BASELINES, *notes]
+    closing = [kept_line(of, rows, keeps), *LEGEND, *notes]
     return "\n".join([header([recipe], what, seed), "", comparison(rows, keeps, formats), "", *closing])
 
 

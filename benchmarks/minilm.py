@@ -1,7 +1,7 @@
 """How much of a sentence encoder's embeddings is left at half of its weights, beside three baselines, and at what cost.
 
 `python -m benchmarks.minilm` needs the Brown corpus (python -m benchmarks.fetch_data); `--text lee` needs packages from
-PyPI only. About ten minutes on two cores.
+PyPI only.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from benchmarks.common import (
 from models.data import CHECKOUT, MissingDataError
 from models.minilm import NEIGHBOURS, SOURCES, build
 from models.recipe import Recipe
-from panther.batches import inference, run
+from panther.batches import as_call, inference, run
 from panther.nn import SKLinear
 from panther.nn.surgery import with_layers
 from panther.replace import replace
@@ -122,9 +122,9 @@ def cost(recipe: Recipe, keep: float, seed: int, repeats: int) -> Cost:
 
     The memory includes capture, the seconds do not.
     """
-    model, first = recipe.model, recipe.batches[0]
+    model = recipe.model
     with inference(model):
-        model(**first)
+        run(model, as_call(recipe.batches[0]))
     before = peak_bytes()
     of = subject(recipe)
     stages, forwards, after = [], [], before

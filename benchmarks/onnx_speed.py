@@ -32,6 +32,7 @@ from panther.errors import PantherError
 from panther.verify import medians_in_turn
 
 SEARCHES = ("uniform", "sensitivity")
+EXCLUDED: dict[str, list[Any] | None] = {"minilm": None, "crepe": [nn.Linear]}  # as in benchmarks.crepe
 COLUMNS = (
     "model",
     "ranks",
@@ -209,9 +210,6 @@ def main() -> int:
         return 1
     print(report(recipes, found, given.keep, given.seed, given.threads))
     return 0
-
-
-EXCLUDED: dict[str, list[Any] | None] = {"minilm": None, "crepe": [nn.Linear]}  # as in benchmarks.crepe
 
 
 def _recipe(name: str, text: str, calibration: int, seed: int) -> Recipe:

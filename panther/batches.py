@@ -213,11 +213,12 @@ def _walkable(data: Any, example: Call, model: nn.Module) -> Any:
     if isinstance(data, DataLoader):
         return data if _has_fixed_order(data) else list(data)
     try:
-        return list(data)
+        batches = iter(data)
     except TypeError:
         raise TypeError(
             f"calib_data is {type(data).__name__}: expected an iterable of inputs, of (input, target) pairs or of dicts"
         ) from None
+    return list(batches)
 
 
 def _has_fixed_order(loader: DataLoader[Any]) -> bool:

@@ -16,12 +16,13 @@ from panther.decompose import candidates, decompose
 from panther.factors import NOTHING_SEEN, Factors, Profile
 from panther.measure import measure
 from panther.replace import sketched_layer
-from panther.sketches import SENSITIVITY_RIDGE, Seen, with_ridge
+from panther.sketches import SENSITIVITY_RIDGE, with_ridge
 from panther.spec import Choice, LayerSpec
 
 # Even kernels with padding="same" pad one side more; torch says that this copies the input, of the dense layer too.
 pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths:UserWarning")
 
+RIDGE_SHOWS = 0.02  # errors of 1 x 1 kernels come with the ridge of the covariance
 BETWEEN_PROBES = 0.3  # how far off an interpolated error of a convolution may be, relative to it
 
 
@@ -52,7 +53,7 @@ def cases() -> Iterator[Case]:
             cut = {k: v[: len(size)] if isinstance(v, tuple) else v for k, v in options.items()}
             given = {"kernel_size": 3, **cut}
             yield Case(f"{make.__name__} {title}", lambda m=make, g=given: m(6, 10, **g), (2, 6, *size))
-        yield Case(f"{make.__name__} pointwise", lambda m=make: m(12, 10, 1), (2, 12, *size))
+        yield Case(f"{make.__name__} pointwise", lambda m=make: m(12, 10, 1), (2, 12, *(min(s, 4) for s in size)))
 
 
 CASES = {case.title: case for case in cases()}
@@ -120,6 +121,7 @@ def lost_share(studied: Studied, choice: Choice) -> tuple[float, float]:
 @every_case
 def test_a_built_convolution_loses_what_its_factors_say_and_keeps_the_mean(case: Case) -> None:
     studied = study(decaying_(case.build()), spread_inputs(case.input_shape))
+    scheme_is_exact = studied.factors.profile.samples is None  # a 1 x 1 kernel: nothing needs to be tried
     assert studied.factors.schemes
     for scheme, decomposed in studied.factors.schemes.items():
         ranks = sorted({0, len(decomposed.ranks) // 2, len(decomposed.ranks) - 1})
@@ -127,7 +129,7 @@ def test_a_built_convolution_loses_what_its_factors_say_and_keeps_the_mean(case:
             choice = Choice(studied.factors.spec.name, scheme, decomposed.ranks[index])
             lost, off = lost_share(studied, choice)
             exactly = index in (0, len(decomposed.ranks) - 1)  # measured, unless a smaller rank lost less
-            tolerance = 1e-3 if exactly else BETWEEN_PROBES
+            tolerance = RIDGE_SHOWS if scheme_is_exact else 1e-3 if exactly else BETWEEN_PROBES
             assert decomposed.errors[index] == pytest.approx(lost, rel=tolerance, abs=1e-5), (scheme, index)
             assert off < 1e-4
 
@@ -195,10 +197,10 @@ def test_all_schemes_are_there_for_two_axes_and_all_but_spatial_for_others() -> 
 def test_a_weight_of_few_input_directions_is_kept_best_by_its_input_channels() -> None:
     layer = nn.Conv2d(16, 16, 3)
     with torch.no_grad():
-        layer.weight.copy_(torch.einsum("mrhw,rc->mchw", torch.randn(16, 2, 3, 3), torch.randn(2, 16)))
+        layer.weight.copy_(torch.einsum("mrhw,rc->mchw", torch.randn(16, 8, 3, 3), torch.randn(8, 16)))
     schemes = study(layer, spread_inputs((2, 16, 8, 8))).factors.schemes
-    at_two = {name: s.errors[s.ranks.index((2,))] for name, s in schemes.items() if (2,) in s.ranks}
-    assert at_two["input_channel"] < 1e-6 < at_two["output_channel"]
+    errors = {name: s.errors[s.ranks.index((8,))] for name, s in schemes.items() if (8,) in s.ranks}
+    assert errors["input_channel"] < 1e-6 < errors["output_channel"]
 
 
 # Linear layers
@@ -274,7 +276,7 @@ def test_the_order_of_layers_changes_no_bit_of_their_factors(monkeypatch: pytest
     found = []
     for turn in (1, -1):
         given = layers_and_profiles()[::turn]
-        found.append({spec.name: decompose(*rest, seed=5) for *rest, spec in ((m, s, p, s) for m, s, p in given)})
+        found.append({spec.name: decompose(layer, spec, profile, seed=5) for layer, spec, profile in given})
     for name, factors in found[0].items():
         assert all_choices(factors) == all_choices(found[1][name])
         for choice in all_choices(factors)[::3]:
@@ -358,14 +360,10 @@ def test_factors_hold_no_copy_of_the_dense_weight() -> None:
 
 
 def test_ranks_are_multiples_of_eight_where_the_layer_has_room_for_two() -> None:
-    large, small = (all_choices(decompose(nn.Linear(n, n), replace_spec(n), None)) for n in (64, 16))
+    large, small = (all_choices(decompose(nn.Linear(n, n), square_spec(n), None)) for n in (64, 16))
     assert [choice.ranks[0] for choice in large] == [8, 16, 24]
     assert [choice.ranks[0] for choice in small] == [1, 2, 3, 4, 5, 6, 7]
 
 
-def replace_spec(size: int) -> LayerSpec:
+def square_spec(size: int) -> LayerSpec:
     return LayerSpec("layer", "linear", size, size, rows=1)
-
-
-def test_seen_defaults_to_nothing() -> None:
-    assert NOTHING_SEEN == Seen()

@@ -1,0 +1,180 @@
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+
+from panther.allocate import allocate, dense_total, is_met, millions, resolve
+from panther.allocators.base import total
+from panther.spec import Budget, Capture, Choice, Cost, LayerSpec, Plan, Target
+
+LAYERS = (
+    LayerSpec("first", "linear", 100, 200, rows=10),
+    LayerSpec("second", "linear", 200, 100, rows=10, has_bias=False),
+    LayerSpec("tied", "linear", 100, 1000, rows=10, blockers=("tied to embed.weight",)),
+)
+SKETCHABLE = 40_000  # weights of the first two
+WHOLE = 150_000
+CAPTURE = Capture("torch.export", LAYERS, model_params=WHOLE, model_bytes=4 * WHOLE)
+FLOAT32 = {"first": 4, "second": 4}
+
+
+def target(**fields: Any) -> Target:
+    return resolve(Budget(**fields), CAPTURE, FLOAT32)
+
+
+# Budgets worked out
+
+
+def test_the_dense_total_counts_what_can_be_sketched() -> None:
+    assert dense_total(CAPTURE.sketchable, FLOAT32) == Cost(SKETCHABLE, 2 * 10 * SKETCHABLE, 4 * SKETCHABLE)
+    assert dense_total(CAPTURE.sketchable, {"first": 2, "second": 4}).size_bytes == 2 * 20_000 + 4 * 20_000
+
+
+@pytest.mark.parametrize(
+    ("budget", "params"), [(0.5, 20_000), ("25%", 10_000), (1.0, 40_000), (12_345, 12_345), (1, 1)]
+)
+def test_a_fraction_counts_the_sketchable_weights_and_an_int_is_absolute(budget: Any, params: int) -> None:
+    assert target(params=budget).limits() == {"params": params}
+
+
+def test_of_the_whole_model_leaves_less_for_the_sketchable_weights() -> None:
+    rest = WHOLE - SKETCHABLE
+    gained = 100  # the bias that the second layer will get
+    assert target(params=0.9, of="model").params == 135_000 - rest - gained
+    assert target(params=140_000, of="model").params == 140_000 - rest - gained
+
+
+def test_a_model_whose_other_parts_are_too_large_has_nothing_left_and_says_so() -> None:
+    found = target(params=0.5, of="model")
+    assert found.params is not None and found.params < 0
+    assert not found.is_met_by(Cost(1, 1, 1))
+    assert found.text.startswith("keep 0 of 40 k sketchable weights")
+
+
+def test_flops_are_those_of_the_sketchable_layers() -> None:
+    assert target(flops=0.5).limits() == {"flops": 400_000}
+    assert target(flops=123).limits() == {"flops": 123}
+
+
+def test_megabytes_are_those_of_the_whole_file_with_its_header() -> None:
+    found = target(size_mb=0.55)
+    assert found.size_bytes is not None
+    # What stays, the gained bias and the header's entries fit beside it.
+    assert found.size_bytes + 4 * (WHOLE - SKETCHABLE) + 4 * 100 <= 550_000
+    assert found.size_bytes > 550_000 - 4 * (WHOLE - SKETCHABLE) - 4 * 100 - 5_000
+
+
+def test_a_percentage_of_the_file_is_a_percentage_of_the_dense_file() -> None:
+    found = target(size_mb="80%")
+    assert found.size_bytes is not None
+    assert 0.78 * 4 * WHOLE < found.size_bytes + 4 * (WHOLE - SKETCHABLE) <= 0.8 * 4 * WHOLE + 2_000
+
+
+def test_several_limits_all_hold() -> None:
+    found = target(params=0.5, flops=0.25)
+    assert found.limits() == {"params": 20_000, "flops": 200_000}
+    assert found.is_met_by(Cost(20_000, 200_000, 10**9))
+    assert not found.is_met_by(Cost(20_001, 200_000)) and not found.is_met_by(Cost(1, 200_001))
+
+
+def test_the_text_says_what_remains_in_both_scopes() -> None:
+    text = target(params=0.5, flops=0.5, size_mb=0.6).text
+    assert "keep 20 k of 40 k sketchable weights; 130 k of 150 k in the whole model" in text
+    assert "keep 0.0004 of 0.0008 GFLOPs of the sketchable layers" in text
+    assert "save at most 0.6 of 0.6 MB" in text.replace("0.598", "0.6")
+
+
+@pytest.mark.parametrize(
+    ("count", "text"),
+    [(5_412_345, "5.41 M"), (740_000, "740 k"), (12, "12"), (0, "0"), (1_500_000_000, "1.5 G"), (-2_000, "-2 k")],
+)
+def test_counts_read_as_people_say_them(count: int, text: str) -> None:
+    assert millions(count) == text
+
+
+# Plans
+
+
+def options() -> dict[str, list[Choice]]:
+    return {
+        name: [
+            *(Choice(name, "linear", (r,), error=1 / (r + 1), cost=Cost(r, r, 4 * r)) for r in (1, 2, 3)),
+            Choice(name, packing="dense", cost=Cost(10, 10, 40)),
+        ]
+        for name in ("first", "second")
+    }
+
+
+def plan_of(search: Any, limit: int = 5, **more: Any) -> Plan:
+    return allocate(
+        options(),
+        Target(params=limit),
+        CAPTURE,
+        search=search,
+        divergence=lambda layer, error: error,
+        evaluate=None,
+        budget="params=0.5",
+        seed=3,
+        **more,
+    )
+
+
+@pytest.mark.parametrize("search", ["uniform", "sensitivity"])
+def test_a_plan_says_what_it_was_made_for_and_by_what(search: str) -> None:
+    plan = plan_of(search)
+    assert (plan.allocator, plan.budget, plan.seed) == (search, "params=0.5", 3)
+    assert plan.fingerprint == CAPTURE.fingerprint
+    assert plan.cost.params <= 5 and is_met(plan, Target(params=5))
+    assert Plan.from_json(plan.to_json()) == plan
+
+
+def test_what_stays_dense_has_a_reason() -> None:
+    plan = plan_of("uniform", limit=20)
+    assert all(choice.is_dense and "budget allows it" in choice.reason for choice in plan.choices)
+
+
+def test_an_allocator_of_the_users_own_is_called_with_everything() -> None:
+    seen: dict[str, Any] = {}
+
+    def mine(given: Any, wanted: Target, *, divergence: Any, evaluate: Any) -> Sequence[Choice]:
+        seen.update(options=given, target=wanted, divergence=divergence("first", 0.25), evaluate=evaluate)
+        return [choices[0] for choices in given.values()]
+
+    plan = plan_of(mine)
+    assert plan.allocator == "mine" and [c.ranks for c in plan.choices] == [(1,), (1,)]
+    assert seen == {"options": options(), "target": Target(params=5), "divergence": 0.25, "evaluate": None}
+
+
+def test_an_allocator_without_a_name_is_custom() -> None:
+    class Mine:
+        def __call__(self, given: Any, wanted: Target, **_: Any) -> list[Choice]:
+            return [choices[-1] for choices in given.values()]
+
+    assert plan_of(Mine()).allocator == "custom"
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        lambda given: [given["first"][0]],
+        lambda given: [given["first"][0], given["first"][1]],
+        lambda given: [given["first"][0], given["first"][0], given["second"][0]],
+        lambda given: [given["first"][0], Choice("third", "linear", (1,))],
+    ],
+    ids=["one left out", "one twice", "one too often", "one unknown"],
+)
+def test_an_allocator_that_does_not_answer_for_every_layer_is_refused(answer: Any) -> None:
+    with pytest.raises(ValueError, match=r"answered for \d layers.*2 were asked: return one Choice for each layer"):
+        plan_of(lambda given, wanted, **_: answer(given))
+
+
+def test_an_allocator_that_invents_a_rank_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"'first' scheme 'linear' at ranks \(7,\), which is none of its options"):
+        plan_of(lambda given, wanted, **_: [Choice("first", "linear", (7,)), given["second"][0]])
+
+
+def test_limits_that_nothing_meets_give_a_plan_that_says_so() -> None:
+    plan = plan_of("sensitivity", limit=1)
+    assert not is_met(plan, Target(params=1)) and total(plan.choices).params == 2

@@ -1,0 +1,291 @@
+"""The scripts behind the README's figures: fair rows, honest labels, and each runs from its command line."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import replace as changed
+from types import ModuleType, SimpleNamespace
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import panther
+from benchmarks import common, crepe, minilm, onnx_speed, whisper
+from benchmarks.common import METHODS, compressed, factors_of, plans_of, rows_of, subject, table
+from models.data import MissingDataError
+from models.recipe import Recipe
+from panther.converters import WRITERS
+from panther.errors import PantherError
+from panther.nn import SKLinear
+
+PLAIN, WHITENED, UNIFORM, SENSITIVITY = METHODS
+FIGURES = ("cosine", "top10", "spearman", "lee_pearson", "accuracy_minus_5_db", "accuracy_0_db", "wer")
+
+
+def inputs(count: int, seed: int, *shape: int) -> list[Tensor]:
+    """Batches of four whose first features vary most, as those of trained networks do."""
+    generator = torch.Generator().manual_seed(seed)
+    scales = torch.linspace(3, 0.1, shape[-1]) ** 2
+    return [torch.randn(4, *shape, generator=generator) * scales for _ in range(count)]
+
+
+def recipe_of(model: nn.Module, *shape: int) -> Recipe:
+    """A stand-in whose every figure is the share of the dense output that is left."""
+    model.eval()
+    held_out = inputs(3, 1, *shape)
+
+    @torch.no_grad()
+    def metrics(candidate: nn.Module) -> dict[str, float]:
+        lost = sum(float((candidate(x) - model(x)).square().sum()) for x in held_out)
+        whole = sum(float(model(x).square().sum()) for x in held_out)
+        return dict.fromkeys(FIGURES, 1 - lost / whole)
+
+    return Recipe("stand-in", model, held_out[0], inputs(9, 0, *shape), held_out, metrics, "none needed", "small")
+
+
+@pytest.fixture
+def encoder() -> Recipe:
+    torch.manual_seed(0)
+    return recipe_of(nn.Sequential(nn.Linear(64, 96), nn.GELU(), nn.Linear(96, 64)), 64)
+
+
+@pytest.fixture
+def tracker() -> Recipe:
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(1, 32, 3, padding=1), nn.ReLU(), nn.Conv2d(32, 48, 3, padding=1), nn.Flatten()]
+    return recipe_of(nn.Sequential(*layers, nn.Linear(48 * 64, 40)), 1, 8, 8)
+
+
+def models_by_label(recipe: Recipe, keep: float = 0.5) -> dict[str, nn.Module]:
+    return {m.label: model for m, _, _, model in compressed(subject(recipe), METHODS, [keep], seed=0)}
+
+
+# Rows
+
+
+def test_every_method_keeps_nearly_its_budget_and_no_more(encoder: Recipe) -> None:
+    of = subject(encoder)
+    rows = rows_of(encoder, of, METHODS, [0.75, 0.5], 0, "samples")
+    for row in rows[1:]:
+        for keep, plan in row.plans.items():
+            share = plan.cost.params / of.sketchable_params
+            assert keep - 8 * 160 / of.sketchable_params < share <= keep  # one step of rank of the larger layer
+
+
+def test_the_linear_rows_with_uniform_ranks_have_the_same_ranks(encoder: Recipe) -> None:
+    rows = rows_of(encoder, subject(encoder), (PLAIN, WHITENED, UNIFORM), [0.5], 0, "samples")
+    ranks = [[choice.ranks for choice in row.plans[0.5].choices] for row in rows[1:]]
+    assert ranks[0] == ranks[1] == ranks[2]
+
+
+def test_the_panther_rows_are_what_compress_makes_of_the_same_data(tracker: Recipe) -> None:
+    aside = inputs(1, 7, 1, 8, 8)  # compress fits to nine of ten batches
+    for method, _, plan, model in compressed(subject(tracker), (UNIFORM, SENSITIVITY), [0.5], seed=0):
+        result = panther.compress(
+            tracker.model,
+            0.5,
+            example_inputs=tracker.example_inputs,
+            calib_data=[*tracker.batches, *aside],
+            search=method.search,
+            progress=False,
+            verify=False,
+        )
+        assert plan.choices == result.plan.choices
+        ours, theirs = model.state_dict(), result.model.state_dict()
+        assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def test_plain_svd_sees_no_data_and_leaves_the_biases(encoder: Recipe) -> None:
+    model = models_by_label(encoder)["plain SVD"]
+    other = models_by_label(changed(encoder, batches=inputs(9, 5, 64)))["plain SVD"]
+    for index in (0, 2):
+        assert torch.equal(model[index].bias, encoder.model[index].bias)
+        assert torch.equal(model[index].weight, other[index].weight)
+
+
+def test_the_baselines_split_convolutions_by_output_channels_and_panther_chooses(tracker: Recipe) -> None:
+    of = subject(tracker, exclude=[nn.Linear])
+    schemes = {
+        method.label: {name for factors in factors_of(of, method.how, 0).values() for name in factors.schemes}
+        for method in METHODS
+    }
+    assert schemes["plain SVD"] == schemes["whitened SVD"] == {"output_channel"}
+    assert schemes["panther, uniform ranks"] > {"output_channel", "input_channel", "tucker2"}
+
+
+def test_looking_at_the_data_beats_plain_svd_on_held_out_data(encoder: Recipe) -> None:
+    left = {label: encoder.metrics(model)["cosine"] for label, model in models_by_label(encoder).items()}
+    assert left["plain SVD"] < left["whitened SVD"]
+    assert left["plain SVD"] < left["panther, uniform ranks"]
+
+
+def test_importance_is_measured_only_for_searches_that_ask(encoder: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(common, "importance", lambda *_: pytest.fail("importance was measured"))
+    of = subject(encoder)
+    ((search, keep, _),) = plans_of(of, factors_of(of, UNIFORM.how, 0), ["uniform"], [0.5], 0)
+    assert (search, keep) == ("uniform", 0.5)
+
+
+def test_a_plan_above_its_budget_is_refused(encoder: Recipe) -> None:
+    of = subject(encoder)
+    with pytest.raises(PantherError, match=r"uniform ranks keep .* weights and may keep"):
+        list(plans_of(of, factors_of(of, PLAIN.how, 0), ["uniform"], [0.001], 0))
+
+
+def test_a_row_says_what_data_it_was_given() -> None:
+    told = [common.data_used(method, 512, "texts") for method in METHODS]
+    assert told == [
+        "none",
+        "512 texts",
+        "512 texts, 192 also backward",
+        "512 texts, 192 also backward, 32 for the ranks",
+    ]
+
+
+def test_the_random_basis_has_the_weight_as_its_mean_and_is_worse_than_no_layer() -> None:
+    dense = nn.Linear(32, 24)
+
+    def error(weight: Tensor) -> float:
+        return float((weight - dense.weight.detach()).norm() / dense.weight.detach().norm())
+
+    weights = [minilm.projected(dense, low_rank=4, seed=seed).weight.detach() for seed in range(400)]
+    assert min(map(error, weights)) > 1  # a layer of zeros has an error of 1
+    # Independent errors shrink with the square root of their number.
+    typical = sum(map(error, weights)) / len(weights)
+    assert error(torch.stack(weights).mean(0)) < 1.5 * typical / 400**0.5
+
+
+def test_the_random_row_has_the_ranks_of_the_others(encoder: Recipe) -> None:
+    of = subject(encoder)
+    rows = minilm.with_random_row(encoder, of, [0.5], 0)
+    assert [row.label for row in rows] == ["dense", "random basis (the paper's layer)", *(m.label for m in METHODS)]
+    plan = rows[1].plans[0.5]
+    model = minilm.with_random_bases(of.model, plan, 0)
+    for choice in plan.sketched:
+        layer = model.get_submodule(choice.layer)
+        assert isinstance(layer, SKLinear) and layer.basis == "random" and layer.rank == choice.ranks[0]
+        assert torch.equal(layer.bias, of.model.get_submodule(choice.layer).bias)
+
+
+# Cost and speed
+
+
+def test_cost_runs_the_stages_and_a_forward_pass(encoder: Recipe) -> None:
+    found = minilm.cost(encoder, 0.5, 0, repeats=2)
+    assert found.seconds > 0 and found.forward_seconds > 0
+    assert found.peak_after >= found.peak_before > 10e6  # torch alone takes more
+    assert "rises by 7 MB over 500 MB" in str(changed(found, peak_before=500_000_000, peak_after=507_000_000))
+
+
+def test_the_cost_of_another_process_is_read_back(
+    encoder: Recipe, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(minilm, "build", lambda *_, **__: encoder)
+    monkeypatch.setattr(sys, "argv", ["minilm", "--only-cost", "--repeats", "1"])
+    assert minilm.main() == 0
+    printed = capsys.readouterr().out
+    monkeypatch.setattr(minilm.subprocess, "run", lambda *_, **__: SimpleNamespace(stdout="a note\n" + printed))
+    assert minilm.cost_apart("lee", 8, 0.5, 0, 1) == minilm.Cost(**json.loads(printed))
+
+
+def test_speeds_cover_every_batch_and_search_with_files_that_agree(tracker: Recipe) -> None:
+    results = onnx_speed.compress(tracker, 0.5, 0, exclude=[nn.Linear])
+    found = list(onnx_speed.speeds(tracker, results, [1, 3], 0.0, 1))
+    assert [(speed.batch, speed.ranks) for speed in found] == [
+        (size, search) for size in (1, 3) for search in ("uniform", "sensitivity")
+    ]
+    for speed in found:
+        assert speed.flops_ratio > 1 and min(*speed.onnx_ms, *speed.torch_ms) > 0
+        assert speed.parity <= 1e-4  # the writer's own tolerance for float32
+
+
+def test_the_speed_of_a_file_that_differs_is_not_told(encoder: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(WRITERS, "onnx", lambda *_, **__: SimpleNamespace(ok=False))
+    with pytest.raises(PantherError, match="the file differs from the model"):
+        next(onnx_speed.speeds(encoder, {}, [1], 0.0, 1))
+
+
+def test_a_batch_repeats_the_example() -> None:
+    example = {"ids": torch.arange(3).unsqueeze(1)}
+    assert onnx_speed.batch_of(example, 5)["ids"].flatten().tolist() == [0, 1, 2, 0, 1]
+    assert onnx_speed.batch_of(example["ids"], 1).flatten().tolist() == [0]
+
+
+# Command lines
+
+
+def cells(line: str) -> list[str]:
+    return [cell.strip() for cell in line.strip("|").split("|")]
+
+
+def printed_table(text: str) -> list[list[str]]:
+    return [cells(line) for line in text.splitlines() if line.startswith("|")]
+
+
+def start(script: ModuleType, monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
+    monkeypatch.setattr(sys, "argv", [script.__name__, *arguments])
+    status: int = script.main()
+    return status
+
+
+@pytest.mark.parametrize(("script", "labels"), [(minilm, 6), (crepe, 5), (whisper, 5)])
+def test_a_script_prints_its_header_and_one_table(
+    script: ModuleType,
+    labels: int,
+    encoder: Recipe,
+    tracker: Recipe,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    recipe = tracker if script is crepe else encoder
+    monkeypatch.setattr(script, "build", lambda *_, **__: recipe)
+    monkeypatch.setattr(minilm, "cost_apart", lambda *_: minilm.Cost(0.5, 3.0, 2.0, 0, 0))
+    assert start(script, monkeypatch, "--keep", "0.6", "0.4", "--seed", "3") == 0
+    text = capsys.readouterr().out
+    columns, rule, *rows = printed_table(text)
+    assert len(rows) == labels and all(len(line) == len(columns) for line in [rule, *rows])
+    assert rows[0][0] == "dense" and "keep 0.6" in columns[2] and "keep 0.4" in columns[-1]
+    for told in ("licence of stand-in: none needed", f"torch {torch.__version__}", "seed 3", "threads", "cpu", "36 "):
+        assert told in text
+    assert ("1.50 times" in text) == (script is minilm)
+
+
+def test_the_speed_script_prints_its_header_and_one_table(
+    encoder: Recipe, tracker: Recipe, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(onnx_speed.minilm, "build", lambda *_, **__: encoder)
+    monkeypatch.setattr(onnx_speed.crepe, "build", lambda *_, **__: changed(tracker, name="other"))
+    threads = str(torch.get_num_threads())
+    assert start(onnx_speed, monkeypatch, "--seconds", "0", "--batches", "2", "--threads", threads) == 0
+    text = capsys.readouterr().out
+    columns, _, *rows = printed_table(text)
+    assert tuple(columns) == onnx_speed.COLUMNS
+    assert [row[:3] for row in rows] == [
+        [name, search, "2"] for name in ("stand-in", "other") for search in ("uniform", "sensitivity")
+    ]
+    assert "one sample: stand-in 64; other 1 x 8 x 8" in text
+
+
+@pytest.mark.parametrize("script", [minilm, crepe, whisper, onnx_speed])
+def test_missing_data_ends_a_script_with_what_to_type(
+    script: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def missing(*_: object, **__: object) -> Recipe:
+        raise MissingDataError("type: python -m benchmarks.fetch_data")
+
+    monkeypatch.setattr(onnx_speed.minilm if script is onnx_speed else script, "build", missing)
+    threads = ["--threads", str(torch.get_num_threads())] if script is onnx_speed else []
+    assert start(script, monkeypatch, *threads) == 1
+    out, err = capsys.readouterr()
+    assert out == "" and err.endswith(": type: python -m benchmarks.fetch_data\n")
+
+
+def test_a_table_is_markdown_with_aligned_columns() -> None:
+    assert table(["", "a"], [["long name", "1"], ["b", "12345"]]).splitlines() == [
+        "|           |     a |",
+        "| --------- | ----: |",
+        "| long name |     1 |",
+        "| b         | 12345 |",
+    ]

@@ -1,0 +1,628 @@
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+import panther
+from panther import chains
+from panther import compress as compress_function
+from panther.allocators import Options
+from panther.allocators.base import total
+from panther.nn import SKConv2d, SKLinear
+from panther.spec import Choice, Plan, Target
+
+CLASSES = 5
+CNN_WEIGHTS = 16 * 9 + 32 * 16 * 9 + 5 * 32
+
+
+def decaying_(model: nn.Module, power: float = 1.0) -> nn.Module:
+    """Give every dense layer singular values that fall as those of trained ones do."""
+    with torch.no_grad():
+        for layer in model.modules():
+            if isinstance(layer, nn.Linear | nn.Conv2d):
+                u, s, v = torch.linalg.svd(layer.weight.flatten(1), full_matrices=False)
+                falling = s[0] / torch.arange(1, len(s) + 1) ** power
+                layer.weight.copy_((u * falling @ v).reshape(layer.weight.shape))
+    return model
+
+
+class Cnn(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.features = nn.Sequential(
+            nn.Conv2d(1, 16, 3, padding=1, bias=False),
+            nn.BatchNorm2d(16),
+            nn.ReLU(),
+            nn.Conv2d(16, 32, 3, stride=2, padding=1),
+            nn.ReLU(),
+        )
+        self.head = nn.Linear(32, CLASSES)
+
+    def forward(self, image: Tensor) -> Tensor:
+        answer: Tensor = self.head(self.features(image).mean((2, 3)))
+        return answer
+
+
+class Block(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.norm, self.fc1, self.fc2 = nn.LayerNorm(width), nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
+        self.mix = nn.Linear(width, width, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.mix(self.norm(x)).roll(1, 1)
+        y: Tensor = x + self.fc2(torch.nn.functional.gelu(self.fc1(self.norm(x))))
+        return y
+
+
+class Text(nn.Module):
+    """Blocks of linear layers over tokens, with a head tied to the embedding."""
+
+    def __init__(self, width: int = 64) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(40, width)
+        self.blocks = nn.ModuleList([Block(width), Block(width)])
+        self.head = nn.Linear(width, 40, bias=False)
+        self.head.weight = self.embed.weight
+
+    def forward(self, ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        x = self.embed(ids)
+        for block in self.blocks:
+            x = block(x)
+        answer: Tensor = self.head(x if attention_mask is None else x * attention_mask.unsqueeze(-1))
+        return answer
+
+
+IMAGES = torch.randn(64, 1, 8, 8, generator=torch.Generator().manual_seed(1)).cumsum(-1)
+IDS = torch.randint(0, 40, (48, 10), generator=torch.Generator().manual_seed(2))
+
+
+@pytest.fixture
+def cnn() -> Cnn:
+    torch.manual_seed(0)
+    return decaying_(Cnn()).eval()  # type: ignore[return-value]
+
+
+@pytest.fixture
+def text() -> Text:
+    torch.manual_seed(0)
+    return decaying_(Text()).eval()  # type: ignore[return-value]
+
+
+def images() -> list[Tensor]:
+    return list(IMAGES.split(8))
+
+
+def compress(model: nn.Module, budget: Any = 0.5, **options: Any) -> panther.Result:
+    """panther.compress on the inputs of the model, counting only."""
+    inputs, batches = (IMAGES[:4], images()) if isinstance(model, Cnn) else (IDS[:4], list(IDS.split(8)))
+    given = {"example_inputs": inputs, "calib_data": batches, "progress": False, "verify": False, **options}
+    return compress_function(model, budget, **given)
+
+
+def same_bits(first: nn.Module, second: nn.Module) -> bool:
+    a, b = first.state_dict(), second.state_dict()
+    return list(a) == list(b) and all(torch.equal(value, b[name]) for name, value in a.items())
+
+
+def snapshot(model: nn.Module) -> dict[str, Tensor]:
+    return {name: value.clone() for name, value in model.state_dict().items()}
+
+
+def sketchable_params(result: panther.Result) -> int:
+    """Weights that the sketchable layers hold now, counted in the model itself."""
+    counted = 0
+    for choice in result.plan.choices:
+        layer = result.model.get_submodule(choice.layer)
+        counted += sum(p.numel() for name, p in layer.named_parameters() if name != "bias")
+    return counted
+
+
+def all_numbers(model: nn.Module) -> int:
+    """Parameters and buffers, tied ones once."""
+    return sum({id(t): t.numel() for t in (*model.parameters(), *model.buffers())}.values())
+
+
+# Budgets
+
+
+@pytest.mark.parametrize("search", ["uniform", "sensitivity"])
+@pytest.mark.parametrize("kept", [0.8, 0.5, 0.25])
+@pytest.mark.parametrize("name", ["cnn", "text"])
+def test_a_fraction_of_the_sketchable_weights_remains(
+    name: str, kept: float, search: str, request: pytest.FixtureRequest
+) -> None:
+    model = request.getfixturevalue(name)
+    result = compress(model, kept, search=search)
+    dense = sum(spec.params for spec in panther.analyze(model, IMAGES[:4] if name == "cnn" else IDS[:4]).sketchable)
+    assert result.budget_met and result.target.params == int(kept * dense)
+    assert 0.75 * kept * dense <= sketchable_params(result) == result.plan.cost.params <= kept * dense
+
+
+def test_totals_count_parameters_and_buffers_once(text: Text, cnn: Cnn) -> None:
+    for model in (text, cnn):
+        report = compress(model).report
+        assert report.dense.params == all_numbers(model)
+        compressed = compress(model).model
+        assert report.compressed.params == all_numbers(compressed) < all_numbers(model)
+
+
+@pytest.mark.parametrize(
+    "budget", ["50%", panther.Budget(params=0.5), {"params": 0.5}, {"params": "50%"}, torch.tensor(0.5)]
+)
+def test_half_can_be_said_in_many_ways(cnn: Cnn, budget: Any) -> None:
+    assert compress(cnn, budget, search="uniform").plan.choices == compress(cnn, 0.5, search="uniform").plan.choices
+
+
+def test_an_absolute_count_is_an_int_of_a_budget(text: Text) -> None:
+    result = compress(text, {"params": 25_000})
+    assert result.budget_met and sketchable_params(result) <= 25_000
+
+
+def test_a_budget_on_flops_holds(cnn: Cnn) -> None:
+    result = compress(cnn, {"flops": 0.4})
+    capture = panther.analyze(cnn, IMAGES[:4])
+    specs = {spec.name: spec for spec in capture.sketchable}
+    flops = sum(
+        specs[c.layer].flops if c.is_dense else chains.chain_cost(c.scheme, specs[c.layer], c.ranks, 4).flops
+        for c in result.plan.choices
+    )
+    assert result.budget_met and flops <= 0.4 * sum(spec.flops for spec in specs.values())
+
+
+@pytest.mark.parametrize("budget", [{"size_mb": 0.2}, {"size_mb": "60%"}])
+def test_a_budget_on_the_saved_file_holds_for_the_saved_file(text: Text, budget: Any, tmp_path: Path) -> None:
+    dense_bytes = compress(text, 1.0).report.dense.size_bytes
+    result = compress(text, budget)
+    size = (result.save(tmp_path / "m") / "model.safetensors").stat().st_size
+    limit = 200_000 if budget["size_mb"] == 0.2 else 0.6 * dense_bytes
+    assert result.budget_met and size <= limit and size == result.report.compressed.size_bytes
+
+
+def test_a_budget_on_the_whole_model_holds_for_the_whole_model(text: Text) -> None:
+    result = compress(text, panther.Budget(params=0.5, of="model"))
+    assert result.budget_met and all_numbers(result.model) <= 0.5 * all_numbers(text)
+
+
+def test_several_limits_hold_together(cnn: Cnn) -> None:
+    result = compress(cnn, {"params": 0.6, "flops": 0.4})
+    assert result.budget_met and result.plan.cost.params <= 0.6 * CNN_WEIGHTS and result.report.compressed.flops > 0
+
+
+def test_a_budget_that_cannot_be_met_gives_the_smallest_model_and_says_so(cnn: Cnn) -> None:
+    result = compress(cnn, {"params": 10})
+    assert not result.budget_met and not result.report.budget_met
+    assert result.plan.cost.params < 0.25 * CNN_WEIGHTS
+    assert any("budget not met" in note for note in result.report.notes)
+    assert result.model(IMAGES).isfinite().all()
+
+
+def test_keeping_everything_leaves_everything_dense(cnn: Cnn) -> None:
+    result = compress(cnn, 1.0)
+    assert result.plan.sketched == () and torch.equal(result.model(IMAGES), cnn(IMAGES))
+
+
+# What it is worth
+
+
+@pytest.mark.parametrize("name", ["cnn", "text"])
+def test_sensitivity_is_never_worse_than_uniform_on_the_samples_it_evaluates(
+    name: str, request: pytest.FixtureRequest
+) -> None:
+    model = request.getfixturevalue(name)
+    for kept in (0.3, 0.6):
+        planned, even = compress(model, kept), compress(model, kept, search="uniform")
+        assert planned._prepared is not None
+        measure = planned._prepared.reference.divergence
+        factors = planned._prepared.factors
+        assert measure(factors, planned.plan.choices) <= measure(factors, even.plan.choices)
+
+
+def relative_error(result: panther.Result, model: nn.Module, inputs: Tensor) -> float:
+    with torch.no_grad():
+        answer, got = model(inputs), result.model(inputs)
+    return float((got - answer).norm() / (answer - answer.mean(0)).norm())
+
+
+def test_more_is_closer_to_the_dense_model(text: Text) -> None:
+    errors = [relative_error(compress(text, kept), text, IDS) for kept in (0.25, 0.5, 0.75, 1.0)]
+    assert errors == sorted(errors, reverse=True) and errors[-1] == 0
+
+
+@pytest.mark.filterwarnings("ignore:no calibration data:UserWarning")
+def test_calibration_helps(cnn: Cnn) -> None:
+    with_data = compress(cnn, 0.3, search="uniform")
+    without = compress(cnn, 0.3, search="uniform", calib_data=None)
+    assert relative_error(with_data, cnn, IMAGES) < relative_error(without, cnn, IMAGES)
+
+
+def test_without_calibration_data_it_warns_at_the_callers_line_and_notes_it(cnn: Cnn) -> None:
+    with pytest.warns(UserWarning, match=r"no calibration data.*calib_data") as caught:
+        result = compress_function(cnn, 0.5, example_inputs=IMAGES[:4], progress=False, verify=False)
+    assert result.budget_met and any("no calibration data" in note for note in result.report.notes)
+    assert [Path(w.filename).name for w in caught] == ["test_compress.py"]
+
+
+# The model that comes out
+
+
+@pytest.mark.parametrize("name", ["cnn", "text"])
+def test_class_signature_and_state_stay_and_the_model_is_unchanged(name: str, request: pytest.FixtureRequest) -> None:
+    model = request.getfixturevalue(name)
+    model.train()
+    before, modules = snapshot(model), dict(model.named_modules())
+    result = compress(model)
+    assert type(result.model) is type(model) and result.model is not model and result.model.training
+    assert dict(model.named_modules()) == modules and model.training
+    assert all(torch.equal(value, before[n]) for n, value in model.state_dict().items())
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in (*model.modules(), *result.model.modules()))
+    sketched = {c.layer for c in result.plan.sketched}
+    assert sketched
+    for n, value in result.model.state_dict().items():
+        if n.rpartition(".")[0] not in sketched:
+            assert torch.equal(value, before[n])
+
+
+def test_a_tied_head_stays_dense_and_tied(text: Text) -> None:
+    result = compress(text)
+    assert result.model.head.weight is result.model.embed.weight  # type: ignore[union-attr]
+    (row,) = [row for row in result.report.layers if row.name == "head"]
+    assert row.scheme == "dense" and "embed" in row.reason
+
+
+def test_the_same_seed_gives_the_same_bits(cnn: Cnn, text: Text) -> None:
+    for model in (cnn, text):
+        first, second = compress(model, seed=3), compress(model, seed=3)
+        assert first.plan == second.plan and same_bits(first.model, second.model)
+
+
+def test_inplace_changes_the_model_itself_to_the_same_numbers(cnn: Cnn) -> None:
+    expected = compress(copy.deepcopy(cnn))
+    before = cnn.features[1]
+    result = compress(cnn, inplace=True)
+    assert result.model is cnn and same_bits(cnn, expected.model) and cnn.features[1] is before
+    assert any(isinstance(m, SKConv2d) for m in cnn.modules())
+    with pytest.raises(RuntimeError, match=r"inplace=True gave up.*compress again"):
+        result.resolve(0.3)
+
+
+def test_inplace_a_layer_that_is_the_whole_model_is_refused_before_anything_is_done() -> None:
+    layer = nn.Linear(32, 32)
+    with pytest.raises(ValueError, match=r"inplace=True: Linear is itself the layer.*leave inplace out"):
+        compress_function(layer, 0.5, example_inputs=torch.randn(2, 32), inplace=True)
+    result = compress_function(
+        layer, 0.5, example_inputs=torch.randn(2, 32), calib_data=[torch.randn(64, 32)], progress=False, verify=False
+    )
+    assert isinstance(result.model, SKLinear) and type(layer) is nn.Linear
+
+
+def test_a_device_gives_a_model_there_and_leaves_the_given_one(cnn: Cnn) -> None:
+    before = snapshot(cnn)
+    result = compress(cnn, device="cpu")
+    assert next(result.model.parameters()).device.type == "cpu"
+    assert all(torch.equal(value, before[n]) for n, value in cnn.state_dict().items())
+    assert same_bits(result.model, compress(cnn).model)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_models_stay_so(text: Text, dtype: torch.dtype) -> None:
+    result = compress(text.to(dtype))
+    assert result.budget_met and {p.dtype for p in result.model.parameters()} == {dtype}
+    assert result.model(IDS).isfinite().all()
+
+
+def test_compressed_models_can_be_compressed_no_further_but_say_so(cnn: Cnn) -> None:
+    once = compress(cnn, 0.5, search="uniform").model
+    left = {spec.name for spec in panther.analyze(once, IMAGES[:4]).sketchable}
+    assert left == {n for n, m in once.named_modules() if isinstance(m, nn.Linear | nn.Conv2d)}
+
+
+# Plans and other budgets
+
+
+def test_a_plan_used_again_gives_the_same_bits(cnn: Cnn) -> None:
+    result = compress(cnn)
+    for plan in (result.plan, result.plan.to_json()):
+        again = compress(cnn, plan=plan)
+        assert same_bits(again.model, result.model) and again.plan == result.plan
+
+
+def test_an_edited_plan_is_followed(cnn: Cnn) -> None:
+    (kept, *_) = compress(cnn, 0.3).plan.sketched
+    result = compress(cnn, plan=Plan((kept,)))
+    assert [c.layer for c in result.plan.sketched] == [kept.layer]
+    assert len(result.plan.choices) == 3
+    assert all("the plan leaves it dense" in c.reason for c in result.plan.choices if c.is_dense)
+
+
+def test_costs_and_errors_of_a_plan_are_worked_out_again_and_not_believed(cnn: Cnn) -> None:
+    (kept, *_) = compress(cnn, 0.3).plan.sketched
+    lie = Choice(kept.layer, kept.scheme, kept.ranks, error=0.0)
+    assert compress(cnn, plan=Plan((lie,))).plan[kept.layer] == kept
+
+
+@pytest.mark.parametrize("search", ["uniform", "sensitivity"])
+@pytest.mark.parametrize("name", ["cnn", "text"])
+def test_another_budget_resolved_equals_a_fresh_run(name: str, search: str, request: pytest.FixtureRequest) -> None:
+    model = request.getfixturevalue(name)
+    first = compress(model, 0.6, search=search)
+    resolved, fresh = first.resolve(0.3), compress(model, 0.3, search=search)
+    assert resolved.plan == fresh.plan and same_bits(resolved.model, fresh.model)
+    assert resolved.target == fresh.target and not same_bits(first.model, resolved.model)
+    assert same_bits(resolved.resolve("60%").model, first.model)
+
+
+def test_a_run_from_a_plan_can_be_resolved_for_a_budget(cnn: Cnn) -> None:
+    given = compress(cnn, plan=compress(cnn).plan)
+    assert given.resolve(0.3).plan == compress(cnn, 0.3).plan
+
+
+def test_resolving_does_not_measure_again(cnn: Cnn) -> None:
+    walks = []
+
+    class Counted(list[Tensor]):
+        def __iter__(self) -> Iterator[Tensor]:
+            walks.append(1)
+            return super().__iter__()
+
+    result = compress(cnn, calib_data=Counted(images()))
+    before = len(walks)
+    result.resolve(0.3)
+    assert len(walks) == before
+
+
+def test_an_allocator_of_the_users_own_decides(cnn: Cnn) -> None:
+    def smallest(options: Options, target: Target, **_: Any) -> Sequence[Choice]:
+        return [choices[0] for choices in options.values()]
+
+    result = compress(cnn, search=smallest)
+    assert result.plan.allocator == "smallest" and result.plan.cost.params < 0.25 * CNN_WEIGHTS
+    assert result.plan.cost == total(result.plan.choices)
+
+
+# Which layers
+
+
+def names_sketched(model: nn.Module, **options: Any) -> set[str]:
+    inputs = IMAGES[:4] if isinstance(model, Cnn) else IDS[:4]
+    return {spec.name for spec in panther.analyze(model, inputs, **options).sketchable}
+
+
+ALL = {f"blocks.{i}.{n}" for i in (0, 1) for n in ("fc1", "fc2", "mix")}
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({}, ALL),
+        ({"include": ["blocks.0.fc1"]}, {"blocks.0.fc1"}),
+        ({"include": "blocks.0.fc1"}, {"blocks.0.fc1"}),
+        ({"include": ["blocks.1"]}, {n for n in ALL if n.startswith("blocks.1.")}),
+        ({"include": ["*.fc?"]}, {n for n in ALL if "fc" in n}),
+        ({"include": [r"re:fc[12]$"]}, {n for n in ALL if "fc" in n}),
+        ({"include": [nn.Linear]}, ALL),
+        ({"include": nn.Linear}, ALL),
+        ({"exclude": ["*.mix"]}, {n for n in ALL if "mix" not in n}),
+        ({"include": ["blocks.0.*"], "exclude": ["re:mix"]}, {"blocks.0.fc1", "blocks.0.fc2"}),
+        ({"exclude": "blocks.0"}, {n for n in ALL if n.startswith("blocks.1.")}),
+    ],
+)
+def test_layers_are_chosen_by_name_glob_expression_and_class(text: Text, options: Any, expected: set[str]) -> None:
+    assert names_sketched(text, **options) == expected
+
+
+def test_layers_left_out_stay_dense_with_that_reason_and_outside_of_the_budget(text: Text) -> None:
+    result = compress(text, 0.5, exclude=["*.fc2"], include=["blocks.*"])
+    assert {c.layer for c in result.plan.choices} == {n for n in ALL if "fc2" not in n}
+    assert result.target.params == (2 * 64 * 256 + 2 * 64 * 64) // 2
+    reasons = {row.name: row.reason for row in result.report.layers}
+    assert reasons["blocks.0.fc2"] == "excluded by exclude="
+    assert "not among include=" in reasons["head"] and "embed" in reasons["head"]
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "words"),
+    [
+        (
+            {"include": ["blocks.0.fc3"]},
+            ValueError,
+            r"include='blocks.0.fc3' matches no dense layer.*nearest: blocks.0.fc",
+        ),
+        ({"exclude": [nn.Conv2d]}, ValueError, r"exclude=.*Conv2d.* matches no dense layer"),
+        ({"include": [3]}, TypeError, r"include holds 3: expected layer names, globs, 're:...' or layer classes"),
+        ({"include": ["re:("]}, ValueError, r"include='re:\(' is not a regular expression"),
+    ],
+)
+def test_patterns_that_mean_nothing_are_refused(text: Text, options: Any, error: type[Exception], words: str) -> None:
+    with pytest.raises(error, match=words):
+        compress(text, **options)
+
+
+# Calibration data of every kind
+
+
+LABELS = torch.zeros(64, dtype=torch.long)
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        images,
+        lambda: (batch for batch in images()),
+        lambda: IMAGES,
+        lambda: [(batch, LABELS[:8]) for batch in images()],
+        lambda: [{"image": batch, "labels": LABELS[:8]} for batch in images()],
+        lambda: ({"image": batch, "labels": LABELS[:8], "id": ["x"] * 8} for batch in images()),
+        lambda: DataLoader(TensorDataset(IMAGES, LABELS), batch_size=8),
+        lambda: DataLoader(TensorDataset(IMAGES), batch_size=8, shuffle=True),
+    ],
+    ids=["list", "generator", "tensor", "pairs", "dicts", "dict generator", "loader", "shuffling loader"],
+)
+def test_calibration_data_may_be_any_iterable_of_inputs(cnn: Cnn, data: Any) -> None:
+    result = compress(cnn, calib_data=data(), search="uniform")
+    assert result.budget_met and result.report.agreement_held_out
+    assert not any("no calibration" in note for note in result.report.notes)
+
+
+def test_targets_change_nothing(cnn: Cnn) -> None:
+    pairs = [(batch, torch.randint(0, CLASSES, (8,))) for batch in images()]
+    dicts = [{"image": batch, "labels": torch.zeros(8)} for batch in images()]
+    plain = compress(cnn)
+    assert all(same_bits(compress(cnn, calib_data=data).model, plain.model) for data in (pairs, dicts))
+
+
+def test_masks_in_the_batches_are_honoured(text: Text) -> None:
+    mask = torch.ones(8, 10, dtype=torch.long)
+    mask[:, 6:] = 0
+    results = []
+    for filler in (0, 39):
+        batches = [{"ids": ids.masked_fill(mask == 0, filler), "attention_mask": mask} for ids in IDS.split(8)]
+        # `roll` brings one padded position into each sample, which no mask can undo: leave that layer alone.
+        results.append(compress(text, calib_data=batches, example_inputs=batches[0], include=["blocks.0.fc*"]))
+    profiles = [result._prepared.factors for result in results if result._prepared is not None]
+    for name, factors in profiles[0].items():
+        assert factors.profile.rows == profiles[1][name].profile.rows == 5 * 8 * 6
+
+
+# The report
+
+
+def test_the_report_measures_both_models_and_calls_the_users_metric_for_each(cnn: Cnn) -> None:
+    seen: list[nn.Module] = []
+
+    def metric(model: nn.Module) -> float:
+        seen.append(model)
+        return float(len(seen))
+
+    result = compress(cnn, eval_fn=metric, verify=True)
+    assert seen == [cnn, result.model] and result.report.metric == (1.0, 2.0)
+    assert result.report.dense.latency_ms and result.report.compressed.latency_ms
+    assert result.report.agreement["cosine"] > 0.5 and "top1" in result.report.agreement
+    assert "eval_fn: dense 1.0000, compressed 2.0000" in str(result.report)
+
+
+def test_without_verification_sizes_are_still_counted(cnn: Cnn) -> None:
+    report = compress(cnn, verify=False).report
+    assert report.dense.latency_ms is None and report.agreement == {} and report.metric is None
+    assert 0 < report.compressed.size_bytes < report.dense.size_bytes
+
+
+def test_the_report_has_a_row_for_each_layer_and_the_seconds_of_each_stage(cnn: Cnn) -> None:
+    result = compress(cnn, seed=11)
+    rows = {row.name: row for row in result.report.layers}
+    assert list(rows) == ["features.0", "features.3", "head"]
+    for choice in result.plan.sketched:
+        assert rows[choice.layer].ranks == choice.ranks and rows[choice.layer].error == choice.error
+    assert {"capture", "measure", "decompose", "importance", "allocate", "replace", "verify"} <= set(
+        result.report.seconds
+    )
+    assert result.report.environment["seed"] == "11" and result.report.target == result.target.text
+
+
+def test_the_target_is_the_first_thing_said_and_silence_is_silent(cnn: Cnn, capfd: pytest.CaptureFixture[str]) -> None:
+    compress(cnn, progress=True)
+    said = capfd.readouterr()
+    assert said.out == "" and said.err.startswith("target: keep 2.46 k of 4.91 k sketchable weights")
+    compress(cnn, progress=False)
+    assert capfd.readouterr() == ("", "")
+
+
+def test_few_rows_are_noted(cnn: Cnn) -> None:
+    few = [IMAGES[:1], IMAGES[1:2]]
+    assert any("fewer than 10 rows" in note for note in compress(cnn, calib_data=few).report.notes)
+
+
+def test_a_model_that_cannot_be_differentiated_is_compressed_all_the_same_and_noted(cnn: Cnn) -> None:
+    class Frozen(Cnn):
+        def forward(self, image: Tensor) -> Tensor:
+            with torch.no_grad():
+                return super().forward(image)
+
+    torch.manual_seed(0)
+    result = compress(decaying_(Frozen()).eval())
+    assert result.budget_met and any("cannot be differentiated" in note for note in result.report.notes)
+
+
+# On disk
+
+
+@pytest.mark.parametrize("name", ["cnn", "text"])
+def test_saved_and_loaded_it_gives_equal_outputs(name: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
+    model, inputs = request.getfixturevalue(name), IMAGES if name == "cnn" else IDS
+    result = compress(model)
+    folder = result.save(tmp_path / "compressed")
+    for architecture in (type(model), type(model)()):
+        loaded = panther.load(folder, model=architecture)
+        assert type(loaded) is type(model) and same_bits(loaded, result.model)
+        assert torch.equal(loaded(inputs), result.model.eval()(inputs))
+    stored = load_file(folder / "model.safetensors")
+    assert sum(t.numel() for t in stored.values()) == result.report.compressed.params
+
+
+# Arguments of later versions, and plain mistakes
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "words"),
+    [
+        (
+            {"search": "tuned"},
+            ValueError,
+            r"search='tuned': expected one of uniform, sensitivity.*not part of this version",
+        ),
+        ({"search": "best"}, ValueError, r"search='best': expected one of uniform, sensitivity or an allocator"),
+        ({"n_trials": 10}, ValueError, r"n_trials .*not part of this version: leave them out"),
+        ({"timeout": 10.0}, ValueError, r"timeout .*not part of this version: leave them out"),
+        ({"dtypes": ("float32", "int8")}, ValueError, r"dtypes=\('float32', 'int8'\): this version stores"),
+        ({"heal": "blocks"}, ValueError, r"heal='blocks' \(not part of this version\): expected one of none, auto"),
+        ({"heal": "distill"}, ValueError, r"not part of this version"),
+        ({"heal": "refit"}, ValueError, r"not part of this version"),
+        ({"heal": "magic"}, ValueError, r"heal='magic': expected one of none, auto"),
+        ({"checkpoint": "c.pt"}, ValueError, r"checkpoint= is not part of this version"),
+        ({"budget": {"latency_ms": 3.0}}, ValueError, r"latency_ms is not\s+supported yet"),
+        ({"budget": {"max_drop": 0.1}}, ValueError, r"max_drop is not\s+supported yet"),
+        ({"budget": {"parms": 0.5}}, ValueError, r"no field 'parms'.*did you mean 'params'"),
+        ({"example_inputs": "x"}, TypeError, r"example_inputs is str: expected a tensor"),
+        ({"calib_data": 3}, TypeError, r"calib_data is int: expected an iterable"),
+        ({"calib_data": TensorDataset(IMAGES)}, TypeError, r"Dataset.*DataLoader\(dataset, batch_size=32\)"),
+    ],
+)
+def test_arguments_that_cannot_be_honoured_are_refused(
+    cnn: Cnn, options: dict[str, Any], error: type[Exception], words: str
+) -> None:
+    before = snapshot(cnn)
+    with pytest.raises(error, match=words):
+        compress(cnn, options.pop("budget", 0.5), **options)
+    assert all(torch.equal(value, before[n]) for n, value in cnn.state_dict().items())
+
+
+def test_a_state_dict_is_not_a_model(cnn: Cnn) -> None:
+    with pytest.raises(TypeError, match=r"model is OrderedDict: expected a torch.nn.Module \(load a state_dict"):
+        compress_function(cnn.state_dict(), 0.5, example_inputs=IMAGES[:4])  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("heal", ["none", "auto"])
+def test_both_ways_of_healing_correct_the_mean_output(heal: str) -> None:
+    model = nn.Sequential(nn.Linear(16, 16, bias=False))
+    rows = torch.randn(300, 16) + 4
+    result = compress_function(
+        model,
+        0.4,
+        example_inputs=rows[:2],
+        calib_data=[rows[:150], rows[150:]],
+        heal=heal,
+        progress=False,
+        verify=False,
+    )
+    assert isinstance(result.model[0], SKLinear)  # type: ignore[index]
+    with torch.no_grad():
+        off = (result.model(rows[:150]) - model(rows[:150])).mean(0)
+    assert float(off.abs().max()) < 1e-4

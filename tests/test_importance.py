@@ -1,0 +1,217 @@
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from panther.batches import Call
+from panther.capture import capture
+from panther.decompose import candidates, decompose
+from panther.factors import Factors
+from panther.importance import Importance, Reference, best_within, fit, importance, reference
+from panther.measure import measure
+from panther.replace import replace
+from panther.spec import Choice, Plan
+
+
+class Net(nn.Module):
+    """Two layers in a row and one whose output is not used."""
+
+    def __init__(self, *, bias: bool = True) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(16, 16, bias), nn.Linear(16, 16, bias)
+        self.unused = nn.Linear(16, 16, bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        answer: Tensor = self.last(self.first(x).relu()) + 0.0 * self.unused(x)
+        return answer
+
+
+class Prepared:
+    """A model, its factors and what it could become, from inputs with a mean."""
+
+    def __init__(self, model: nn.Module, calls: Sequence[Call]) -> None:
+        self.model, self.calls = model, calls
+        specs = capture(model, calls[0]).sketchable
+        profiles = measure(model, specs, calls, samples=sum(c.batch_size for c in calls)).profiles
+        self.factors: Mapping[str, Factors] = {
+            s.name: decompose(model.get_submodule(s.name), s, profiles[s.name]) for s in specs
+        }
+        self.options = {name: candidates(factors, 4) for name, factors in self.factors.items()}
+        self.reference: Reference = reference(model, calls)
+
+
+def calls_for(count: int = 3, size: int = 8) -> list[Call]:
+    return [Call((torch.randn(size, 16) + 1.0,)) for _ in range(count)]
+
+
+# D = a E^b
+
+
+@pytest.mark.parametrize("a", [0.01, 1.0, 30.0])
+@pytest.mark.parametrize("b", [0.5, 1.0, 1.7, 2.0])
+def test_fit_recovers_the_curve_that_two_points_are_from(a: float, b: float) -> None:
+    found = fit([(e, a * e**b) for e in (0.1, 0.35)])
+    assert found.a == pytest.approx(a) and found.b == pytest.approx(b)
+    assert found.divergence(0.2) == pytest.approx(a * 0.2**b)
+
+
+def test_fit_goes_through_one_point_in_proportion() -> None:
+    assert fit([(0.2, 3.0)]) == Importance(pytest.approx(15.0), 1.0)
+
+
+def test_fit_does_not_trust_slopes_that_only_noise_gives() -> None:
+    assert fit([(0.1, 1.0), (0.2, 100.0)]).b == 2.0
+    assert fit([(0.1, 1.0), (0.2, 1.01)]).b == 0.5
+    assert fit([(0.1, 1.0), (0.2, 0.5)]).b == 1.0  # falling
+    assert fit([(0.1, 1.0), (0.1001, 1.5)]).b == 1.0  # too close together
+
+
+def test_a_layer_whose_truncation_changes_nothing_has_no_importance() -> None:
+    assert fit([]).divergence(0.5) == fit([(0.1, 0.0), (0.2, 0.0)]).divergence(0.5) == 0.0
+
+
+def test_a_layer_whose_truncation_breaks_the_model_only_counts_nothing_when_dense() -> None:
+    broken = fit([(0.1, math.inf), (0.2, math.inf)])
+    assert broken.divergence(0.05) == math.inf and broken.divergence(0.0) == 0.0
+
+
+# The reference
+
+
+def test_leaving_everything_dense_diverges_by_nothing() -> None:
+    prepared = Prepared(Net(), calls_for())
+    dense = [choices[-1] for choices in prepared.options.values()]
+    assert prepared.reference.divergence(prepared.factors, dense) == 0.0
+    assert prepared.reference.divergence(prepared.factors, []) == 0.0
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_divergence_is_the_error_of_the_model_that_would_be_built(bias: bool) -> None:
+    prepared = Prepared(Net(bias=bias), calls_for(1, 20))
+    choices = [prepared.options[name][2] for name in ("first", "last")]
+    built = replace(prepared.model, prepared.factors, Plan(tuple(choices)))
+    with torch.no_grad():
+        answer, got = (model(*prepared.calls[0].args) for model in (prepared.model, built))
+    variance = (answer - answer.mean(0)).square().mean()
+    expected = float((got - answer).square().mean() / variance)
+    assert prepared.reference.divergence(prepared.factors, choices) == pytest.approx(expected, rel=1e-4)
+
+
+def test_divergence_of_convolutions_without_bias_counts_the_bias_that_they_gain() -> None:
+    model = nn.Sequential(nn.Conv2d(4, 12, 3, bias=False), nn.BatchNorm2d(12), nn.ReLU(), nn.Conv2d(12, 4, 1)).eval()
+    calls = [Call((torch.randn(4, 4, 6, 6) + 2,))]
+    prepared = Prepared(model, calls)
+    choice = prepared.options["0"][0]
+    built = replace(model, prepared.factors, Plan((choice,)))
+    with torch.no_grad():
+        answer, got = model(*calls[0].args), built(*calls[0].args)
+    expected = float((got - answer).square().mean() / (answer - answer.mean(0)).square().mean())
+    assert prepared.reference.divergence(prepared.factors, [choice]) == pytest.approx(expected, rel=1e-4)
+
+
+def test_padded_positions_do_not_count() -> None:
+    class Tokens(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(16, 16)
+
+        def forward(self, x: Tensor, attention_mask: Tensor) -> Tensor:
+            answer: Tensor = self.layer(x)
+            return answer
+
+    mask = torch.tensor([[1, 1, 0, 0]]).repeat(6, 1)
+    x = torch.randn(6, 4, 16)
+    x[:, 2:] = 0.0
+    prepared = Prepared(Tokens(), [Call((), {"x": x, "attention_mask": mask})])
+    dirty = x.clone()
+    dirty[:, 2:] = torch.randn(6, 2, 16) * 1e-3  # small: the variance that scales the error counts all positions
+    other = reference(prepared.model, [Call((), {"x": dirty, "attention_mask": mask})])
+    choice = prepared.options["layer"][3]
+    first, second = (r.divergence(prepared.factors, [choice]) for r in (prepared.reference, other))
+    assert first == pytest.approx(second, rel=1e-2) and first > 0
+
+
+def test_an_output_that_is_not_finite_is_infinitely_far() -> None:
+    class Log(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(16, 16)
+            with torch.no_grad():
+                self.layer.weight.copy_(torch.eye(16))
+                self.layer.bias.zero_()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.log(self.layer(x))
+
+    prepared = Prepared(Log(), [Call((3 * torch.eye(16) + 0.01,))])
+    assert prepared.reference.divergence(prepared.factors, [prepared.options["layer"][0]]) == math.inf
+
+
+def test_the_reference_takes_as_many_samples_as_asked_for() -> None:
+    model, calls = Net(), calls_for(5, 8)
+    assert [c.batch_size for c in reference(model, calls, 20).calls] == [8, 8, 4]
+    assert [c.batch_size for c in reference(model, calls[:1], 20).calls] == [8]
+
+
+def test_a_model_in_training_mode_is_judged_in_evaluation_mode_and_left_as_it_was() -> None:
+    model = nn.Sequential(nn.Linear(16, 16), nn.Dropout(0.9), nn.Linear(16, 16)).train()
+    prepared = Prepared(model, calls_for())
+    assert prepared.reference.divergence(prepared.factors, []) == 0.0
+    assert all(module.training for module in model.modules())
+    assert not any(module._forward_hooks for module in model.modules())
+
+
+# Importance
+
+
+def test_a_layer_whose_output_is_not_used_has_no_importance() -> None:
+    prepared = Prepared(Net(), calls_for())
+    found = importance(prepared.reference, prepared.factors, prepared.options)
+    assert set(found) == {"first", "last", "unused"}
+    assert found["unused"].divergence(0.9) == 0.0
+    assert found["first"].divergence(0.5) > 0 and found["last"].divergence(0.5) > 0
+
+
+def test_importance_predicts_the_divergence_where_it_was_measured() -> None:
+    prepared = Prepared(Net(), calls_for())
+    found = importance(prepared.reference, prepared.factors, prepared.options)
+    for name in ("first", "last"):
+        for kept in (0.5, 0.25):
+            choice = best_within(prepared.options[name], kept)
+            assert choice is not None
+            measured = prepared.reference.divergence(prepared.factors, [choice])
+            assert found[name].divergence(choice.error) == pytest.approx(measured, rel=0.3)
+
+
+def test_a_layer_that_matters_ten_times_as_much_is_found_to() -> None:
+    class Weighted(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.little, self.much = nn.Linear(16, 16), nn.Linear(16, 16)
+
+        def forward(self, x: Tensor) -> Tensor:
+            answer: Tensor = self.little(x) * 0.1 + self.much(x)
+            return answer
+
+    prepared = Prepared(Weighted(), calls_for())
+    found = importance(prepared.reference, prepared.factors, prepared.options)
+    assert found["much"].divergence(0.3) > 20 * found["little"].divergence(0.3)
+
+
+def test_a_layer_with_no_option_but_dense_has_no_importance() -> None:
+    prepared = Prepared(Net(), calls_for())
+    options = {"first": prepared.options["first"][-1:]}
+    assert importance(prepared.reference, prepared.factors, options)["first"].divergence(1.0) == 0.0
+
+
+def test_the_best_within_a_share_loses_least_and_is_never_dense() -> None:
+    options: list[Choice] = list(Prepared(Net(), calls_for()).options["first"])
+    best = best_within(options, 0.5)
+    assert best is not None and not best.is_dense and best.cost.params <= 0.5 * options[-1].cost.params
+    assert best.error == min(c.error for c in options if c.cost.params <= 0.5 * options[-1].cost.params)
+    assert best_within(options, 0.0) is None
+    assert best_within(options[-1:], 1.0) is None

@@ -1,0 +1,155 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from panther.errors import CaptureError
+from panther.nn import SKLinear
+from panther.nn.surgery import inherit, put_layers, with_layers
+
+
+def full(layer: nn.Linear) -> SKLinear:
+    """The sketched layer of full rank, which computes the same."""
+    with pytest.warns(UserWarning, match="would be smaller"):
+        return SKLinear.from_dense(layer, rank=min(layer.weight.shape))
+
+
+def encoder_layer() -> nn.TransformerEncoderLayer:
+    return nn.TransformerEncoderLayer(16, 2, 32, dropout=0.0, batch_first=True).eval()
+
+
+X = torch.randn(2, 5, 16, generator=torch.Generator().manual_seed(1))
+
+
+# Copies
+
+
+def test_a_replaced_layer_is_not_copied() -> None:
+    class Uncopied(nn.Linear):
+        def __deepcopy__(self, memo: object) -> nn.Linear:
+            raise AssertionError("copied")
+
+    model = nn.Sequential(Uncopied(4, 4), nn.Linear(4, 4))
+    layer = SKLinear(4, 4, 1, 1)
+    built = with_layers(model, {"0": layer})
+    assert built[0] is layer and type(built[1]) is nn.Linear and built[1] is not model[1]  # type: ignore[index]
+
+
+def test_a_layer_under_several_names_is_replaced_under_all_of_them() -> None:
+    shared = nn.Linear(4, 4)
+    model = nn.ModuleDict({"a": shared, "inner": nn.Sequential(nn.ReLU(), shared)})
+    layer = SKLinear(4, 4, 1, 1)
+    built = with_layers(model, {"a": layer})
+    assert built.get_submodule("a") is built.get_submodule("inner.1") is layer
+    put_layers(model, {"a": layer})
+    assert model["a"] is model["inner"][1] is layer  # type: ignore[index]
+
+
+def test_references_from_other_attributes_follow() -> None:
+    class Holder(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(4, 4)
+            self.in_a_list = [self.layer]
+
+        def forward(self, x: Tensor) -> Tensor:
+            answer: Tensor = self.in_a_list[0](x)
+            return answer
+
+    layer = SKLinear(4, 4, 1, 1)
+    built = with_layers(Holder(), {"layer": layer})
+    x = torch.randn(2, 4)
+    assert torch.equal(built(x), layer(x))
+
+
+def test_a_name_that_the_model_does_not_have_raises() -> None:
+    for put in (with_layers, put_layers):
+        with pytest.raises(AttributeError, match="nowhere"):
+            put(nn.Sequential(nn.Linear(4, 4)), {"nowhere": SKLinear(4, 4, 1, 1)})
+
+
+def test_a_model_that_cannot_be_copied_says_what_to_do() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    model[0].cached = model[0].weight * 2  # computed, and kept
+    with pytest.raises(CaptureError, match=r"Sequential cannot be copied.*remove_weight_norm"):
+        with_layers(model, {"1": SKLinear(4, 4, 1, 1)})
+
+
+# In place
+
+
+def test_in_place_the_model_stays_the_same_object_and_computes_with_the_new_layer() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.ReLU())
+    layer = SKLinear(4, 4, 1, 1)
+    x = torch.randn(3, 4)
+    put_layers(model, {"0": layer})
+    assert model[0] is layer and torch.equal(model(x), layer(x).relu())
+
+
+# What the new layer takes over
+
+
+def test_hooks_flag_and_requires_grad_are_taken_over_and_not_shared() -> None:
+    dense, layer = nn.Linear(4, 4), SKLinear(4, 4, 1, 1)
+    dense.eval().requires_grad_(False)
+    calls: list[str] = []
+    handle = dense.register_forward_hook(lambda *_: calls.append("after"))
+    dense.register_full_backward_hook(lambda *_: None)
+    inherit(layer, dense)
+    assert not layer.training and not any(p.requires_grad for p in layer.parameters())
+    layer(torch.randn(2, 4))
+    assert calls == ["after"] and len(layer._backward_hooks) == 1
+    handle.remove()
+    layer(torch.randn(2, 4))
+    assert calls == ["after", "after"]
+
+
+def test_hooks_that_change_the_output_still_do() -> None:
+    model = nn.Sequential(nn.Linear(4, 4))
+    model[0].register_forward_hook(lambda _module, _args, output: output + 100)
+    layer = SKLinear(4, 4, 1, 1)
+    assert float(with_layers(model, {"0": layer})(torch.zeros(1, 4)).detach().min()) > 50
+
+
+# nn.TransformerEncoderLayer has a fused kernel that reads its layers' weights
+
+
+def test_the_fused_encoder_kernel_is_not_taken_with_sketched_layers(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = nn.Sequential(encoder_layer())
+    fused: list[int] = []
+    kernel = torch._transformer_encoder_layer_fwd
+    monkeypatch.setattr(torch, "_transformer_encoder_layer_fwd", lambda *a, **k: fused.append(1) or kernel(*a, **k))
+    with torch.inference_mode():
+        expected = model(X)
+    assert fused == [1]  # so that this test watches the right kernel
+    layer = full(model[0].linear1)
+    built = with_layers(model, {"0.linear1": layer})
+    calls: list[int] = []
+    layer.register_forward_hook(lambda *_: calls.append(1))
+    with torch.inference_mode():
+        torch.testing.assert_close(built(X), expected, rtol=1e-4, atol=1e-5)
+    assert calls == [1] and fused == [1]
+    put_layers(model, {"0.linear1": full(model[0].linear1)})
+    with torch.inference_mode():
+        torch.testing.assert_close(model(X), expected, rtol=1e-4, atol=1e-5)
+    assert fused == [1]
+
+
+def test_encoder_layers_without_sketched_layers_keep_their_kernel() -> None:
+    model = nn.Sequential(encoder_layer(), encoder_layer())
+    built = with_layers(model, {"1.linear2": full(model[1].linear2)})
+    first, second = built.children()
+    assert first.activation_relu_or_gelu == 1 and second.activation_relu_or_gelu == 0
+
+
+def test_a_whole_encoder_with_padding_computes_the_same() -> None:
+    model = nn.TransformerEncoder(encoder_layer(), 2, enable_nested_tensor=False).eval()
+    layers = {
+        f"layers.{i}.{n}": full(model.get_submodule(f"layers.{i}.{n}")) for i in (0, 1) for n in ("linear1", "linear2")
+    }  # type: ignore[arg-type]
+    built = with_layers(model, layers)
+    padding = torch.tensor([[False] * 5, [False] * 3 + [True] * 2])
+    with torch.no_grad():
+        expected, got = (m(X, src_key_padding_mask=padding) for m in (model, built))
+    torch.testing.assert_close(got[~padding], expected[~padding], rtol=1e-4, atol=1e-5)
