@@ -8,6 +8,7 @@ from __future__ import annotations
 import itertools
 import random
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import pytest
 
@@ -229,6 +230,23 @@ def test_sensitivity_never_takes_a_plan_beyond_the_limits_while_uniform_keeps_th
             met += 1
             assert target.is_met_by(total(problem.solve("sensitivity", target)))
     assert met > 30
+
+
+def sum_of_errors(plan: Sequence[Choice]) -> float:
+    return sum(choice.error for choice in plan)
+
+
+def test_sensitivity_finds_a_plan_within_the_limits_where_equal_shares_have_none() -> None:
+    wide = [
+        Choice("wide", "slow", (1,), error=0.3, cost=Cost(100, 6)),
+        Choice("wide", "even", (1,), error=0.1, cost=Cost(500, 5)),  # the smaller share, and too many params
+        Choice("wide", packing="dense", cost=Cost(1000, 10)),
+    ]
+    long = [Choice("long", "even", (1,), error=0.2, cost=Cost(5, 500)), Choice("long", cost=Cost(10, 1000))]
+    options, target = {"wide": wide, "long": long}, Target(params=200, flops=600)
+    given: dict[str, Any] = {"divergence": lambda _, error: error}
+    assert not target.is_met_by(total(ALLOCATORS["uniform"](options, target, evaluate=None, **given)))
+    assert ALLOCATORS["sensitivity"](options, target, evaluate=sum_of_errors, **given) == [wide[0], long[0]]
 
 
 def test_a_layer_whose_smallest_error_breaks_the_model_stays_dense_when_it_can() -> None:
