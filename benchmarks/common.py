@@ -25,8 +25,9 @@ from panther.chains import LINEAR
 from panther.decompose import candidates, decompose
 from panther.errors import PantherError
 from panther.factors import Factors, dense_weight
-from panther.importance import SAMPLES, Importance, importance, reference
-from panther.measure import GRADIENT_SAMPLES, GRADIENT_SHARE, measure, passes
+from panther.gradients import chunk_size
+from panther.importance import Importance, affordable_samples, importance, reference
+from panther.measure import affordable_gradients, measure, passes
 from panther.replace import replace
 from panther.spec import Budget, Capture, Plan
 from panther.verify import environment
@@ -79,6 +80,7 @@ class Subject:
     model: nn.Module
     found: Capture
     calls: tuple[Call, ...]
+    example: Call
 
     @property
     def samples(self) -> int:
@@ -106,7 +108,7 @@ def subject(recipe: Recipe, exclude: Sequence[Any] | None = None) -> Subject:
     """The recipe's model with the layers that every row replaces: all that can be sketched, but for `exclude`."""
     example = as_call(recipe.example_inputs)
     found = panther.analyze(recipe.model, recipe.example_inputs, exclude=exclude)
-    return Subject(recipe.model, found, tuple(batch_call(batch, example, recipe.model) for batch in recipe.batches))
+    return Subject(recipe.model, found, tuple(batch_call(batch, example, recipe.model) for batch in recipe.batches), example)
 
 
 def factors_of(of: Subject, how: Decomposition, seed: int) -> dict[str, Factors]:
@@ -118,8 +120,11 @@ def factors_of(of: Subject, how: Decomposition, seed: int) -> dict[str, Factors]
     for part in passes(of.found.sketchable):
         profiles = {}
         if how.sees_data:
-            backward = backward_samples(of.samples) if how.sees_gradients else 0
-            measured = measure(of.model, part, of.calls, samples=of.samples, gradient_samples=backward, seed=seed)
+            backward = affordable_gradients(of.samples) if how.sees_gradients else 0
+            chunk = max(1, chunk_size(of.found.layers, of.example.batch_size))
+            measured = measure(
+                of.model, part, of.calls, samples=of.samples, gradient_samples=backward, chunk=chunk, seed=seed
+            )
             if measured.not_differentiated is not None:
                 raise PantherError(f"no backward pass, so this would be another method: {measured.not_differentiated}")
             profiles = measured.profiles
@@ -128,11 +133,6 @@ def factors_of(of: Subject, how: Decomposition, seed: int) -> dict[str, Factors]
             whole = decompose(module, spec, profiles.pop(spec.name, None), sketch=how.sketch, seed=seed)
             found[spec.name] = _only(whole, how.schemes)
     return {spec.name: found[spec.name] for spec in of.found.sketchable}
-
-
-def backward_samples(samples: int) -> int:
-    """As many as `measure` chooses by itself; given to it, so that the table can tell."""
-    return min(GRADIENT_SAMPLES, max(16, round(GRADIENT_SHARE * samples)))
 
 
 def _only(factors: Factors, schemes: Sequence[str]) -> Factors:
@@ -150,7 +150,7 @@ def plans_of(
     """
     dtype_bytes = {name: dense_weight(f.module).element_size() for name, f in factors.items()}
     options = {name: candidates(f, dtype_bytes[name]) for name, f in factors.items()}
-    against = reference(of.model, of.calls)
+    against = reference(of.model, of.calls, affordable_samples(of.found, of.example))
 
     @functools.cache
     def importances() -> dict[str, Importance]:
@@ -198,22 +198,23 @@ def rows_of(
         say(f"{recipe.name}: {method.label} at keep {keep}")
         plans[method.label][keep] = plan
         figures[method.label][keep] = recipe.metrics(model)
-    return rows + [Row(m.label, data_used(m, of.samples, unit), figures[m.label], plans[m.label]) for m in methods]
+    return rows + [Row(m.label, data_used(m, of, unit), figures[m.label], plans[m.label]) for m in methods]
 
 
 def say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
-def data_used(method: Method, samples: int, unit: str) -> str:
+def data_used(method: Method, of: Subject, unit: str) -> str:
     """How much data a row was given, in words."""
     if not method.how.sees_data:
         return "none"
+    samples = of.samples
     parts = [f"{samples} {unit}"]
     if method.how.sees_gradients:
-        parts.append(f"{min(samples, backward_samples(samples))} also backward")
+        parts.append(f"{min(samples, affordable_gradients(samples))} also backward")
     if method.search != "uniform":
-        parts.append(f"{min(samples, SAMPLES)} for the ranks")
+        parts.append(f"{min(samples, affordable_samples(of.found, of.example))} for the ranks")
     return ", ".join(parts)
 
 

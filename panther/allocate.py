@@ -7,9 +7,8 @@ from collections.abc import Mapping, Sequence
 from panther.allocators import ALLOCATORS, Allocator, Evaluate, Options
 from panther.allocators.base import Divergence, total
 from panther.chains import dense_cost
+from panther.sizes import header_reserve
 from panther.spec import Budget, Capture, Choice, Cost, LayerSpec, Plan, Target
-
-HEADER_BYTES = 160  # what a tensor's entry takes in the header of a safetensors file, at most for names of 100 letters
 
 
 def resolve(budget: Budget, capture: Capture, dtype_bytes: Mapping[str, int]) -> Target:
@@ -18,14 +17,14 @@ def resolve(budget: Budget, capture: Capture, dtype_bytes: Mapping[str, int]) ->
     dtype_bytes: bytes of one number of each sketchable layer.
     """
     dense = dense_total(capture.sketchable, dtype_bytes)
-    gained = _gained_biases(capture, dtype_bytes)
-    rest = capture.model_params - dense.params + gained.params
+    rest = capture.model_params - dense.params
     params = _limit(budget.params, capture.model_params if budget.of == "model" else dense.params)
     if params is not None and budget.of == "model":
         params -= rest
     flops = _limit(budget.flops, dense.flops)
-    size = _size_limit(budget, capture, dense, gained)
-    return Target(params, flops, size, _describe(params, flops, size, dense, rest, capture))
+    whole = _file_limit(budget, capture)
+    size = None if whole is None else whole - (capture.model_bytes - dense.size_bytes) - _header_growth(capture)
+    return Target(params, flops, size, _describe(params, flops, whole, size, dense, rest, capture), whole)
 
 
 def _limit(value: float | None, whole: int) -> int | None:
@@ -34,25 +33,36 @@ def _limit(value: float | None, whole: int) -> int | None:
     return int(value * whole) if isinstance(value, float) else value
 
 
-def _gained_biases(capture: Capture, dtype_bytes: Mapping[str, int]) -> Cost:
-    """What sketching adds beside the weights: a layer without a bias gains one, which makes its mean output right."""
-    bare = [spec for spec in capture.sketchable if not spec.has_bias]
-    size_bytes = sum(spec.out_features * dtype_bytes[spec.name] for spec in bare)
-    return Cost(params=sum(spec.out_features for spec in bare), size_bytes=size_bytes)
-
-
-def _size_limit(budget: Budget, capture: Capture, dense: Cost, gained: Cost) -> int | None:
-    """Bytes left for the sketchable weights once everything else of the file is counted."""
+def _file_limit(budget: Budget, capture: Capture) -> int | None:
+    """Bytes that the saved file may take."""
     if budget.size_mb is None:
         return None
     text = str(budget.size_mb)
-    tensors = 4 * len(capture.layers)
-    file_bytes = capture.model_bytes + HEADER_BYTES * tensors
-    limit = file_bytes * float(text[:-1]) / 100 if text.endswith("%") else float(text) * 1e6
-    return int(limit - (file_bytes - dense.size_bytes) - gained.size_bytes)
+    return int(capture.model_bytes * float(text[:-1]) / 100 if text.endswith("%") else float(text) * 1e6)
 
 
-def _describe(params: int | None, flops: int | None, size: int | None, dense: Cost, rest: int, capture: Capture) -> str:
+def _header_growth(capture: Capture) -> int:
+    """The most by which the header of the file can grow: the entries that every layer may have once it is sketched."""
+    added = {}
+    largest = 0
+    for spec in capture.sketchable:
+        names = ["down", "up", *(["core"] if spec.kernel_size else [])]
+        added.update({f"{spec.name}.{name}": 2 + len(spec.kernel_size) for name in names})
+        if not spec.has_bias:  # sketching adds one, which makes the mean output right
+            added[f"{spec.name}.bias"] = 1
+        largest = max(largest, spec.fan_in, spec.out_features)
+    return header_reserve(added, largest_size=largest, largest_offset=capture.model_bytes)
+
+
+def _describe(
+    params: int | None,
+    flops: int | None,
+    whole: int | None,
+    size: int | None,
+    dense: Cost,
+    rest: int,
+    capture: Capture,
+) -> str:
     parts = []
     if params is not None:
         parts.append(
@@ -61,10 +71,9 @@ def _describe(params: int | None, flops: int | None, size: int | None, dense: Co
         )
     if flops is not None:
         parts.append(f"keep {flops / 1e9:.3g} of {dense.flops / 1e9:.3g} GFLOPs of the sketchable layers")
-    if size is not None:
-        whole = capture.model_bytes / 1e6
+    if whole is not None and size is not None:
         parts.append(
-            f"save at most {(capture.model_bytes - dense.size_bytes + size) / 1e6:.3g} of {whole:.3g} MB; "
+            f"save at most {whole / 1e6:.3g} of {capture.model_bytes / 1e6:.3g} MB; "
             f"{max(0, size) / 1e6:.3g} of {dense.size_bytes / 1e6:.3g} MB in sketchable weights"
         )
     return "; ".join(parts)

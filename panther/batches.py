@@ -18,6 +18,8 @@ from panther.errors import CalibrationError
 
 CHUNK = 32  # rows a batch when the calibration data is one big tensor
 HELD_OUT_SHARE = 0.1  # of the calibration batches, kept aside to measure agreement
+HELD_OUT_SAMPLES = 256  # at most
+STORED_SAMPLES = 2048  # taken of an iterable that cannot be walked twice in one order: it might never end
 _TARGETS = frozenset({"label", "labels", "target", "targets", "decoder_labels"})
 
 
@@ -45,17 +47,23 @@ class Call:
         return [v for v in (*self.args, *self.kwargs.values()) if isinstance(v, Tensor)]
 
     @property
+    def can_be_cut(self) -> bool:
+        """Whether the first dimension is the batch as far as one can tell: all tensors agree on it, none is nested."""
+        nested = any(isinstance(v, list | tuple | Mapping) for v in (*self.args, *self.kwargs.values()))
+        return not nested and len({t.shape[0] for t in self.tensors() if t.dim()}) == 1
+
+    @property
     def batch_size(self) -> int:
-        return next((t.shape[0] for t in self.tensors() if t.dim()), 1)
+        """Samples in this call; one when it cannot be cut."""
+        return next((t.shape[0] for t in self.tensors() if t.dim()), 1) if self.can_be_cut else 1
 
     def rows(self, start: int, stop: int) -> Call:
-        """The same call on samples start..stop; tensors without the batch dimension are passed as they are."""
-        size = self.batch_size
+        """The same call on samples start..stop; itself when it cannot be cut."""
+        if not self.can_be_cut:
+            return self
 
         def cut(value: Any) -> Any:
-            if isinstance(value, Tensor) and value.dim() and value.shape[0] == size:
-                return value[start:stop]
-            return value
+            return value[start:stop] if isinstance(value, Tensor) and value.dim() else value
 
         return Call(tuple(cut(a) for a in self.args), {k: cut(v) for k, v in self.kwargs.items()})
 
@@ -156,6 +164,7 @@ class Calibration:
     is_held_out: bool
     example: Call
     model: nn.Module
+    note: str | None = None  # what was left out
 
     def __iter__(self) -> Iterator[Call]:
         for index, batch in enumerate(self.source):
@@ -170,20 +179,21 @@ class Calibration:
 def calibration(data: Any, example: Call, model: nn.Module) -> Calibration:
     """Make any loader walkable again and keep a tenth of its batches aside (the last ones).
 
-    A list, or a loader with a length and a fixed order, is walked again and never stored; a generator or a
-    shuffling loader is stored once, so that what is kept aside stays apart.
+    A list, or a loader with a length and a fixed order, is walked again and never stored; of a generator or a
+    shuffling loader the first STORED_SAMPLES are stored, so that what is kept aside stays apart.
 
     Raises: CalibrationError when there is no batch, TypeError for a Dataset (its items are not batches).
     """
-    source = _walkable(data, example, model)
+    source, note = _walkable(data, example, model)
     count = len(source)
     if count == 0:
         raise CalibrationError("calib_data has no batches: give an iterable of inputs (at least one batch)")
     if count > 1:
-        kept = max(1, round(count * HELD_OUT_SHARE))
+        size = max(1, batch_call(next(iter(source)), example, model).batch_size)
+        kept = max(1, min(round(count * HELD_OUT_SHARE), HELD_OUT_SAMPLES // size))
         held = _tail(source, count - kept)
         return Calibration(
-            source, count - kept, tuple(batch_call(b, example, model) for b in held), True, example, model
+            source, count - kept, tuple(batch_call(b, example, model) for b in held), True, example, model, note
         )
     only = batch_call(next(iter(source)), example, model)
     size = only.batch_size
@@ -199,26 +209,39 @@ def _tail(source: Iterable[Any], start: int) -> list[Any]:
     return [batch for index, batch in enumerate(source) if index >= start]
 
 
-def _walkable(data: Any, example: Call, model: nn.Module) -> Any:
+def _walkable(data: Any, example: Call, model: nn.Module) -> tuple[Any, str | None]:
+    """Batches that can be walked again, and a note when not all of the data is among them."""
     if isinstance(data, Tensor | Mapping):
         whole = batch_call(data, example, model)
-        return [whole.rows(i, i + CHUNK) for i in range(0, whole.batch_size, CHUNK)]
+        return [whole.rows(i, i + CHUNK) for i in range(0, whole.batch_size, CHUNK)], None
     if isinstance(data, Dataset) and not isinstance(data, IterableDataset):
         raise TypeError(
             "calib_data is a Dataset, whose items are single samples: wrap it, "
             "as in torch.utils.data.DataLoader(dataset, batch_size=32)"
         )
-    if isinstance(data, list | tuple):
-        return data
-    if isinstance(data, DataLoader):
-        return data if _has_fixed_order(data) else list(data)
+    if isinstance(data, list | tuple) or (isinstance(data, DataLoader) and _has_fixed_order(data)):
+        return data, None
     try:
         batches = iter(data)
     except TypeError:
         raise TypeError(
             f"calib_data is {type(data).__name__}: expected an iterable of inputs, of (input, target) pairs or of dicts"
         ) from None
-    return list(batches)
+    return _first_samples(batches, example, model)
+
+
+def _first_samples(batches: Iterator[Any], example: Call, model: nn.Module) -> tuple[list[Any], str | None]:
+    stored: list[Any] = []
+    samples = 0
+    for batch in batches:
+        if samples >= STORED_SAMPLES:
+            return stored, (
+                f"calib_data cannot be walked twice in one order, so its first {samples:,} samples were taken; give a "
+                "list or a loader of a fixed order to use all"
+            )
+        stored.append(batch)
+        samples += batch_call(batch, example, model).batch_size
+    return stored, None
 
 
 def _has_fixed_order(loader: DataLoader[Any]) -> bool:
@@ -307,8 +330,13 @@ def masked_rows(tensor: Tensor, masks: Mapping[tuple[int, ...], Tensor]) -> Tens
 def scale_of(output: Tensor) -> float:
     """How large the differences between a model's answers are: the root mean square distance from their mean.
 
-    With one sample, or when all answers are equal, the root mean square of the answers themselves.
+    Values that are not finite (masked logits) are left out. Where the answers hardly differ, a thousandth of their own
+    root mean square, so that noise in a constant output does not count for more than the other outputs.
     """
-    distance = output - output.mean(0, keepdim=True)
-    scale = float(distance.square().mean().sqrt())
-    return max(scale if scale > 0 else float(output.square().mean().sqrt()), 1e-20)
+    finite = torch.isfinite(output)
+    values = torch.where(finite, output, 0.0)
+    count = finite.sum(0, keepdim=True).clamp_min(1)
+    distance = torch.where(finite, values - values.sum(0, keepdim=True) / count, 0.0)
+    total = max(1, int(finite.sum()))
+    spread, size = (float((t.square().sum() / total).sqrt()) for t in (distance, values))
+    return max(spread, 1e-3 * size, 1e-20) if output.shape[:1] != (1,) else max(size, 1e-20)

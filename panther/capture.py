@@ -30,6 +30,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from panther import chains
 from panther.batches import Call, device_of, inference, run, unchanged
 from panther.errors import CaptureError
+from panther.sizes import file_bytes, model_params
 from panther.spec import Capture, LayerSpec
 
 DENSE: dict[type[nn.Module], str] = {
@@ -125,8 +126,8 @@ def capture(model: nn.Module, example: Call) -> Capture:
     return Capture(
         way=way,
         layers=tuple(_specs(model, uses)),
-        model_params=sum(t.numel() for t in _own_tensors(model)),
-        model_bytes=sum(t.numel() * t.element_size() for t in _own_tensors(model)),
+        model_params=model_params(model),
+        model_bytes=file_bytes(model),
         notes=tuple(notes),
     )
 
@@ -163,11 +164,6 @@ def _same_random_numbers(model: nn.Module) -> contextlib.AbstractContextManager[
     """A forward that draws random numbers leaves the generators of its device as they were."""
     device = device_of(model)
     return torch.random.fork_rng([device] if device.type == "cuda" else [])
-
-
-def _own_tensors(model: nn.Module) -> list[Tensor]:
-    """Parameters and persistent buffers, tied ones once."""
-    return list({id(t): t for t in model.state_dict(keep_vars=True).values() if isinstance(t, Tensor)}.values())
 
 
 def _first_way_that_works(model: nn.Module, example: Call) -> tuple[str, list[Use], list[str]]:

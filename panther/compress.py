@@ -20,13 +20,14 @@ from torch import nn
 
 from panther.allocate import allocate, resolve
 from panther.allocators import ALLOCATORS, Allocator
-from panther.batches import Calibration, Call, as_call, calibration
+from panther.batches import Calibration, Call, as_call, calibration, inference, run
 from panther.capture import capture
 from panther.decompose import candidates, decompose, refuse_non_finite
-from panther.errors import CaptureError
+from panther.errors import CaptureError, PantherError, PlanError
 from panther.factors import Factors, Profile
+from panther.gradients import chunk_size
 from panther.importance import Importance, Reference, affordable_samples, importance, reference
-from panther.measure import measure, passes
+from panther.measure import check_batches, measure, passes
 from panther.nn.surgery import put_layers
 from panther.progress import Progress
 from panther.replace import replace
@@ -58,6 +59,10 @@ class _Prepared:
     seconds: dict[str, float]
     notes: tuple[str, ...]
 
+    def divergence(self, choices: Sequence[Choice]) -> float:
+        """What a whole plan does to the model's output on the reference samples."""
+        return self.reference.divergence(self.factors, choices)
+
 
 @dataclass(frozen=True)
 class Result:
@@ -81,7 +86,9 @@ class Result:
         """
         if self._prepared is None:
             raise RuntimeError("resolve() needs the dense layers, which inplace=True gave up: call compress again")
-        return _solve(self._prepared, Budget.parse(budget), plan=None)
+        wanted, known = Budget.parse(budget), self._prepared
+        known.progress.say("target: " + resolve(wanted, known.found, known.dtype_bytes).text)
+        return _solve(known, wanted, plan=None)
 
     def save(self, folder: str | Path) -> Path:
         """Write model.safetensors and panther.json; read them again with panther.load(folder, model=...)."""
@@ -245,14 +252,17 @@ def _prepare(
     progress.say("target: " + (resolve(budget, found, dtype_bytes).text if plan is None else "the given plan"))
     notes: list[str] = []
     data = None if calib_data is None else calibration(calib_data, example, model)
-    if data is None:
+    if data is not None:
+        notes.extend([data.note] if data.note else [])
+        check_batches(model, data.held_out, len(data))
+    else:
         text = (
             "no calibration data: the weights alone decide. On real models this loses several times more of the output "
             "than with a few hundred unlabelled inputs (calib_data=...)."
         )
         warnings.warn(text, UserWarning, stacklevel=3)
         notes.append(text)
-    factors = _factors(model, found, data, seed, progress, seconds, notes)
+    factors = _factors(model, example, found, data, seed, progress, seconds, notes)
     notes.extend(_thin(factors))
     options = {name: candidates(f, dtype_bytes[name]) for name, f in factors.items()}
     with _timed(seconds, "importance"):
@@ -294,6 +304,7 @@ def _weight(model: nn.Module, name: str) -> torch.Tensor:
 
 def _factors(
     model: nn.Module,
+    example: Call,
     found: Capture,
     data: Calibration | None,
     seed: int,
@@ -303,16 +314,30 @@ def _factors(
 ) -> dict[str, Factors]:
     """Layers measured in as many passes as memory asks for, each decomposed and its statistics freed."""
     factors: dict[str, Factors] = {}
+    chunk = chunk_size(found.layers, example.batch_size)
+    if chunk == 0 and data is not None:
+        notes.append("a backward pass would need too much memory, so all outputs of a layer count the same")
     for part in passes(found.sketchable) if data is not None else [list(found.sketchable)]:
         profiles: dict[str, Profile] = {}
         if data is not None:
             with _timed(seconds, "measure"):
                 samples = len(data) * next(iter(data)).batch_size
-                measured = measure(model, part, data, samples=samples, seed=seed, progress=progress, total=len(data))
+                measured = measure(
+                    model,
+                    part,
+                    data,
+                    samples=samples,
+                    gradient_samples=None if chunk else 0,
+                    chunk=max(1, chunk),
+                    seed=seed,
+                    progress=progress,
+                    total=len(data),
+                )
             profiles = measured.profiles
             if measured.not_differentiated is not None:
                 reason = measured.not_differentiated
-                notes.append(f"the model cannot be differentiated, so all outputs of a layer count the same ({reason})")
+                text = f"the model cannot be differentiated, so all outputs of a layer count the same ({reason})"
+                notes.extend([] if text in notes else [text])
         with _timed(seconds, "decompose"):
             for spec in progress.track(part, "decomposing", len(part)):
                 module = model.get_submodule(spec.name)
@@ -337,9 +362,7 @@ def _solve(prepared: _Prepared, budget: Budget, plan: Plan | None) -> Result:
     """Allocate, replace and verify for one budget."""
     if plan is None and prepared.search != "uniform" and not prepared.importances:
         with _timed(prepared.seconds, "importance"):
-            prepared.importances.update(
-                importance(prepared.reference, prepared.factors, prepared.options, progress=prepared.progress)
-            )
+            prepared.importances.update(_importances(prepared))
     seconds = dict(prepared.seconds)
     target = resolve(budget, prepared.found, prepared.dtype_bytes)
     with _timed(seconds, "allocate"):
@@ -350,7 +373,7 @@ def _solve(prepared: _Prepared, budget: Budget, plan: Plan | None) -> Result:
                 prepared.found,
                 search=prepared.search,
                 divergence=lambda layer, error: prepared.importances[layer].divergence(error),
-                evaluate=lambda choices: prepared.reference.divergence(prepared.factors, choices),
+                evaluate=prepared.divergence if prepared.reference.is_comparable else None,
                 budget=str(budget),
                 seed=prepared.seed,
             )
@@ -358,6 +381,7 @@ def _solve(prepared: _Prepared, budget: Budget, plan: Plan | None) -> Result:
             plan = _completed(plan, prepared)
     with _timed(seconds, "replace"):
         compressed = replace(prepared.model, prepared.factors, plan)
+        _refuse_broken(compressed, prepared.example)
     held_out = prepared.data.held_out if prepared.data is not None else (prepared.example,)
     report = check(
         prepared.model,
@@ -377,13 +401,32 @@ def _solve(prepared: _Prepared, budget: Budget, plan: Plan | None) -> Result:
     return Result(compressed, report, plan, target, prepared, prepared.example)
 
 
+def _importances(prepared: _Prepared) -> dict[str, Importance]:
+    """Measured where the model answers with numbers; else every layer's error counts the same."""
+    if not prepared.reference.is_comparable:
+        return dict.fromkeys(prepared.options, Importance(1.0, 1.0))
+    return importance(prepared.reference, prepared.factors, prepared.options, progress=prepared.progress)
+
+
+def _refuse_broken(compressed: nn.Module, example: Call) -> None:
+    """Raise PantherError when the model around the sketched layers needs something that only the dense ones have."""
+    try:
+        with inference(compressed):
+            run(compressed, example)
+    except Exception as error:
+        reason = str(error).strip().splitlines()
+        raise PantherError(
+            f"the compressed model does not run ({type(error).__name__}: {reason[0][:200] if reason else ''}): "
+            "it uses something that a sketched layer does not have. Leave that layer out with exclude=[...]; "
+            "the dense model is unchanged."
+        ) from error
+
+
 def _completed(plan: Plan, prepared: _Prepared) -> Plan:
     """A given plan with a choice for every layer: costs and errors are this model's, not the file's.
 
     Raises: PlanError when it asks for a rank or scheme that the layer cannot have.
     """
-    from panther.errors import PlanError
-
     given = {c.layer: c for c in plan.choices}
     choices = []
     for name, options in prepared.options.items():

@@ -35,7 +35,8 @@ from panther.compress import Result, analyze, compress
 from panther.converters import WRITERS, ExportReport, huggingface, read
 from panther.converters.files import staging
 from panther.converters.inputs import dynamic_axes, flatten, resized, sizes
-from panther.errors import CaptureError, PantherError
+from panther.errors import CaptureError, ExportError, PantherError
+from panther.nn import SketchedLayer
 from panther.report import RENDERERS
 from panther.spec import Budget, Plan
 from panther.verify import medians_in_turn
@@ -55,6 +56,20 @@ LATER_FLAGS = {
     "--resume": "checkpointing is",
 }
 
+# Functions of panther whose ValueError or TypeError is about what was typed; any other one is an unexpected fault.
+ARGUMENT_CHECKS = frozenset(
+    {
+        "Budget.parse",
+        "Budget.from_fields",
+        "as_call",
+        "batch_call",
+        "calibration",
+        "refuse_non_finite",
+        "_selected",  # include and exclude
+        "_check_opset",
+    }
+)
+
 
 class UsageError(Exception):
     """What was typed cannot be done; the text says what to type instead."""
@@ -63,8 +78,8 @@ class UsageError(Exception):
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; the exit code.
 
-    0 done, 1 unexpected, 2 usage, 3 budget not met (files are still written, named *.over-budget.*), 4 the ONNX file
-    does not agree with the model (also when the budget is not met), 130 interrupted.
+    0 done, 1 unexpected or no ONNX file, 2 usage, 3 budget not met (files are still written, named *.over-budget.*),
+    4 the ONNX file does not agree with the model (also when the budget is not met), 130 interrupted.
     """
     try:
         arguments = parse(sys.argv[1:] if argv is None else argv)
@@ -77,12 +92,24 @@ def main(argv: Sequence[str] | None = None) -> int:
             return _run(arguments)
     except KeyboardInterrupt:
         return _complain("interrupted; every file that is there is whole. Run the same command again.", INTERRUPTED)
-    except (UsageError, PantherError, ValueError, TypeError) as error:
-        _show_traceback(arguments.verbose)
-        return _complain(error, USAGE)
     except Exception as error:  # the last handler there is: one line, and how to see more
         _show_traceback(arguments.verbose)
-        return _complain(f"{type(error).__name__}: {error} (run again with -v for the traceback)", UNEXPECTED)
+        if isinstance(error, UsageError | PantherError) or _is_about_arguments(error):
+            return _complain(error, USAGE)
+        return _complain(_unexpected(error), UNEXPECTED)
+
+
+def _is_about_arguments(error: Exception) -> bool:
+    """Whether one of ARGUMENT_CHECKS raised this, and not the work itself."""
+    if not isinstance(error, ValueError | TypeError):
+        return False
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+    own = [frame.f_code.co_qualname for frame in frames if frame.f_globals.get("__name__", "").startswith("panther.")]
+    return not ARGUMENT_CHECKS.isdisjoint(own)
+
+
+def _unexpected(error: Exception) -> str:
+    return f"{type(error).__name__}: {error} (run again with -v for the traceback)"
 
 
 def _complain(error: object, code: int) -> int:
@@ -137,8 +164,8 @@ def _parser() -> _Parser:
     parser = _Parser(
         prog="python -m panther.convert",
         description="Compress a pretrained PyTorch model and export it to ONNX, with both checked and measured.",
-        epilog="exit codes: 0 done, 1 unexpected, 2 usage, 3 budget not met (files are still written, named "
-        "*.over-budget.*), 4 the ONNX file does not agree with the model",
+        epilog="exit codes: 0 done, 1 unexpected or no ONNX file, 2 usage, 3 budget not met (files are still written, "
+        "named *.over-budget.*), 4 the ONNX file does not agree with the model",
         allow_abbrev=False,
     )
     add = parser.add_argument
@@ -361,7 +388,7 @@ def _required(model: nn.Module) -> list[str]:
 
 
 def _from_first_layer(model: nn.Module) -> Call:
-    """One sample for a model whose first layer says what it takes: a Linear.
+    """One sample for a model whose first layer says what it takes: a Linear, sketched or not.
 
     Raises: UsageError with the flag to add for every other model.
     """
@@ -371,14 +398,14 @@ def _from_first_layer(model: nn.Module) -> Call:
         flags = " ".join(f"--input-shape {name}=1,16" for name in required)
         takes = f"takes {len(required)} arguments: add {flags}" if required else "takes no argument by name"
         raise UsageError(f"cannot tell the inputs of {type(model).__name__}, which {takes} (with your sizes)")
-    if type(first) is nn.Linear:
-        return Call(
-            (torch.randn(1, first.in_features, generator=torch.Generator().manual_seed(0)).to(first.weight.dtype),)
-        )
+    kind = first.DENSE if isinstance(first, SketchedLayer) else type(first)
+    if kind is nn.Linear:
+        row = torch.randn(1, cast(nn.Linear, first).in_features, generator=torch.Generator().manual_seed(0))
+        return Call((row.to(_float_dtype(first)),))
     shape, what = "1,3,224,224", type(first).__name__
-    if type(first) in _USUAL_SIZES:
+    if kind in _USUAL_SIZES:
         channels = cast(nn.Conv2d, first).in_channels
-        shape = f"1,{channels},{_USUAL_SIZES[type(first)]}"
+        shape = f"1,{channels},{_USUAL_SIZES[kind]}"
         what = f"{what} with {channels} channels, which takes any size"
     elif isinstance(first, nn.Embedding):
         shape, what = "1,16:int64", f"{what}, which takes any length"
@@ -535,15 +562,17 @@ class _Delivery:
     """What was written and measured besides the compression's own report."""
 
     result: Result
-    export: ExportReport
-    benchmark: tuple[str, ...]
+    export: ExportReport | None = None
+    benchmark: tuple[str, ...] = ()
 
     def text(self) -> str:
-        return "\n\n".join([RENDERERS["text"](self.result.report), "\n".join([str(self.export), *self.benchmark])])
+        report = RENDERERS["text"](self.result.report)
+        return report if self.export is None else "\n\n".join([report, "\n".join([str(self.export), *self.benchmark])])
 
     def json(self, paths: Sequence[Path] = ()) -> str:
         data = json.loads(RENDERERS["json"](self.result.report))
-        data |= {"onnx": json.loads(self.export.to_json()), "benchmark": list(self.benchmark)}
+        export = None if self.export is None else json.loads(self.export.to_json())
+        data |= {"onnx": export, "benchmark": list(self.benchmark)}
         return json.dumps({**data, "files": [str(path) for path in paths]} if paths else data, indent=1)
 
 
@@ -554,33 +583,54 @@ def _deliver(
     stem = source.resolve().name if source.is_dir() else source.stem
     base = stem if result.budget_met else f"{stem}.over-budget"
     options = {} if arguments.opset is None else {"opset": arguments.opset}
-    paths = [result.save(folder / f"{base}.panther")]
-    export: ExportReport = result.export_onnx(folder / f"{base}.onnx", **options)
-    paths.append(Path(export.path))
+    saved = result.save(folder / f"{base}.panther")
+    delivery = _Delivery(result)
+    texts = _write_reports(arguments, delivery, folder, base)
+    try:
+        export: ExportReport = result.export_onnx(folder / f"{base}.onnx", **options)
+    except Exception as error:  # exporting runs the model's code; what is written already must not go unsaid
+        _show_traceback(arguments.verbose)
+        _say_delivered(arguments, delivery, [saved, *texts])
+        reason = str(error) if isinstance(error, ExportError) else _unexpected(error)
+        return _complain(
+            f"the compressed model was saved, but not as ONNX: {reason.rstrip('.')}. "
+            f"Load it with panther.load({str(saved)!r}, model=...)",
+            USAGE if _is_about_arguments(error) else UNEXPECTED,
+        )
     timed = _benchmark(model, export, example, options) if arguments.benchmark else ()
     delivery = _Delivery(result, export, tuple(timed))
-    texts = {
-        f"{base}.plan.json": result.plan.to_json(),
-        f"{base}.report.txt": delivery.text(),
-        f"{base}.report.json": delivery.json(),
-    }
-    paths += _write_texts(folder, texts)
-    if arguments.report:
-        extra = Path(arguments.report)
-        paths += _write_texts(extra.parent, {extra.name: texts[f"{base}.report{extra.suffix}"]})
-    if arguments.json:
-        _say(delivery.json(paths))
-    else:
-        if not arguments.quiet:
-            _say(delivery.text() + "\n")
-        _say("\n".join(f"wrote {path}" for path in paths))
+    texts = _write_reports(arguments, delivery, folder, base)
+    _say_delivered(arguments, delivery, [saved, Path(export.path), *texts])
     if not export.ok:
         return _complain(
-            f"the ONNX file does not agree with the model and is kept as {export.path}; use the model in {paths[0]} "
+            f"the ONNX file does not agree with the model and is kept as {export.path}; use the model in {saved} "
             "(panther.load), and try another --opset",
             PARITY_FAILED,
         )
-    return DONE if result.budget_met else _over_budget(result, f"the best that was found is in {paths[1]}")
+    return DONE if result.budget_met else _over_budget(result, f"the best that was found is in {export.path}")
+
+
+def _write_reports(arguments: argparse.Namespace, delivery: _Delivery, folder: Path, base: str) -> list[Path]:
+    """The plan, the report in both forms, and the copy that --report asks for."""
+    texts = {
+        f"{base}.plan.json": delivery.result.plan.to_json(),
+        f"{base}.report.txt": delivery.text(),
+        f"{base}.report.json": delivery.json(),
+    }
+    paths = _write_texts(folder, texts)
+    if arguments.report:
+        extra = Path(arguments.report)
+        paths += _write_texts(extra.parent, {extra.name: texts[f"{base}.report{extra.suffix}"]})
+    return paths
+
+
+def _say_delivered(arguments: argparse.Namespace, delivery: _Delivery, paths: Sequence[Path]) -> None:
+    if arguments.json:
+        _say(delivery.json(paths))
+        return
+    if not arguments.quiet:
+        _say(delivery.text() + "\n")
+    _say("\n".join(f"wrote {path}" for path in paths))
 
 
 def _write_texts(folder: Path, texts: Mapping[str, str]) -> list[Path]:

@@ -1,7 +1,7 @@
 """Layers and what calibration saw of them in, Factors out: decomposed once, sliced at any rank.
 
-Every scheme of panther.chains has one class here, which keeps the small bases and multiplies them with the dense
-weight when a rank is asked for, so that holding all schemes costs less memory than the layer itself.
+Every scheme of panther.chains has one function here. It keeps bases of the smaller side and multiplies them with the
+dense weight when a rank is asked for: about one float32 copy of a square linear layer, less of any other.
 Notation: m outputs, c input channels, k kernel positions; W (m, c, *kernel) is the weight.
 """
 
@@ -17,10 +17,10 @@ import torch
 from torch import Tensor, nn
 
 from panther import chains
-from panther.factors import NOTHING_SEEN, Decomposed, Factors, Profile, convolve, dense_weight
+from panther.factors import Decomposed, Factors, Profile, convolve, dense_weight, mean_patch
 from panther.nn.factor import compose
 from panther.sketches import SENSITIVITY_RIDGE, SKETCHES, LowRank, Moments, Seen, with_ridge
-from panther.spec import Choice, LayerSpec
+from panther.spec import Choice, Cost, LayerSpec
 
 EXACT_UP_TO = 2048  # larger layers take the randomised sketch; an exact one of 4096 needs minutes on two cores
 PROBED_RANKS = 5  # ranks a scheme at which a convolution's error is measured; those between are interpolated
@@ -42,9 +42,11 @@ def decompose(
     decomposer = _Decomposer(spec, weight.float().cpu(), known.seen, sketch, seed)
     schemes = {scheme: _SCHEMES[scheme](decomposer) for scheme in chains.schemes_for(spec)}
     factors = Factors(spec, module, schemes, known)
+    mean = known.mean
     if known.samples is not None:
         factors = _with_measured_errors(factors)
-    return changed(factors, profile=changed(known, seen=NOTHING_SEEN))  # the covariances are not needed again
+        mean = mean_patch(spec, module, known.samples)
+    return changed(factors, profile=Profile(known.rows, mean=mean))  # covariances and samples are not needed again
 
 
 def refuse_non_finite(weight: Tensor, name: str) -> None:
@@ -73,9 +75,13 @@ class _Decomposer:
         return SKETCHES[name](matrix, seen, max_rank=max(1, max_rank), generator=generator)
 
     def useful(self, scheme: str) -> list[int]:
-        """The multiples of the step below break-even; at it a layer is as large as before, in two products."""
-        step = chains.rank_step(self.spec)
-        return list(range(step, math.ceil(chains.break_even(scheme, self.spec)), step))
+        """The multiples of the step below break-even, and powers of two below the first of them.
+
+        At break-even a layer is as large as before, in two products. The small ranks serve very small budgets only.
+        """
+        step, end = chains.rank_step(self.spec), math.ceil(chains.break_even(scheme, self.spec))
+        small = [rank for rank in (1, 2, 4) if rank < min(step, end)]
+        return [*small, *range(step, end, step)]
 
     def outputs_only(self) -> Seen:
         return Seen(outputs=self.seen.outputs, sensitivity=self.seen.sensitivity)
@@ -278,8 +284,14 @@ def _interpolate(measured: Mapping[int, float], predicted: Sequence[float]) -> t
 
 
 def candidates(factors: Factors, bytes_per_number: int) -> tuple[Choice, ...]:
-    """Everything that a layer could become and that makes it smaller, in rising size, and last the dense layer."""
+    """Everything that a layer could become and that makes it smaller, in rising size, and last the dense layer.
+
+    Calibration gives a bias to a layer without one, whose numbers count.
+    """
     spec = factors.spec
+    gained = Cost()
+    if not spec.has_bias and factors.profile.rows > 0:
+        gained = Cost(params=spec.out_features, size_bytes=spec.out_features * bytes_per_number)
     found = [
         Choice(
             spec.name,
@@ -287,11 +299,13 @@ def candidates(factors: Factors, bytes_per_number: int) -> tuple[Choice, ...]:
             ranks,
             error=error,
             dtype=spec.dtype,
-            cost=chains.chain_cost(scheme, spec, ranks, bytes_per_number),
+            cost=chains.chain_cost(scheme, spec, ranks, bytes_per_number) + gained,
         )
         for scheme, decomposed in factors.schemes.items()
         for ranks, error in zip(decomposed.ranks, decomposed.errors, strict=True)
     ]
-    dense = Choice(spec.name, packing="dense", dtype=spec.dtype, cost=chains.dense_cost(spec, bytes_per_number))
-    smaller = [c for c in found if c.cost.params < dense.cost.params]
+    cost = chains.dense_cost(spec, bytes_per_number)
+    smaller = [c for c in found if c.cost.params < cost.params]
+    reason = "" if smaller else f"no rank pays: the layer would gain a bias of {gained.params:,} numbers"
+    dense = Choice(spec.name, packing="dense", dtype=spec.dtype, cost=cost, reason=reason)
     return (*sorted(smaller, key=lambda c: (c.cost.params, c.error)), dense)

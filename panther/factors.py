@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -31,7 +32,7 @@ class Profile:
 
     rows: int
     seen: Seen = NOTHING_SEEN
-    mean: Tensor | None = None  # (in,) mean input of a linear layer or of a 1 x 1 convolution
+    mean: Tensor | None = None  # (in,) mean input of a linear layer, (in * kernel,) mean patch of a convolution
     samples: Tensor | None = None  # a convolution's inputs, (samples, channels, *positions)
 
 
@@ -77,14 +78,12 @@ class Factors:
 
     def _mean_shift(self, weight: Tensor, parts: tuple[Tensor, ...]) -> Tensor | None:
         """Mean of (dense - chain), (m,), without biases."""
-        if self.profile.samples is not None:
-            rest = weight - compose(parts)
-            lost = convolve(self.spec, self.module, self.profile.samples, rest)
-            return lost.transpose(0, 1).flatten(1).mean(1)
-        if self.profile.mean is not None:
-            mean = self.profile.mean.float()
-            return weight.flatten(1) @ mean - parts[1].flatten(1) @ (parts[0].flatten(1) @ mean)
-        return None
+        if self.profile.mean is None:
+            return None
+        mean = self.profile.mean.float()
+        if self.spec.kind == "linear":
+            return weight @ mean - parts[1] @ (parts[0] @ mean)
+        return (weight - compose(parts)).flatten(1) @ mean
 
 
 def dense_weight(module: nn.Module) -> Tensor:
@@ -99,3 +98,14 @@ def convolve(spec: LayerSpec, module: Any, samples: Tensor, weight: Tensor) -> T
         given = F.pad(given, module._reversed_padding_repeated_twice, mode=spec.padding_mode)
         padding = 0
     return _CONV[spec.kind](given, weight, None, module.stride, padding, module.dilation, module.groups)
+
+
+def mean_patch(spec: LayerSpec, module: Any, samples: Tensor) -> Tensor:
+    """The mean of what a convolution's kernel lies on, padding included: (in * kernel,).
+
+    The mean output is linear in the weight, so it is the gradient of one output channel's mean.
+    """
+    probe = torch.zeros(1, spec.in_features, *spec.kernel_size, requires_grad=True)
+    with torch.enable_grad():
+        mean = convolve(spec, module, samples, probe).mean()
+    return torch.autograd.grad(mean, probe)[0].flatten()

@@ -21,6 +21,7 @@ from panther.spec import LayerSpec
 
 CHUNK = 8  # samples a backward pass, at most: its activations are held, unlike those of a forward pass
 HELD_BYTES = 200_000_000  # of activations, as far as the layers' outputs tell
+MOST_HELD_BYTES = 4_000_000_000  # of a single sample; above it the gradients are not worth the risk
 HELD_PER_OUTPUT = 4  # activations held for each output of a dense layer: norms, attention, residuals, nonlinearities
 POSITIONS = 64  # of a convolution's output that are looked at in each sample
 
@@ -36,7 +37,10 @@ class _Sum:
     energy: float = 0.0  # sum of |g|^2
 
     def add(self, gradient: Tensor) -> None:
-        rows = self._rows(gradient.float())
+        with torch.autocast(gradient.device.type, enabled=False):
+            self._add(self._rows(gradient.float()))
+
+    def _add(self, rows: Tensor) -> None:
         self.energy += float(rows.square().sum())
         if self.spec.kind == "linear" and self.spec.out_features > self.spec.in_features:
             rows = rows @ self.weight.float()
@@ -63,9 +67,9 @@ class _Sum:
 class Reactions:
     """Runs calls forward and backward, and sums up the gradients at every layer while it is entered."""
 
-    def __init__(self, model: nn.Module, specs: Sequence[LayerSpec], seed: int) -> None:
+    def __init__(self, model: nn.Module, specs: Sequence[LayerSpec], seed: int, chunk: int = CHUNK) -> None:
         self.model = model
-        self.chunk = _chunk_size(specs)
+        self.chunk = chunk
         self.generator = torch.Generator().manual_seed(seed)
         self.sums = {
             spec.name: _Sum(spec, dense_weight(model.get_submodule(spec.name)), torch.Generator().manual_seed(seed))
@@ -73,6 +77,7 @@ class Reactions:
         }
         self._zero = torch.zeros((), requires_grad=True, device=device_of(model))
         self._tensors = {name: t.detach() for name, t in (*model.named_parameters(), *model.named_buffers())}
+        self._is_recurrent = any(isinstance(module, nn.RNNBase) for module in model.modules())
         self._hooks: list[RemovableHandle] = []
 
     def __enter__(self) -> Self:
@@ -101,7 +106,8 @@ class Reactions:
         Raises: whatever a model raises that cannot be differentiated.
         """
         moved = call.to(device_of(self.model))
-        with torch.enable_grad():
+        # cuDNN's recurrent layers refuse a backward pass in evaluation mode; torch's own do not.
+        with torch.enable_grad(), torch.backends.cudnn.flags(enabled=not self._is_recurrent):
             outputs = float_outputs(functional_call(self.model, self._tensors, moved.args, dict(moved.kwargs)))
             _project(outputs, moved, self.generator).backward()
 
@@ -116,25 +122,29 @@ class Reactions:
         return {name: matrix for name, matrix in scaled.items() if matrix is not None}
 
 
-def _chunk_size(specs: Sequence[LayerSpec]) -> int:
-    """Samples whose activations fit into HELD_BYTES, from the layers' outputs at the example inputs."""
-    held = 0
-    for spec in specs:
-        samples = max(1, spec.output_shape[0]) if spec.output_shape else 1
-        held += HELD_PER_OUTPUT * 4 * spec.rows * spec.out_features // samples
-    return max(1, min(CHUNK, HELD_BYTES // max(1, held)))
+def chunk_size(layers: Sequence[LayerSpec], samples: int) -> int:
+    """Samples whose activations fit into HELD_BYTES, from the outputs of all layers for this many samples.
+
+    0 when a single one would hold more than MOST_HELD_BYTES.
+    """
+    held = sum(HELD_PER_OUTPUT * 4 * spec.rows * spec.out_features for spec in layers) // max(1, samples)
+    return 0 if held > MOST_HELD_BYTES else max(1, min(CHUNK, HELD_BYTES // max(1, held)))
 
 
 def _project(outputs: Sequence[Tensor], call: Call, generator: torch.Generator) -> Tensor:
-    """A random projection of all outputs, each scaled to unit variance, padded positions left out."""
-    total = torch.zeros((), device=outputs[0].device)
-    for output in outputs:
-        if not output.requires_grad:
-            continue
+    """A random projection of all outputs, each scaled to unit variance, padded and masked values left out.
+
+    Raises: ValueError when no output is a floating-point tensor that depends on the layers.
+    """
+    floats = [output for output in outputs if output.requires_grad]
+    if not floats:
+        raise ValueError("the model returns no floating-point output that depends on its layers")
+    total = torch.zeros((), device=floats[0].device)
+    for output in floats:
         noise = torch.randn(output.shape, generator=generator).to(output.device)
         for shape, mask in call.masks().items():
             if tuple(output.shape[: len(shape)]) == shape:
                 noise = noise * mask.reshape(*shape, *(1,) * (output.dim() - len(shape)))
-        values = output.float()
-        total = total + (values * noise).sum() / scale_of(values.detach())
+        values = torch.where(torch.isfinite(output.detach()), output.float(), 0.0)
+        total = total + (values * noise).sum() / scale_of(output.detach().float())
     return total

@@ -7,14 +7,16 @@ D = a E^b, where E is the share of the layer's own output that was lost.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from panther.batches import Call, device_of, float_outputs, inference, scale_of
+from panther.batches import Call, device_of, float_outputs, inference, run, scale_of
 from panther.factors import Factors
 from panther.progress import Progress
 from panther.spec import Capture, Choice
@@ -45,6 +47,11 @@ class Reference:
     calls: tuple[Call, ...]
     outputs: tuple[tuple[Tensor, ...], ...]
 
+    @property
+    def is_comparable(self) -> bool:
+        """Whether the model answers with any number that could be compared."""
+        return any(answers for answers in self.outputs)
+
     def divergence(self, factors: Mapping[str, Factors], choices: Sequence[Choice]) -> float:
         """Mean squared error of the model's outputs when these layers are what the choices say.
 
@@ -66,7 +73,7 @@ class Reference:
             for call, answers in zip(self.calls, self.outputs, strict=True):
                 moved = call.to(device_of(self.model))
                 output = functional_call(self.model, tensors, moved.args, dict(moved.kwargs))
-                for answer, got in zip(answers, float_outputs(output), strict=True):
+                for answer, got in itertools.zip_longest(answers, float_outputs(output)[: len(answers)]):
                     lost += squared_error(answer, got, call)
                     count += answer.numel()
         return lost / max(1, count)
@@ -86,9 +93,17 @@ def _with_biases(gained: Mapping[nn.Module, Tensor]) -> Iterator[None]:
             hook.remove()
 
 
-def squared_error(answer: Tensor, got: Tensor, call: Call) -> float:
-    """||got - answer||^2 in units of the answers' variance, padded positions left out; infinite if not finite."""
+def squared_error(answer: Tensor, got: Tensor | None, call: Call) -> float:
+    """||got - answer||^2 in units of the answers' variance; infinite if not finite.
+
+    Padded positions, and values that are not finite in the answer (masked logits), are left out. An output of another
+    shape, or none, counts as wrong as an unrelated one would be.
+    """
+    if got is None or got.shape != answer.shape:
+        return float(answer.numel())
     scale = scale_of(answer.float())
+    finite = torch.isfinite(answer)
+    answer, got = torch.where(finite, answer, 0), torch.where(finite, got, 0)
     for shape, mask in call.masks().items():
         if tuple(answer.shape[: len(shape)]) == shape:
             keep = mask.to(answer.device)
@@ -111,15 +126,23 @@ def reference(model: nn.Module, calls: Sequence[Call], samples: int = SAMPLES) -
     for call in calls:
         if left <= 0:
             break
-        size = min(left, call.batch_size)
-        chosen.append(call.rows(0, size))
-        left -= size
+        chosen.append(call)
+        left -= call.batch_size
+    if left < 0 and _runs(model, last := chosen[-1].rows(0, chosen[-1].batch_size + left)):
+        chosen[-1] = last
     with inference(model):
-        outputs = []
-        for call in chosen:
-            moved = call.to(device_of(model))
-            outputs.append(tuple(float_outputs(model(*moved.args, **moved.kwargs))))
-    return Reference(model, tuple(chosen), tuple(outputs))
+        outputs = tuple(tuple(float_outputs(run(model, call))) for call in chosen)
+    return Reference(model, tuple(chosen), outputs)
+
+
+def _runs(model: nn.Module, call: Call) -> bool:
+    """Whether a model takes a smaller batch than its own; some are written for one size."""
+    try:
+        with inference(model):
+            run(model, call)
+    except Exception:
+        return False
+    return True
 
 
 def importance(

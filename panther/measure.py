@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from panther.batches import Call, device_of, inference, masked_rows, run
 from panther.errors import CalibrationError
 from panther.factors import Profile
-from panther.gradients import Reactions
+from panther.gradients import CHUNK, Reactions
 from panther.progress import Progress
 from panther.sketches import Moments, Seen
 from panther.spec import LayerSpec
@@ -29,6 +29,7 @@ SAMPLE_BYTES = 8_000_000  # inputs kept a convolution, to compare schemes on
 MAX_SAMPLES = 8
 GRADIENT_SAMPLES = 192  # samples that also run backward, at most
 GRADIENT_SHARE = 0.4  # of all samples: a backward pass costs about what a forward pass does
+WHOLE_BATCH = 1_000_000  # samples a backward pass: more than any batch has
 STATISTICS_BYTES = 1_000_000_000  # more than this at once, and the layers are measured in several passes
 
 
@@ -46,7 +47,10 @@ class _Accumulator:
         """Take (count, features) rows; products in float32 a batch, sums in float64."""
         if rows.shape[0] == 0:
             return
-        rows = rows.float()
+        with torch.autocast(rows.device.type, enabled=False):  # hooks run inside the model's own autocast
+            self._add(rows.float())
+
+    def _add(self, rows: Tensor) -> None:
         if self.shift is None or self.total is None:
             self.shift = rows.mean(0)
             self.total = torch.zeros(rows.shape[1], dtype=torch.float64, device=rows.device)
@@ -156,6 +160,7 @@ def measure(
     *,
     samples: int,
     gradient_samples: int | None = None,
+    chunk: int = CHUNK,
     seed: int = 0,
     progress: Progress | None = None,
     total: int | None = None,
@@ -165,21 +170,27 @@ def measure(
     samples: about how many samples the batches hold, which says how many positions of each are enough.
     gradient_samples: how many of them also run backward (None: as many as pay); where that fails all are measured
         without.
+    chunk: samples a backward pass.
 
     Raises: CalibrationError when a batch does not run, or holds or produces values that are not finite.
     """
     shown = (progress or Progress(False)).track(batches, "measuring", total)
     reason = None
     if gradient_samples is None:
-        gradient_samples = min(GRADIENT_SAMPLES, max(16, round(GRADIENT_SHARE * samples)))
-    if gradient_samples > 0:
+        gradient_samples = affordable_gradients(samples)
+    for size in (chunk, WHOLE_BATCH) if gradient_samples > 0 else ():  # some models are written for one batch size
         try:
-            return _measure(model, specs, shown, samples, gradient_samples, seed)
+            return _measure(model, specs, shown, samples, gradient_samples, size, seed)
         except _NotDifferentiableError as error:
             reason = str(error)
         # Out here the error is gone, and with it the activations and the progress bar that its traceback held.
-        shown = (progress or Progress(False)).track(batches, "measuring without gradients", total)
-    return replace(_measure(model, specs, shown, samples, 0, seed), not_differentiated=reason)
+        shown = (progress or Progress(False)).track(batches, "measuring again", total)
+    return replace(_measure(model, specs, shown, samples, 0, chunk, seed), not_differentiated=reason)
+
+
+def affordable_gradients(samples: int) -> int:
+    """How many of the samples may also run backward."""
+    return min(GRADIENT_SAMPLES, max(16, round(GRADIENT_SHARE * samples)))
 
 
 class _NotDifferentiableError(Exception):
@@ -192,21 +203,24 @@ def _measure(
     batches: Iterable[Call],
     samples: int,
     gradient_samples: int,
+    chunk: int,
     seed: int,
 ) -> Measured:
     watches = _watches(specs, samples, seed)
     context: dict[str, Any] = {"masks": {}}
-    hooks = [model.get_submodule(w.spec.name).register_forward_hook(_hook(w, context)) for w in watches]
+    hooks = [
+        model.get_submodule(w.spec.name).register_forward_hook(_hook(w, context), with_kwargs=True) for w in watches
+    ]
     fast_attention = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)  # the fused encoder layer runs no submodule
     try:
-        with inference(model), Reactions(model, specs, seed) as reactions:
+        with inference(model), Reactions(model, specs, seed, chunk) as reactions:
             for index, call in enumerate(batches):
                 _refuse_non_finite(call, index)
                 if gradient_samples <= 0:
                     _run_batch(model, call, index, context)
                     continue
-                size = min(gradient_samples, call.batch_size)
+                size = call.batch_size if chunk == WHOLE_BATCH else min(gradient_samples, call.batch_size)
                 _run_backward(reactions, call.rows(0, size), context)
                 if size < call.batch_size:
                     _run_batch(model, call.rows(size, call.batch_size), index, context)
@@ -253,11 +267,12 @@ def _positions(spec: LayerSpec, samples: int) -> int:
 
 def _hook(watch: _Watch, context: dict[str, Any]) -> Any:
     @torch.no_grad()
-    def see(_module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+    def see(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
+        given = args[0] if args else kwargs["input"]
         if watch.spec.kind == "linear":
-            _see_linear(watch, args[0], output, context["masks"])
+            _see_linear(watch, given, output, context["masks"])
         else:
-            _see_conv(watch, args[0], output)
+            _see_conv(watch, given, output)
 
     return see
 
@@ -301,6 +316,17 @@ def _keep_samples(watch: _Watch, given: Tensor) -> None:
     same = not watch.samples or watch.samples[0].shape[1:] == given.shape[1:]
     if room > 0 and same:
         watch.samples.append(given[: min(room, max(1, MAX_SAMPLES // 4))].detach().clone())
+
+
+def check_batches(model: nn.Module, calls: Sequence[Call], first: int) -> None:
+    """Refuse what measure would refuse, in batches that it does not get to see; `first` is the index of the first.
+
+    Raises: CalibrationError as measure.
+    """
+    with inference(model):
+        for index, call in enumerate(calls, first):
+            _refuse_non_finite(call, index)
+            _run_batch(model, call, index, {})
 
 
 def _refuse_non_finite(call: Call, index: int) -> None:

@@ -89,7 +89,7 @@ class Capture:
     way: str  # "torch.export", "torch.fx" or "observation"
     layers: tuple[LayerSpec, ...]
     model_params: int  # numbers in all parameters and buffers, tied ones once
-    model_bytes: int
+    model_bytes: int  # of the safetensors file that holds them, its header included
     notes: tuple[str, ...] = ()  # why an earlier way failed, what was not run
 
     @property
@@ -114,7 +114,10 @@ class Capture:
 
 @dataclass(frozen=True)
 class Cost:
-    """What one layer's weights cost: numbers stored, operations per run of the example inputs, bytes."""
+    """What one layer's weights cost: numbers stored, operations per run of the example inputs, bytes.
+
+    A bias that the dense layer has is not counted; one that sketching gives to a layer without is.
+    """
 
     params: int = 0
     flops: int = 0
@@ -133,7 +136,7 @@ class Choice:
     ranks: tuple[int, ...] = ()
     packing: str = "two_gemm"
     dtype: str = "float32"
-    error: float = 0.0  # predicted share of the layer's output variance that is lost
+    error: float = 0.0  # predicted: see LayerReport
     cost: Cost = Cost()
     reason: str = ""
 
@@ -293,15 +296,19 @@ def _two_readings(value: object) -> str:
 
 @dataclass(frozen=True)
 class Target:
-    """A Budget worked out for one model: absolute limits on the sketchable layers, and the line that says so."""
+    """A Budget worked out for one model: absolute limits on the sketchable layers, and the line that says so.
+
+    While `size_bytes` holds for the layers, `file_bytes` holds for the file that `save` writes.
+    """
 
     params: int | None = None
     flops: int | None = None
     size_bytes: int | None = None
     text: str = ""
+    file_bytes: int | None = None
 
     def limits(self) -> dict[str, int]:
-        """The limits that were given, by the name of the Cost field they bound."""
+        """The limits on the layers that were given, by the name of the Cost field they bound."""
         pairs = {"params": self.params, "flops": self.flops, "size_bytes": self.size_bytes}
         return {name: limit for name, limit in pairs.items() if limit is not None}
 
@@ -390,7 +397,11 @@ def _choice_from(row: Mapping[str, Any]) -> Choice:
 
 @dataclass(frozen=True)
 class LayerReport:
-    """One row of the report: what happened to a layer, before and after."""
+    """One row of the report: what happened to a layer, before and after.
+
+    error: predicted share of the layer's output energy that is lost, each direction of the output weighted by how
+        strongly the model's output reacts to it; without calibration data, of the weight's energy.
+    """
 
     name: str
     kind: str
@@ -399,7 +410,7 @@ class LayerReport:
     ranks: tuple[int, ...]
     terms: int  # quanta of rank (0 for a dense layer)
     kept: float  # fraction of the layer's weights that remain
-    error: float  # predicted share of the layer's output variance that is lost
+    error: float
     before: Cost
     after: Cost
     reason: str = ""  # why it stayed dense

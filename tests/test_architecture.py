@@ -17,7 +17,7 @@ NOUNS = {"errors", "spec", "chains"}
 STAGES = {"capture", "measure", "decompose", "importance", "allocate", "replace", "verify"}
 
 # Nouns and helpers that several stages share.
-HELPERS = {"batches", "factors", "progress", "build_info", "gradients"}
+HELPERS = {"batches", "factors", "progress", "build_info", "gradients", "sizes"}
 
 # The registry in each family's __init__.py.
 FAMILIES = {
@@ -37,6 +37,7 @@ ALLOWED = {
     "progress": set(),
     "build_info": {"ops"},
     "batches": {"errors"},
+    "sizes": set(),
     "ops": set(),
     "nn": {"ops", *NOUNS},
     "sketches": {*NOUNS},

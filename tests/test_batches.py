@@ -10,6 +10,7 @@ from torch import nn
 from torch.nn.utils.rnn import pack_padded_sequence
 from torch.utils.data import BatchSampler, DataLoader, IterableDataset, RandomSampler, TensorDataset
 
+from panther import batches
 from panther.batches import (
     CHUNK,
     Call,
@@ -137,14 +138,40 @@ def test_other_example_inputs_are_refused():
 # --- the calls -------------------------------------------------------------------------------------------------------
 
 
-def test_rows_cut_what_has_the_batch_dimension_and_nothing_else():
-    call = Call((X, 2.5), {"other": Y, "table": torch.zeros(9, 3), "scalar": torch.tensor(1.0)})
+def test_rows_cut_all_tensors_and_nothing_else():
+    call = Call((X, 2.5), {"other": Y, "scalar": torch.tensor(1.0)})
     part = call.rows(1, 3)
     assert call.batch_size == 4 and part.batch_size == 2
     assert torch.equal(part.args[0], X[1:3]) and part.args[1] == 2.5
     assert torch.equal(part.kwargs["other"], Y[1:3])
-    assert part.kwargs["table"].shape == (9, 3) and part.kwargs["scalar"].dim() == 0
-    assert len(part.tensors()) == 4
+    assert part.kwargs["scalar"].dim() == 0
+    assert len(part.tensors()) == 3
+
+
+@pytest.mark.parametrize("other", [torch.zeros(2, 200), [torch.zeros(4, 1)], {"x": torch.zeros(4)}])
+def test_a_call_whose_first_dimensions_differ_or_whose_arguments_are_nested_is_not_cut(other):
+    """Edges of a graph, a mask of (length, length): nothing tells which dimension is the batch."""
+    call = Call((X, other))
+    assert not call.can_be_cut and call.batch_size == 1
+    assert call.rows(1, 3) is call
+
+
+def test_an_endless_stream_is_taken_up_to_a_limit_and_that_is_said():
+    def endless():
+        while True:
+            yield torch.randn(64, 3)
+
+    data = calibration(endless(), as_call(X), nn.Linear(3, 2))
+    taken = sum(call.batch_size for call in (*data, *data.held_out))
+    assert taken == batches.STORED_SAMPLES
+    assert data.note is not None and "first 2,048 samples" in data.note
+    assert sum(call.batch_size for call in data.held_out) <= batches.HELD_OUT_SAMPLES
+
+
+def test_values_that_are_not_finite_and_outputs_that_hardly_differ_do_not_set_the_scale():
+    logits = torch.tensor([[1.0, -torch.inf], [3.0, -torch.inf]])
+    assert batches.scale_of(logits) == pytest.approx(1.0)
+    assert batches.scale_of(5.0 + 1e-7 * torch.randn(8, 4)) == pytest.approx(5e-3, rel=1e-3)
 
 
 def test_a_call_without_tensors_is_one_sample():

@@ -134,13 +134,15 @@ def test_a_plan_above_its_budget_is_refused(encoder: Recipe) -> None:
         list(plans_of(of, factors_of(of, PLAIN.how, 0), ["uniform"], [0.001], 0))
 
 
-def test_a_row_says_what_data_it_was_given() -> None:
-    told = [common.data_used(method, 512, "texts") for method in METHODS]
+def test_a_row_says_what_data_it_was_given(encoder: Recipe) -> None:
+    of = subject(encoder)
+    told = [common.data_used(method, of, "texts") for method in METHODS]
+    backward, ranked = min(of.samples, 16), min(of.samples, 32)
     assert told == [
         "none",
-        "512 texts",
-        "512 texts, 192 also backward",
-        "512 texts, 192 also backward, 32 for the ranks",
+        f"{of.samples} texts",
+        f"{of.samples} texts, {backward} also backward",
+        f"{of.samples} texts, {backward} also backward, {ranked} for the ranks",
     ]
 
 

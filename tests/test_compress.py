@@ -16,6 +16,7 @@ from panther import chains
 from panther import compress as compress_function
 from panther.allocators import Options
 from panther.allocators.base import total
+from panther.errors import PantherError
 from panther.nn import SKConv2d, SKLinear
 from panther.spec import Choice, Plan, Target
 
@@ -626,3 +627,41 @@ def test_both_ways_of_healing_correct_the_mean_output(heal: str) -> None:
     with torch.no_grad():
         off = (result.model(rows[:150]) - model(rows[:150])).mean(0)
     assert float(off.abs().max()) < 1e-4
+
+
+def test_a_model_that_needs_what_only_the_dense_layer_has_is_refused_and_unchanged() -> None:
+    class Picky(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(64, 64)
+
+        def forward(self, x: Tensor) -> Tensor:
+            if type(self.layer) is not nn.Linear:
+                raise TypeError("only a Linear will do")
+            return self.layer(x)
+
+    model, data = Picky(), torch.randn(64, 64)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with pytest.raises(PantherError, match=r"does not run .* exclude="):
+        compress(model, 0.5, example_inputs=data[:2], calib_data=data, progress=False)
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+
+
+def test_outputs_whose_shape_depends_on_values_and_integer_outputs_are_no_obstacle() -> None:
+    class Chosen(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(64, 64)
+
+        def forward(self, x: Tensor) -> Tensor:
+            hidden = self.layer(x)
+            return hidden[hidden[:, 0] > 0]
+
+    class Ranked(Chosen):
+        def forward(self, x: Tensor) -> Tensor:
+            return self.layer(x).argmax(1)
+
+    data = torch.randn(128, 64)
+    for kind in (Chosen, Ranked):
+        result = compress(kind(), 0.5, example_inputs=data[:8], calib_data=data, progress=False, verify=False)
+        assert result.budget_met and result.plan.sketched

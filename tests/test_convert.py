@@ -1,4 +1,5 @@
 import json
+import sys
 import textwrap
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,8 @@ from torch import nn
 import panther.convert as cli
 from panther.compress import Result
 from panther.converters import ExportReport
+from panther.errors import ExportError
+from panther.nn import SKConv2d, SKLinear
 from panther.spec import Plan
 
 NETS = """
@@ -201,6 +204,33 @@ def test_a_file_that_disagrees_is_exit_code_4_and_the_rest_is_kept(run, here: Pa
     assert len(json.loads(out)["files"]) == 5
 
 
+def test_a_failed_export_keeps_and_names_what_was_written_and_says_how_to_load_it(
+    run, here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(*_: Any, **__: Any) -> None:
+        raise ExportError("Mlp cannot be exported to ONNX (no such operator).")
+
+    monkeypatch.setattr(Result, "export_onnx", refused)
+    code, out, err = run(*MLP, "-o", "kept", "-q", "--report", "kept/copy.txt")
+    assert code == cli.UNEXPECTED
+    names = ["mlp.panther", "mlp.plan.json", "mlp.report.txt", "mlp.report.json", "copy.txt"]
+    assert out.splitlines() == [f"wrote kept/{name}" for name in names]
+    assert refusal(err) == (
+        "error: the compressed model was saved, but not as ONNX: Mlp cannot be exported to ONNX (no such operator). "
+        "Load it with panther.load('kept/mlp.panther', model=...)"
+    )
+    assert "budget met: yes" in (here / "kept/mlp.report.txt").read_text()
+    code, out, _ = run(*MLP, "-o", "kept", "--json")
+    assert code == cli.UNEXPECTED
+    assert json.loads(out)["onnx"] is None and json.loads(out)["files"][0] == "kept/mlp.panther"
+
+
+def test_an_opset_that_does_not_exist_is_a_wrong_argument(run, here: Path) -> None:
+    code, _, err = run(*MLP, "-o", "opset", "--opset", "3")
+    assert code == cli.USAGE
+    assert "opset=3: expected an integer from" in refusal(err)
+
+
 # Printing only
 
 
@@ -273,6 +303,21 @@ def test_shapes_make_positional_or_named_inputs(run, quick: dict[str, Any]) -> N
 def test_the_input_of_a_first_linear_layer_is_inferred(run, quick: dict[str, Any]) -> None:
     run(*MLP)
     assert quick["example_inputs"].args[0].shape == (1, 16)
+
+
+def test_the_input_of_a_first_layer_that_is_sketched_already_is_inferred() -> None:
+    first = SKLinear.from_dense(nn.Linear(16, 48).double(), rank=4)
+    call = cli._from_first_layer(nn.Sequential(first, nn.Linear(48, 4).double()))
+    assert call.args[0].shape == (1, 16) and call.args[0].dtype == torch.float64
+    with pytest.raises(cli.UsageError, match="Add --input-shape 1,3,224,224 "):
+        cli._from_first_layer(nn.Sequential(SKConv2d.from_dense(nn.Conv2d(3, 8, 3), rank=2)))
+
+
+def test_a_compressed_model_is_compressed_again_without_saying_its_inputs(run, here: Path, export: Any) -> None:
+    export(ok=True)
+    assert run(*MLP, "-o", "once", "-q", "--budget", "0.6")[0] == cli.DONE
+    code, out, _ = run("once/mlp.panther", "--model", "nets.py:Mlp", "--list-layers")
+    assert code == cli.DONE and "last" in out
 
 
 @pytest.mark.parametrize(
@@ -462,6 +507,21 @@ def test_a_trusted_pickle_is_read(run, here: Path, quick: dict[str, Any]) -> Non
     assert isinstance(quick["model"], nn.Sequential)
 
 
+@pytest.mark.parametrize("fault", [ValueError, TypeError])
+@pytest.mark.parametrize("stage", ["panther.compress.decompose", "panther.compress.check", "panther.convert.read"])
+def test_a_fault_of_the_work_itself_is_not_blamed_on_the_arguments(
+    run, stage: str, fault: type[Exception], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: Any, **__: Any) -> None:
+        raise fault("shapes do not match")
+
+    module, _, name = stage.rpartition(".")
+    monkeypatch.setattr(sys.modules[module], name, broken)
+    code, out, err = run(*MLP, "-o", "faulty")
+    assert (code, out) == (cli.UNEXPECTED, "")
+    assert f"{fault.__name__}: shapes do not match (run again with -v for the traceback)" in refusal(err)
+
+
 # Ends that nobody wants
 
 
@@ -483,7 +543,8 @@ def test_ctrl_c_while_writing_leaves_whole_files_only(run, here: Path, monkeypat
 
     monkeypatch.setattr(Result, "export_onnx", interrupted)
     assert run(*MLP, "-o", "stopped")[0] == cli.INTERRUPTED
-    assert [path.name for path in (here / "stopped").iterdir()] == ["mlp.panther"]
+    names = ["mlp.panther", "mlp.plan.json", "mlp.report.json", "mlp.report.txt"]
+    assert sorted(path.name for path in (here / "stopped").iterdir()) == names
     assert json.loads((here / "stopped/mlp.panther/panther.json").read_text())["layers"]
 
 
@@ -494,8 +555,6 @@ def test_the_unexpected_is_one_line_and_a_traceback_with_v(run, quick: dict[str,
 
 
 def test_a_run_leaves_the_import_path_as_it_was(run, quick: dict[str, Any]) -> None:
-    import sys
-
     before = list(sys.path)
     run(*MLP)
     assert sys.path == before

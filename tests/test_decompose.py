@@ -1,8 +1,10 @@
 from __future__ import annotations
 
 import gc
+import math
 import weakref
 from collections.abc import Callable, Iterator
+from dataclasses import replace as changed
 from typing import Any, NamedTuple
 
 import pytest
@@ -12,6 +14,7 @@ from torch import Tensor, nn
 from panther import decompose as stage
 from panther.batches import Call
 from panther.capture import capture
+from panther.chains import chain_cost
 from panther.decompose import candidates, decompose
 from panther.factors import NOTHING_SEEN, Factors, Profile
 from panther.measure import measure
@@ -121,7 +124,7 @@ def lost_share(studied: Studied, choice: Choice) -> tuple[float, float]:
 @every_case
 def test_a_built_convolution_loses_what_its_factors_say_and_keeps_the_mean(case: Case) -> None:
     studied = study(decaying_(case.build()), spread_inputs(case.input_shape))
-    scheme_is_exact = studied.factors.profile.samples is None  # a 1 x 1 kernel: nothing needs to be tried
+    scheme_is_exact = math.prod(studied.factors.spec.kernel_size) == 1  # nothing needs to be tried
     assert studied.factors.schemes
     for scheme, decomposed in studied.factors.schemes.items():
         ranks = sorted({0, len(decomposed.ranks) // 2, len(decomposed.ranks) - 1})
@@ -151,13 +154,8 @@ def test_errors_of_a_scheme_never_rise_with_its_cost(case: Case) -> None:
     for gradients in (0, 100):
         factors = study(case.build(), spread_inputs(case.input_shape), gradient_samples=gradients).factors
         for scheme, decomposed in factors.schemes.items():
-            costs = [
-                c.cost.params
-                for r in decomposed.ranks
-                for c in all_choices(factors)
-                if (c.scheme, c.ranks) == (scheme, r)
-            ]
-            assert costs == sorted(costs) and len(costs) == len(decomposed.ranks)
+            costs = [chain_cost(scheme, factors.spec, ranks, 4).params for ranks in decomposed.ranks]
+            assert costs == sorted(costs) and costs[-1] < factors.spec.params
             assert list(decomposed.errors) == sorted(decomposed.errors, reverse=True)
             assert all(0 <= error <= 1 + 1e-6 for error in decomposed.errors)
 
@@ -170,7 +168,8 @@ def test_every_candidate_is_smaller_than_the_dense_layer_which_comes_last(case: 
     assert [c.cost.params for c in smaller] == sorted(c.cost.params for c in smaller)
     for choice in smaller:
         layer = sketched_layer(factors, choice)
-        held = sum(p.numel() for name, p in layer.named_parameters() if name != "bias")
+        gains_bias = not factors.spec.has_bias
+        held = sum(p.numel() for name, p in layer.named_parameters() if name != "bias" or gains_bias)
         assert held == choice.cost.params < dense.cost.params
         assert choice.cost.size_bytes == 4 * held
 
@@ -359,10 +358,34 @@ def test_factors_hold_no_copy_of_the_dense_weight() -> None:
     torch.testing.assert_close(after[1] @ after[0], 2 * before[1] @ before[0])
 
 
-def test_ranks_are_multiples_of_eight_where_the_layer_has_room_for_two() -> None:
+def test_ranks_are_multiples_of_eight_where_the_layer_has_room_for_two_and_small_ones_below() -> None:
     large, small = (all_choices(decompose(nn.Linear(n, n), square_spec(n), None)) for n in (64, 16))
-    assert [choice.ranks[0] for choice in large] == [8, 16, 24]
+    assert [choice.ranks[0] for choice in large] == [1, 2, 4, 8, 16, 24]
     assert [choice.ranks[0] for choice in small] == [1, 2, 3, 4, 5, 6, 7]
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_the_bias_that_calibration_gives_to_a_layer_without_one_counts(bias: bool) -> None:
+    layer = nn.Linear(40, 24, bias=bias)
+    spec = changed(square_spec(24), in_features=40, has_bias=bias)
+    unseen = candidates(decompose(layer, spec, None), 2)
+    seen = candidates(decompose(layer, spec, Profile(50, mean=torch.ones(40))), 2)
+    gained = 0 if bias else 24
+    sizes = {choice.ranks: choice.cost for choice in unseen[:-1]}
+    assert {choice.ranks: choice.cost for choice in seen[:-1]} == {
+        ranks: changed(cost, params=cost.params + gained, size_bytes=cost.size_bytes + 2 * gained)
+        for ranks, cost in sizes.items()
+        if cost.params + gained < spec.params
+    }
+    assert seen[-1].cost == unseen[-1].cost
+
+
+def test_a_layer_that_only_grows_by_its_new_bias_stays_dense_and_says_so() -> None:
+    layer = nn.Linear(2, 1000, bias=False)
+    spec = LayerSpec("layer", "linear", 2, 1000, rows=1, has_bias=False)
+    (dense,) = candidates(decompose(layer, spec, Profile(50, mean=torch.ones(2))), 4)
+    assert dense.is_dense and "gain a bias of 1,000 numbers" in dense.reason
+    assert len(candidates(decompose(layer, spec, None), 4)) == 2
 
 
 def square_spec(size: int) -> LayerSpec:

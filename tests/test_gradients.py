@@ -190,7 +190,7 @@ def test_a_model_whose_output_has_no_gradient_raises() -> None:
         def forward(self, x: Tensor) -> Tensor:
             return self.layer(x).detach()
 
-    with pytest.raises(RuntimeError, match="does not require grad"):
+    with pytest.raises(ValueError, match="no floating-point output that depends on its layers"):
         sensitivities(Frozen(), [Call((torch.randn(4, 4),))])
 
 
@@ -214,5 +214,15 @@ def test_chunks_are_the_whole_call_in_small_parts() -> None:
 def test_samples_with_large_activations_run_one_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gradients, "HELD_BYTES", 1)
     model, call = nn.Sequential(nn.Linear(4, 2)), Call((torch.randn(3, 4),))
-    parts = list(Reactions(model, capture(model, call).sketchable, 0).chunks(call))
+    layers = capture(model, call).layers
+    chunk = gradients.chunk_size(layers, call.batch_size)
+    parts = list(Reactions(model, layers, 0, chunk).chunks(call))
     assert [part.batch_size for part in parts] == [1, 1, 1]
+
+
+def test_a_sample_that_would_hold_too_much_gets_no_backward_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, call = nn.Sequential(nn.Linear(4, 2)), Call((torch.randn(3, 4),))
+    layers = capture(model, call).layers
+    assert gradients.chunk_size(layers, 3) == gradients.CHUNK
+    monkeypatch.setattr(gradients, "MOST_HELD_BYTES", 4 * 2 * gradients.HELD_PER_OUTPUT - 1)
+    assert gradients.chunk_size(layers, 3) == 0

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import io
 import json
 import math
+import pickle
 import re
 import warnings
 from collections.abc import Callable
@@ -13,12 +15,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from panther import chains
 from panther.nn import SKConv1d, SKConv2d, SKConv3d, SKLinear
 from panther.nn.base import Shape, largest_rank_that_pays, ranks_for
 from panther.nn.factor import compose, factorise, full_ranks
+from panther.nn.weight import DenseWeight
 from panther.ops import REFERENCES
 
 
@@ -231,6 +235,191 @@ def test_unknown_bases_are_refused() -> None:
         SKConv2d(16, 16, 3, 1, 2, basis="random")
     with pytest.raises(ValueError, match="seed=-1"):
         SKLinear(64, 64, 1, 4, basis="random", seed=-1)
+
+
+# --- the weight, which is multiplied out only when its values are used
+
+
+class ReadsDtype(nn.Module):
+    """Reads the dtype of a weight before it calls the layer, as T5's feed-forward layers do."""
+
+    def __init__(self, wo: nn.Module) -> None:
+        super().__init__()
+        self.wo = wo
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.wo.weight.dtype not in (x.dtype, torch.int8):
+            x = x.to(self.wo.weight.dtype)
+        y: Tensor = self.wo(x)
+        return y
+
+
+def small() -> SKLinear:
+    torch.manual_seed(0)
+    return SKLinear(24, 16, num_terms=1, low_rank=4)
+
+
+@pytest.fixture
+def products(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Gets longer with every product of factors."""
+    made: list[int] = []
+    monkeypatch.setattr("panther.nn.base.compose", lambda weights: made.append(1) or compose(weights))
+    return made
+
+
+@pytest.mark.parametrize("basis", ["learned", "random"])
+def test_a_forward_that_reads_the_dtype_multiplies_nothing_out(basis: str, products: list[int]) -> None:
+    layer = SKLinear(24, 16, 1, 4, basis=basis)
+    x = inputs(3, 24)
+    assert torch.equal(ReadsDtype(layer)(x.double()), layer(x))
+    assert products == []
+
+
+def test_a_compiled_or_exported_forward_that_reads_the_dtype_holds_no_product(products: list[int]) -> None:
+    model, x = ReadsDtype(small()), inputs(3, 24)
+    torch._dynamo.reset()
+    torch.testing.assert_close(torch.compile(model, fullgraph=True, backend="aot_eager")(x.double()), model(x))
+    products.clear()
+    exported = torch.export.export(model, (x.double(),))
+    assert products == []
+    torch.testing.assert_close(exported.module()(x.double()), model(x))
+
+
+class Multiplies(ReadsDtype):
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.wo.weight)
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.trace:DeprecationWarning")
+def test_a_traced_compiled_or_exported_use_of_the_values_is_right() -> None:
+    model, x = Multiplies(small()), inputs(3, 24)
+    wanted = F.linear(x, compose(model.wo.active_weights()))
+    torch._dynamo.reset()
+    for made in (
+        torch.compile(model, fullgraph=True, backend="aot_eager"),
+        torch.export.export(model, (x,)).module(),
+        torch.jit.trace(model, x),
+    ):
+        torch.testing.assert_close(made(x), wanted)
+
+
+def test_every_kind_of_use_gets_the_values() -> None:
+    layer, x = small(), inputs(3, 24)
+    plain = compose(layer.active_weights())
+    uses: list[Callable[[Tensor], Any]] = [
+        *(repr, str, list, Tensor.tolist, Tensor.detach, Tensor.clone, Tensor.double, Tensor.sum, Tensor.t),
+        *(lambda w: w.T, lambda w: w[3], lambda w: w[:, 1:4], lambda w: w.data.norm(), lambda w: w.to(torch.bfloat16)),
+        *(lambda w: w @ x.T, lambda w: x @ w.T, lambda w: F.linear(x, w), lambda w: torch.cat([w, w]), lambda w: w > 0),
+        *(lambda w: torch.einsum("oi,bi->bo", w, x), lambda w: torch.add(input=w, other=1), lambda w: 2 - w),
+        *(lambda w: np.asarray(w.detach()).tolist(), lambda w: w.detach().numpy().tolist(), lambda w: w.view(-1)),
+        *(lambda w: torch.zeros(16, 24).copy_(w), torch.linalg.svdvals, lambda w: torch.stack(w.unbind())),
+    ]
+    for use in uses:
+        got, wanted = use(layer.weight), use(plain)
+        assert type(got) is type(wanted)
+        for one, other in zip(*((v if isinstance(v, list) else [v]) for v in (got, wanted)), strict=True):
+            assert torch.equal(one, other) if isinstance(one, Tensor) else one == other
+            assert not isinstance(one, DenseWeight)
+
+
+def test_code_that_goes_past_torchs_overrides_gets_the_values_too() -> None:
+    layer = small()
+    with torch._C.DisableTorchFunctionSubclass():
+        assert torch.equal(layer.weight + 1, layer.to_dense().weight + 1)
+        with pytest.raises(RuntimeError, match="cannot apply add_ in place"):
+            layer.weight.add_(1)
+
+
+def test_data_is_detached_and_follows_the_layer() -> None:
+    layer = small()
+    weight, data = layer.weight, layer.weight.data
+    assert weight.sum().requires_grad
+    assert not data.sum().requires_grad
+    kept = weight.clone()
+    with torch.no_grad():
+        layer.down *= 2
+    assert torch.equal(weight, 2 * kept)
+    assert torch.equal(data, 2 * kept)
+
+
+def _subtract(weight: Tensor) -> None:
+    weight -= 1
+
+
+def _assign(weight: Tensor) -> None:
+    weight[0] = 1
+
+
+WRITES: dict[str, Callable[[Tensor], Any]] = {
+    "normal_": Tensor.normal_,
+    "__isub__": _subtract,
+    "__setitem__": _assign,
+    "out": lambda w: torch.add(torch.ones(16, 24), 1, out=w),
+    "inplace": lambda w: F.relu(w, inplace=True),
+    "foreach": lambda w: torch._foreach_mul_([w], 2),
+    "nn.init": nn.init.xavier_uniform_,
+    "aten": lambda w: torch.ops.aten.add_(w, 1),
+    "requires_grad": lambda w: setattr(w, "requires_grad", False),
+    "requires_grad_": lambda w: w.requires_grad_(requires_grad=False),
+    "data =": lambda w: setattr(w, "data", torch.ones(16, 24)),
+    "grad =": lambda w: setattr(w, "grad", torch.ones(16, 24)),
+}
+
+
+@pytest.mark.parametrize("name", WRITES)
+def test_writing_to_the_weight_is_refused(name: str) -> None:
+    layer = small()
+    for weight in (layer.weight, layer.weight.data):
+        with torch.no_grad(), pytest.raises(RuntimeError, match=r"would be lost. Change layer.parameters\(\)"):
+            WRITES[name](weight)
+
+
+def test_writing_the_weight_into_another_tensor_is_not_refused() -> None:
+    layer, other = small(), torch.zeros(16, 24)
+    other += layer.weight.data
+    other.add_(layer.weight.data)
+    other[0] = layer.weight.data[0]
+    torch.testing.assert_close(other[1:], 2 * layer.weight.detach()[1:])
+
+
+def test_weights_that_a_module_keeps_are_copied_with_their_layer_and_pickled_as_values() -> None:
+    holder = nn.Sequential(small())
+    holder.kept, holder.kept_data = holder[0].weight, holder[0].weight.data
+    copied = copy.deepcopy(holder)
+    with torch.no_grad():
+        copied[0].down.zero_()
+    assert not copied.kept.any() and not copied.kept_data.any()
+    assert holder.kept.all()
+    buffer = io.BytesIO()
+    torch.save({"kept": holder.kept, "data": holder.kept_data}, buffer)
+    buffer.seek(0)
+    loaded = torch.load(buffer, weights_only=True)
+    assert type(loaded["kept"]) is Tensor
+    assert torch.equal(loaded["kept"], holder.kept) and torch.equal(loaded["data"], holder.kept)
+    again = pickle.loads(pickle.dumps(holder))  # noqa: S301  # our own bytes
+    assert torch.equal(again.kept, holder.kept)
+    assert set(holder.state_dict()) == {"0.down", "0.up", "0.bias"}
+
+
+def test_the_weight_follows_moves_functional_calls_and_parametrizations() -> None:
+    layer, x = small(), inputs(3, 24)
+    assert copy.deepcopy(layer).to("meta").weight.is_meta
+    assert copy.deepcopy(layer).half().weight.dtype == torch.float16
+    model = Multiplies(layer)
+    parameters = {name: 2 * value.detach() for name, value in model.named_parameters()}
+    called = torch.func.functional_call(model, parameters, (x,))
+    torch.testing.assert_close(called, 4 * model(x))
+    gradients = torch.func.grad(lambda p: torch.func.functional_call(model, p, (x,)).sum())(parameters)
+    assert gradients["wo.down"].any()
+    before = layer.weight.detach()
+    torch.nn.utils.parametrize.register_parametrization(layer, "down", Doubled())
+    torch.testing.assert_close(layer.weight.detach(), 2 * before)
+    torch.testing.assert_close(copy.deepcopy(layer)(x), layer(x))
+
+
+class Doubled(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * x
 
 
 # --- terms at run time

@@ -43,6 +43,12 @@ def test_a_sketched_layer_shows_what_it_kept_and_lost() -> None:
     assert " ".join(cells) == "encoder.fc1 384 -> 1536 linear 49.5 % 152 10 0.031 1,000 -> 500"
 
 
+def test_the_error_is_explained_as_what_it_measures() -> None:
+    lines = " ".join(render(REPORT).split())
+    assert "error: predicted share of the layer's output energy that is lost, weighted by how strongly" in lines
+    assert "of the weight's energy" in lines and "variance" not in lines
+
+
 def test_a_dense_layer_shows_why() -> None:
     assert line_with("tied to embed.weight", render(REPORT)).startswith("head")
 

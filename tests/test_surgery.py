@@ -1,11 +1,14 @@
 from __future__ import annotations
 
+import copy
+import pickle
+
 import pytest
 import torch
 from torch import Tensor, nn
 
 from panther.errors import CaptureError
-from panther.nn import SKLinear
+from panther.nn import SKConv2d, SKLinear
 from panther.nn.surgery import inherit, put_layers, with_layers
 
 
@@ -90,19 +93,78 @@ def test_in_place_the_model_stays_the_same_object_and_computes_with_the_new_laye
 # What the new layer takes over
 
 
-def test_hooks_flag_and_requires_grad_are_taken_over_and_not_shared() -> None:
-    dense, layer = nn.Linear(4, 4), SKLinear(4, 4, 1, 1)
-    dense.eval().requires_grad_(False)
+def test_hooks_and_flag_are_taken_over_and_not_shared() -> None:
+    dense, layer = nn.Linear(4, 4).eval(), SKLinear(4, 4, 1, 1)
     calls: list[str] = []
     handle = dense.register_forward_hook(lambda *_: calls.append("after"))
-    dense.register_full_backward_hook(lambda *_: None)
     inherit(layer, dense)
-    assert not layer.training and not any(p.requires_grad for p in layer.parameters())
+    assert not layer.training
     layer(torch.randn(2, 4))
-    assert calls == ["after"] and len(layer._backward_hooks) == 1
+    assert calls == ["after"]
     handle.remove()
     layer(torch.randn(2, 4))
     assert calls == ["after", "after"]
+
+
+def test_a_full_backward_hook_stays_a_full_one() -> None:
+    dense, layer = nn.Linear(4, 4), SKLinear(4, 4, 1, 1)
+    shapes: list[torch.Size] = []
+    dense.register_full_backward_hook(lambda _module, grad_input, _grad_output: shapes.append(grad_input[0].shape))
+    inherit(layer, dense)
+    layer(torch.randn(2, 4, requires_grad=True)).sum().backward()
+    assert shapes == [torch.Size([2, 4])]
+
+
+@pytest.mark.parametrize("in_place", [False, True])
+def test_each_parameter_stays_as_trainable_as_the_new_layer_says(in_place: bool) -> None:
+    model = nn.Sequential(nn.Linear(4, 4))
+    model[0].weight.requires_grad_(False)
+    layer = full(model[0])
+    built = model if in_place else with_layers(model, {"0": layer})
+    if in_place:
+        put_layers(model, {"0": layer})
+    trained = {name: parameter.requires_grad for name, parameter in built.named_parameters()}
+    assert trained == {"0.down": False, "0.up": False, "0.bias": True}
+
+
+@pytest.mark.parametrize("in_place", [False, True])
+def test_attributes_that_users_put_on_a_layer_are_taken_over(in_place: bool) -> None:
+    model = nn.Sequential(nn.Linear(4, 4))
+    tags = ["first"]
+    model[0].tags, model[0]._initialised = tags, True
+    layer = SKLinear(4, 4, 1, 1)
+    built = model if in_place else with_layers(model, {"0": layer})
+    if in_place:
+        put_layers(model, {"0": layer})
+    assert built[0] is layer and layer.tags is tags and layer._initialised is True  # type: ignore[index]
+
+
+def test_what_the_new_layer_has_already_and_what_belongs_to_the_dense_class_is_not_taken_over() -> None:
+    dense = nn.Conv2d(4, 4, 3)
+    dense.low_rank, dense.forward, dense.scheme = 99, print, "mine"
+    layer = SKConv2d.from_dense(dense, rank=2)
+    before = dict(vars(layer))
+    inherit(layer, dense)
+    assert set(vars(layer)) == set(before)
+    assert (layer.low_rank, layer.scheme) == (before["low_rank"], before["scheme"])
+    assert layer(torch.randn(1, 4, 5, 5)).shape == (1, 4, 3, 3)
+
+
+def test_a_module_that_is_only_referred_to_is_not_registered() -> None:
+    dense, layer = nn.Linear(4, 4), SKLinear(4, 4, 1, 1)
+    vars(dense)["partner"] = nn.Linear(2, 2)
+    inherit(layer, dense)
+    assert layer.partner is dense.partner and not list(layer.children())
+
+
+def test_a_compressed_model_with_attributes_and_hooks_copies_and_pickles() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.ReLU())
+    model[0].tags = ["first"]
+    built = with_layers(model, {"0": SKLinear(4, 4, 1, 1)})
+    x = torch.randn(3, 4)
+    for other in (copy.deepcopy(built), pickle.loads(pickle.dumps(built))):  # noqa: S301  # our own bytes
+        assert torch.equal(other(x), built(x)) and other[0].tags == ["first"]
+        assert other[0].tags is not model[0].tags
 
 
 def test_hooks_that_change_the_output_still_do() -> None:

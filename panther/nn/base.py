@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from panther import chains
 from panther.nn.arguments import Config, as_count
 from panther.nn.factor import compose, factorise, full_ranks
+from panther.nn.weight import DenseWeight
 
 # The rank of one sketch when only a total rank is given: 8 is what CPU vector units like.
 DEFAULT_LOW_RANK = 8
@@ -175,16 +176,35 @@ class SketchedLayer(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """The weight of the dense layer that computes the same, in this layer's dtype; made anew each time."""
+        """The weight of the dense layer that computes the same, in this layer's dtype.
+
+        Reading its shape, dtype or device costs nothing. Each operation on its values multiplies the factors out anew:
+        keep `layer.weight.clone()` to use it often. It cannot be written to.
+        """
+        if torch.compiler.is_dynamo_compiling():  # it drops a product that nobody uses, and cannot trace a stand-in
+            return self._compose()
+        size = (self._shape.out_features, self._shape.in_features, *self._shape.kernel_size)
+        like = self._first_weight()
+        return DenseWeight(self._compose, size, like.dtype, like.device)
+
+    def _first_weight(self) -> Tensor:
+        """A weight to read the dtype and the device from, also in replicas, which have no parameters()."""
+        return self.down
+
+    def _compose(self) -> Tensor:
         weights = self.active_weights()
         dtype = weights[0].dtype
         wide = torch.promote_types(dtype, torch.float32)
+        if all(
+            weight.dtype == wide for weight in weights
+        ):  # casts that do nothing would keep an unused product in an exported graph
+            return compose(weights).contiguous()
         return compose([weight.to(wide) for weight in weights]).to(dtype).contiguous()
 
     def _fill(self, dense: Dense) -> Dense:
         """Give a dense layer without weights those that this layer amounts to."""
         trainable = any(weight.requires_grad for name, weight in self.named_parameters() if name != "bias")
-        dense.weight = nn.Parameter(self.weight.detach(), requires_grad=trainable)
+        dense.weight = nn.Parameter(self._compose().detach(), requires_grad=trainable)
         if self.bias is not None:
             dense.bias = nn.Parameter(self.bias.detach().clone(), requires_grad=self.bias.requires_grad)
         return dense.train(self.training)

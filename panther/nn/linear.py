@@ -133,6 +133,9 @@ class SKLinear(SketchedLayer):
         up = torch.cat((self.u1[:, :active], self.s2[:, :active]), dim=2).flatten(1)
         return down, up / (2 * active)
 
+    def _first_weight(self) -> Tensor:
+        return self.down if self.basis == "learned" else self.s1
+
     def forward(self, x: Tensor) -> Tensor:
         down, up = self.active_weights()
         return low_rank_linear(x, down, up, self.bias)

@@ -17,6 +17,7 @@ _HOOKS = (
     "_forward_pre_hooks_with_kwargs",
     "_backward_hooks",
     "_backward_pre_hooks",
+    "_is_full_backward_hook",  # says how torch calls the backward hooks
 )
 
 
@@ -57,13 +58,17 @@ def put_layers(model: nn.Module, layers: Mapping[str, nn.Module]) -> None:
 
 
 def inherit(layer: nn.Module, dense: nn.Module) -> None:
-    """Take over what was attached to the dense layer: hooks, training flag, whether it is trained."""
+    """Take over what was attached to the dense layer: hooks, training flag, and attributes that its class has not.
+
+    The values of attributes are shared, not copied. Names that the new layer has already keep their own.
+    """
     for name in _HOOKS:
         setattr(layer, name, copy.copy(getattr(dense, name)))
     layer.train(dense.training)
-    trained = any(p.requires_grad for p in dense.parameters())
-    for parameter in layer.parameters():
-        parameter.requires_grad_(trained)
+    of_its_class = {name for kind in type(dense).__mro__ for name in getattr(kind, "__annotations__", ())}
+    for name, value in vars(dense).items():
+        if name not in of_its_class and not hasattr(layer, name):
+            vars(layer)[name] = value  # past nn.Module, which would register a module that is only referred to
 
 
 def keep_unfused(model: nn.Module, layers: Iterable[nn.Module]) -> None:

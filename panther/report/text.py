@@ -37,7 +37,11 @@ def _parts(report: Report) -> Iterator[RenderableType]:
     yield ""
     if sketched:
         yield _sketched(sketched)
-        yield "kept: share of its weights that remain; error: predicted share of its output variance that is lost"
+        yield "kept: share of the layer's weights that remain"
+        yield (
+            "error: predicted share of the layer's output energy that is lost, weighted by how strongly the model's "
+            "output reacts to it (without calibration data: of the weight's energy)"
+        )
         yield ""
     if dense:
         yield _left_dense(dense)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, cast
 
 import torch
 from torch import Tensor
@@ -128,10 +128,13 @@ def output_covariance(matrix: Tensor, seen: Seen) -> Tensor:
 
 def with_ridge(matrix: Tensor, ridge: float) -> Tensor:
     """The Cholesky factor of a positive matrix after `ridge` times its mean diagonal was added."""
-    size = matrix.shape[0]
     scale = float(matrix.diagonal().mean())
-    factor: Tensor = torch.linalg.cholesky(matrix + ridge * scale * torch.eye(size, dtype=matrix.dtype))
-    return factor
+    identity = torch.eye(matrix.shape[0], dtype=matrix.dtype)
+    while True:  # rounding can leave a covariance slightly indefinite; a ridge of its mean diagonal always ends this
+        factor, failed = torch.linalg.cholesky_ex(matrix + ridge * scale * identity)
+        if not int(failed):
+            return cast(Tensor, factor)
+        ridge *= 10
 
 
 def _output_operator(matrix: Tensor, seen: Seen) -> Operator:

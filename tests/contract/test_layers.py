@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from panther import chains
 from panther.nn import LAYERS, SketchedLayer
+from panther.nn.factor import compose
 from panther.ops import REFERENCES
 
 # Even kernels with padding="same" pad one side more; torch says that this copies the input, of the dense layer too.
@@ -139,8 +140,51 @@ def test_to_dense_computes_the_same_at_any_rank(case: Case) -> None:
 def test_the_weight_is_that_of_the_dense_layer(case: Case) -> None:
     dense = case.build()
     sketched = case.sketch(dense)
-    close(sketched.weight, dense.get_parameter("weight"))
+    close(sketched.weight.clone(), dense.get_parameter("weight"))
     assert not any(name.endswith("weight") for name in sketched.state_dict())
+
+
+@cases(is_typical)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_the_weight_says_of_itself_is_so_and_costs_no_product(
+    case: Case, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sketched = case.sketch(case.build(dtype=dtype), rank=2)
+    products = count_products(monkeypatch)
+    weight = sketched.weight
+    said = describe(weight)
+    assert isinstance(weight, Tensor)
+    assert not weight.requires_grad
+    assert products == []
+    assert said == describe(weight.clone())
+    assert len(products) == 1
+
+
+def count_products(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """A list that gets longer with every product of factors."""
+    products: list[int] = []
+    monkeypatch.setattr("panther.nn.base.compose", lambda weights: products.append(1) or compose(weights))
+    return products
+
+
+def describe(weight: Tensor) -> dict[str, Any]:
+    """What a program can ask of a weight without its values."""
+    sizes = (weight.shape, weight.size(), weight.size(0), weight.dim(), weight.ndim, len(weight), weight.stride())
+    counts = (weight.numel(), weight.nelement(), weight.element_size(), weight.itemsize, weight.nbytes)
+    places = (weight.device, weight.is_cuda, weight.is_cpu, weight.is_meta, weight.get_device(), weight.layout)
+    kinds = (weight.dtype, weight.is_floating_point(), torch.is_floating_point(weight), weight.is_complex())
+    return {"sizes": sizes, "counts": counts, "places": places, "kinds": kinds, "whole": weight.is_contiguous()}
+
+
+@cases(is_typical)
+def test_gradients_reach_the_factors_through_the_weight(case: Case) -> None:
+    sketched = case.sketch(rank=2)
+    sketched.weight.square().sum().backward()
+    for name, parameter in sketched.named_parameters():
+        assert (parameter.grad is None) == (name == "bias"), name
+    down = sketched.down.detach().clone().requires_grad_()
+    compose([down, *(weight.detach() for weight in sketched.active_weights()[1:])]).square().sum().backward()
+    torch.testing.assert_close(sketched.down.grad, down.grad)
 
 
 @cases(is_typical)

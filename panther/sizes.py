@@ -1,0 +1,88 @@
+"""What a model holds and what its saved file takes: parameters and persistent buffers, each tied tensor once."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+# In the order in which safetensors lays tensors out.
+_SAFETENSORS_DTYPES = {
+    torch.uint64: "U64",
+    torch.int64: "I64",
+    torch.float64: "F64",
+    torch.complex64: "C64",
+    torch.float32: "F32",
+    torch.uint32: "U32",
+    torch.int32: "I32",
+    torch.bfloat16: "BF16",
+    torch.float16: "F16",
+    torch.uint16: "U16",
+    torch.int16: "I16",
+    torch.float8_e4m3fn: "F8_E4M3",
+    torch.float8_e5m2: "F8_E5M2",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+
+
+def tensor_bytes(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
+
+
+def stored_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """What is saved of a model: parameters and persistent buffers, one that has several names once."""
+    found: dict[int, tuple[str, Tensor]] = {}
+    for name, value in model.state_dict(keep_vars=True).items():
+        if isinstance(value, Tensor):
+            found.setdefault(id(value), (name, value))
+    return dict(found.values())
+
+
+def model_params(model: nn.Module) -> int:
+    """Numbers in all parameters and persistent buffers, tied ones once."""
+    return sum(t.numel() for t in stored_tensors(model).values())
+
+
+def file_bytes(model: nn.Module) -> int:
+    """Bytes of the safetensors file that holds this model: the header, and each stored tensor once."""
+    kept = stored_tensors(model)
+    return _header_bytes(kept) + sum(map(tensor_bytes, kept.values()))
+
+
+def _header_bytes(tensors: Mapping[str, Tensor]) -> int:
+    """Length field, JSON and padding to 8 bytes; offsets are written in decimal, so the order of layout counts."""
+    order = {dtype: place for place, dtype in enumerate(_SAFETENSORS_DTYPES)}
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for name, tensor in sorted(tensors.items(), key=lambda item: (order.get(item[1].dtype, len(order)), item[0])):
+        end = offset + tensor_bytes(tensor)
+        dtype = _SAFETENSORS_DTYPES.get(tensor.dtype, str(tensor.dtype))
+        header[name] = {"dtype": dtype, "shape": list(tensor.shape), "data_offsets": [offset, end]}
+        offset = end
+    return 8 + _padded(len(_json(header)))
+
+
+def header_reserve(added: Mapping[str, int], *, largest_size: int, largest_offset: int) -> int:
+    """Bytes by which the header grows at most when these tensors are added to the file.
+
+    added: number of dimensions of each, by name. largest_size: of any of their dimensions. largest_offset: where the
+    file's data ends.
+    """
+    entries = {
+        name: {"dtype": "F8_E5M2", "shape": [largest_size] * dims, "data_offsets": [largest_offset] * 2}
+        for name, dims in added.items()
+    }
+    return _padded(len(_json(entries)))
+
+
+def _json(header: Mapping[str, Any]) -> bytes:
+    return json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+
+
+def _padded(length: int) -> int:
+    return -(-length // 8) * 8
