@@ -108,7 +108,9 @@ def subject(recipe: Recipe, exclude: Sequence[Any] | None = None) -> Subject:
     """The recipe's model with the layers that every row replaces: all that can be sketched, but for `exclude`."""
     example = as_call(recipe.example_inputs)
     found = panther.analyze(recipe.model, recipe.example_inputs, exclude=exclude)
-    return Subject(recipe.model, found, tuple(batch_call(batch, example, recipe.model) for batch in recipe.batches), example)
+    return Subject(
+        recipe.model, found, tuple(batch_call(batch, example, recipe.model) for batch in recipe.batches), example
+    )
 
 
 def factors_of(of: Subject, how: Decomposition, seed: int) -> dict[str, Factors]:

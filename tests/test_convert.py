@@ -522,6 +522,14 @@ def test_a_fault_of_the_work_itself_is_not_blamed_on_the_arguments(
     assert f"{fault.__name__}: shapes do not match (run again with -v for the traceback)" in refusal(err)
 
 
+def test_every_check_of_arguments_is_a_function_of_panther() -> None:
+    modules = [module for name, module in sys.modules.items() if name.startswith("panther.")]
+    for check in cli.ARGUMENT_CHECKS:
+        owner, _, name = check.rpartition(".")
+        holders = [getattr(module, owner, None) if owner else module for module in modules]
+        assert any(callable(getattr(holder, name, None)) for holder in holders), check
+
+
 # Ends that nobody wants
 
 
