@@ -145,7 +145,9 @@ def test_a_fraction_of_the_sketchable_weights_remains(
     result = compress(model, kept, search=search)
     dense = sum(spec.params for spec in panther.analyze(model, IMAGES[:4] if name == "cnn" else IDS[:4]).sketchable)
     assert result.budget_met and result.target.params == int(kept * dense)
-    assert 0.75 * kept * dense <= sketchable_params(result, model) == result.plan.cost.params <= kept * dense
+    assert sketchable_params(result, model) == result.plan.cost.params <= kept * dense
+    if search == "uniform":  # the other leaves a budget unused where no more rank would change the output
+        assert result.plan.cost.params >= 0.75 * kept * dense
 
 
 def test_totals_count_parameters_and_buffers_once(text: Text, cnn: Cnn) -> None:
