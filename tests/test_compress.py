@@ -135,6 +135,11 @@ def all_numbers(model: nn.Module) -> int:
 # Budgets
 
 
+def options_of(result: panther.Result) -> Options:
+    assert result._prepared is not None
+    return result._prepared.options
+
+
 @pytest.mark.parametrize("search", ["uniform", "sensitivity"])
 @pytest.mark.parametrize("kept", [0.8, 0.5, 0.25])
 @pytest.mark.parametrize("name", ["cnn", "text"])
@@ -146,8 +151,13 @@ def test_a_fraction_of_the_sketchable_weights_remains(
     dense = sum(spec.params for spec in panther.analyze(model, IMAGES[:4] if name == "cnn" else IDS[:4]).sketchable)
     assert result.budget_met and result.target.params == int(kept * dense)
     assert sketchable_params(result, model) == result.plan.cost.params <= kept * dense
-    if search == "uniform":  # the other leaves a budget unused where no more rank would change the output
+    if search == "uniform":
         assert result.plan.cost.params >= 0.75 * kept * dense
+    else:  # ranks come in steps, so that a budget may not be used up: nothing that still fits would lose less
+        room = result.target.params - result.plan.cost.params
+        for choice in result.plan.choices:
+            fitting = [o for o in options_of(result)[choice.layer] if o.cost.params <= choice.cost.params + room]
+            assert choice.error <= min(o.error for o in fitting) * (1 + 1e-5)
 
 
 def test_totals_count_parameters_and_buffers_once(text: Text, cnn: Cnn) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 
@@ -47,11 +48,16 @@ def price(cost: Cost, target: Target, weights: Mapping[str, float]) -> float:
     )
 
 
+def is_less(loss: float, than: float) -> bool:
+    """Whether a loss is smaller by more than rounding: no weights are spent on a difference below one in a million."""
+    return loss < than - 1e-6 * abs(than) if than < math.inf else loss < than
+
+
 def lower_hull(points: Sequence[tuple[float, float, Choice]]) -> list[tuple[float, float, Choice]]:
     """The (price, loss, choice) points that a straight trade-off can ever pick, in rising price and falling loss."""
     hull: list[tuple[float, float, Choice]] = []
     for point in sorted(points, key=lambda p: (p[0], p[1])):
-        if hull and point[1] >= hull[-1][1]:
+        if hull and not is_less(point[1], hull[-1][1]):
             continue
         while len(hull) >= 2 and _above(hull[-2], hull[-1], point):
             hull.pop()
@@ -124,7 +130,7 @@ def _fill(chosen: list[Choice], options: Options, target: Target, loss: Callable
             for option in choices:
                 gain = loss(now) - loss(option)
                 after = exchanged(used, now.cost, option.cost)
-                if gain > 0 and target.is_met_by(after) and (best is None or gain > best[0]):
+                if is_less(loss(option), loss(now)) and target.is_met_by(after) and (best is None or gain > best[0]):
                     best = (gain, option)
         if best is None:
             return [current[layer] for layer in options]
