@@ -21,13 +21,14 @@ import panther
 from models.recipe import Recipe
 from panther.allocate import allocate, resolve
 from panther.batches import Call, as_call, batch_call
-from panther.chains import LINEAR
+from panther.chains import LINEAR, PACKINGS, TWO_GEMM
 from panther.decompose import candidates, decompose
 from panther.errors import PantherError
 from panther.factors import Factors, dense_weight
 from panther.gradients import chunk_size
 from panther.importance import Importance, affordable_samples, importance, reference
 from panther.measure import affordable_gradients, measure, passes
+from panther.pack import pack
 from panther.replace import replace
 from panther.spec import Budget, Capture, Plan
 from panther.verify import environment
@@ -56,13 +57,14 @@ class Method:
     label: str
     how: Decomposition
     search: str = "uniform"
+    packings: tuple[str, ...] = PACKINGS
 
 
 PANTHER = Decomposition("auto", sees_gradients=True)
 
 METHODS = (
-    Method("plain SVD", Decomposition("data_free", ONE_SCHEME, sees_data=False)),
-    Method("whitened SVD", Decomposition("whitened", ONE_SCHEME)),
+    Method("plain SVD", Decomposition("data_free", ONE_SCHEME, sees_data=False), packings=(TWO_GEMM,)),
+    Method("whitened SVD", Decomposition("whitened", ONE_SCHEME), packings=(TWO_GEMM,)),
     Method("panther, uniform ranks", PANTHER),
     Method("panther, sensitivity ranks", PANTHER, "sensitivity"),
 )
@@ -144,14 +146,21 @@ def _only(factors: Factors, schemes: Sequence[str]) -> Factors:
 
 
 def plans_of(
-    of: Subject, factors: Mapping[str, Factors], searches: Sequence[str], keeps: Sequence[float], seed: int
-) -> Iterator[tuple[str, float, Plan]]:
-    """One plan for each search and budget; importance is measured once, when a search first asks for it.
+    of: Subject,
+    factors: Mapping[str, Factors],
+    searches: Sequence[str],
+    keeps: Sequence[Any],
+    seed: int,
+    packings: Sequence[str] = PACKINGS,
+) -> Iterator[tuple[str, Any, Plan]]:
+    """One plan for each search and budget, which is anything that Budget.parse takes.
+
+    Importance is measured once, when a search first asks for it.
 
     Raises: PantherError when a plan keeps more than it may.
     """
     dtype_bytes = {name: dense_weight(f.module).element_size() for name, f in factors.items()}
-    options = {name: candidates(f, dtype_bytes[name]) for name, f in factors.items()}
+    options = {name: candidates(f, dtype_bytes[name], packings=packings) for name, f in factors.items()}
     against = reference(of.model, of.calls, affordable_samples(of.found, of.example))
 
     @functools.cache
@@ -172,7 +181,11 @@ def plans_of(
             seed=seed,
         )
         if not target.is_met_by(plan.cost):
-            raise PantherError(f"{search} ranks keep {plan.cost.params:,} weights and may keep {target.params:,}")
+            kept = ", ".join(
+                f"{getattr(plan.cost, name):,} {'weights' if name == 'params' else name} and may keep {limit:,}"
+                for name, limit in target.limits().items()
+            )
+            raise PantherError(f"{search} ranks keep {kept}")
         yield search, keep, plan
 
 
@@ -180,11 +193,16 @@ def compressed(
     of: Subject, methods: Sequence[Method], keeps: Sequence[float], seed: int
 ) -> Iterator[tuple[Method, float, Plan, nn.Module]]:
     """A compressed model for every method and budget; neighbours with the same decomposition share it."""
-    for how, group in itertools.groupby(methods, key=lambda method: method.how):
+    for (how, packings), group in itertools.groupby(methods, key=lambda method: (method.how, method.packings)):
         by_search = {method.search: method for method in group}
         factors = factors_of(of, how, seed)
-        for search, keep, plan in plans_of(of, factors, tuple(by_search), keeps, seed):
-            yield by_search[search], keep, plan, replace(of.model, factors, plan)
+        for search, keep, plan in plans_of(of, factors, tuple(by_search), keeps, seed, packings):
+            yield by_search[search], keep, plan, built(of, factors, plan)
+
+
+def built(of: Subject, factors: Mapping[str, Factors], plan: Plan) -> nn.Module:
+    """The model that a plan makes, replaced and packed."""
+    return pack(replace(of.model, factors, plan), plan, of.found.followers)
 
 
 def rows_of(

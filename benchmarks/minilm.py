@@ -18,14 +18,12 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import torch
-from torch import nn
-
 from benchmarks.common import (
     METHODS,
     PANTHER,
     Row,
     Subject,
+    built,
     factors_of,
     plans_of,
     report,
@@ -33,14 +31,11 @@ from benchmarks.common import (
     say,
     subject,
 )
+from benchmarks.peers.random_basis import with_random_bases
 from models.data import CHECKOUT, MissingDataError
 from models.minilm import NEIGHBOURS, SOURCES, build
 from models.recipe import Recipe
 from panther.batches import as_call, inference, run
-from panther.nn import SKLinear
-from panther.nn.surgery import with_layers
-from panther.replace import replace
-from panther.spec import Plan
 
 FORMATS = {
     "cosine / top-10 / Spearman": lambda f: f"{f['cosine']:.3f} / {f['top10']:.2f} / {f['spearman']:.3f}",
@@ -64,45 +59,12 @@ def with_random_row(recipe: Recipe, of: Subject, keeps: Sequence[float], seed: i
     return [dense, Row("random basis (the paper's layer)", "none", random, plain.plans), plain, *others]
 
 
-def with_random_bases(model: nn.Module, plan: Plan, seed: int) -> nn.Module:
-    """A copy of the model with every sketched layer projected on random bases, at the plan's ranks.
-
-    One term of two sketches, since only the total rank matters here. Both sides count as kept, although the fixed one
-    can be drawn again from its seed: it is multiplied with all the same.
-    """
-    layers: dict[str, nn.Module] = {}
-    for index, choice in enumerate(plan.sketched):
-        dense = model.get_submodule(choice.layer)
-        if not isinstance(dense, nn.Linear):
-            raise TypeError(f"{choice.layer} is {type(dense).__name__}: the random basis exists for Linear layers only")
-        layers[choice.layer] = projected(dense, low_rank=choice.ranks[0] // 2, seed=seed + index)
-    return with_layers(model, layers)
-
-
-@torch.no_grad()
-def projected(dense: nn.Linear, *, low_rank: int, seed: int) -> SKLinear:
-    """The layer of the Panther paper as it takes a trained weight over: S1 = U1^T W and S2 = W U2^T.
-
-    Each of U1 S1 and S2 U2 has W as its mean over random bases, and the layer is half their sum.
-
-    Source: Panther, arXiv 2601.15473.
-    """
-    layer = SKLinear(
-        dense.in_features, dense.out_features, 1, low_rank, dense.bias is not None, basis="random", seed=seed
-    )
-    layer.s1[0] = layer.u1[:, 0].T @ dense.weight
-    layer.s2[:, 0] = dense.weight @ layer.u2[0].T
-    if layer.bias is not None:
-        layer.bias.copy_(dense.bias)
-    return layer
-
-
 @dataclass(frozen=True)
 class Cost:
     """What compressing takes, beside what the dense model itself takes."""
 
     keep: float
-    seconds: float  # measure, decompose and replace
+    seconds: float  # measure, decompose, replace and pack
     forward_seconds: float  # one pass of the dense model over the same texts
     peak_before: int  # bytes of the process, once the dense model has run one batch
     peak_after: int  # once the compressed model exists
@@ -111,9 +73,9 @@ class Cost:
         rise, before = (self.peak_after - self.peak_before) / 1e6, self.peak_before / 1e6
         times = self.seconds / self.forward_seconds
         return (
-            f"cost at keep {self.keep}, uniform ranks: measure + decompose + replace {self.seconds:.2f} s, one forward "
-            f"pass over the calibration texts {self.forward_seconds:.2f} s: {times:.2f} times; peak memory of the "
-            f"process rises by {rise:.0f} MB over {before:.0f} MB"
+            f"cost at keep {self.keep}, uniform ranks: measure + decompose + replace + pack {self.seconds:.2f} s, one "
+            f"forward pass over the calibration texts {self.forward_seconds:.2f} s: {times:.2f} times; peak memory of "
+            f"the process rises by {rise:.0f} MB over {before:.0f} MB"
         )
 
 
@@ -145,7 +107,7 @@ def _stage_seconds(of: Subject, keep: float, seed: int) -> float:
     middle = time.perf_counter()
     ((_, _, plan),) = plans_of(of, factors, ["uniform"], [keep], seed)
     restart = time.perf_counter()
-    replace(of.model, factors, plan)
+    built(of, factors, plan)
     return time.perf_counter() - restart + middle - start
 
 

@@ -85,6 +85,7 @@ def compress(recipe: Recipe, keep: float, seed: int, exclude: Sequence[Any] | No
             calib_data=recipe.batches,
             exclude=exclude,
             search=search,
+            heal="none",  # speed depends on the plan alone
             seed=seed,
             progress=False,
             verify=False,

@@ -254,6 +254,8 @@ def _layer_at(model: nn.Module, name: str, folder: Path) -> nn.Module:
 def _check_geometry(dense: nn.Module, layer: nn.Module, name: str, folder: Path) -> None:
     for attribute in _GEOMETRY:
         wanted, got = getattr(layer, attribute, None), getattr(dense, attribute, None)
+        if isinstance(got, list):  # a subclass may hold its sizes in one
+            got = tuple(got)
         if wanted is not None and got is not None and wanted != got:
             raise LoadError(
                 f"{folder / MANIFEST}: {name!r} has {attribute}={wanted}, the architecture given has {got}: give the "

@@ -16,6 +16,7 @@ RECIPES: dict[str, str] = {
     "minilm": "models.minilm",
     "crepe": "models.crepe",
     "whisper": "models.whisper",
+    "efficientnet": "models.efficientnet",
 }
 
 

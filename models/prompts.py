@@ -9,6 +9,7 @@ from __future__ import annotations
 import gzip
 import re
 import wave
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
@@ -27,6 +28,7 @@ RATE = 16_000  # Hz
 
 _LINE = re.compile(r"([\w/-]+):\s+(.+)")
 _SPEAKABLE = re.compile(r"[A-Za-z0-9 ,.:;!?'\"-]+")  # no [beep], no <tone>, no symbol read aloud
+_SOUND = re.compile(r"<.*>|\(.*silence\)|^\[[^]]*\]$")  # a tone or silence instead of words
 _ONES = (
     *("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve"),
     *("thirteen", "fourteen", "fifteen", "sixteen", "seventeen", "eighteen", "nineteen"),
@@ -65,28 +67,55 @@ def spoken_prompts() -> list[Prompt]:
 
     Raises: MissingDataError when the Debian packages are neither installed nor fetched.
     """
+    return list(_distinct(p for p in _all_prompts() if _is_plain(p.text)).values())
+
+
+def other_prompts() -> list[Prompt]:
+    """The remaining prompts of any words: single ones, long ones and symbols read aloud, whose transcripts are rough.
+
+    Raises: MissingDataError as spoken_prompts.
+    """
+    plain = _distinct(p for p in _all_prompts() if _is_plain(p.text))
+    rest = _distinct(p for p in _all_prompts() if not _SOUND.search(p.text))
+    return [prompt for words, prompt in rest.items() if words and words not in plain]
+
+
+def _all_prompts() -> Iterator[Prompt]:
     folder = debian_path(SOUNDS, "asterisk-core-sounds-en-wav")
     with gzip.open(debian_path(TRANSCRIPTS, "asterisk-core-sounds-en"), "rt", encoding="utf-8") as file:
         texts = read_transcripts(file.read())
+    prompts = (Prompt(name, text, folder / f"{name}.wav") for name, text in sorted(texts.items()))
+    return (prompt for prompt in prompts if prompt.path.exists())
+
+
+def _is_plain(text: str) -> bool:
+    return FEWEST <= len(spoken_words(text)) <= MOST and bool(_SPEAKABLE.fullmatch(text))
+
+
+def _distinct(prompts: Iterable[Prompt]) -> dict[tuple[str, ...], Prompt]:
+    """By their words; the first of those that say the same."""
     chosen: dict[tuple[str, ...], Prompt] = {}
-    for name, text in sorted(texts.items()):
-        words = tuple(spoken_words(text))
-        path = folder / f"{name}.wav"
-        if FEWEST <= len(words) <= MOST and _SPEAKABLE.fullmatch(text) and path.exists():
-            chosen.setdefault(words, Prompt(name, text, path))
-    return list(chosen.values())
+    for prompt in prompts:
+        chosen.setdefault(tuple(spoken_words(prompt.text)), prompt)
+    return chosen
 
 
 def split_prompts(calibration: int, held_out: int, seed: int) -> tuple[list[Prompt], list[Prompt]]:
     """Two disjoint random sets of prompts; the held-out ones do not depend on the number for calibration.
 
+    Those for calibration are plain prompts as far as there are any left, then the other ones.
     Raises: ValueError when there are not that many.
     """
-    prompts = spoken_prompts()
-    if calibration + held_out > len(prompts):
-        raise ValueError(f"{calibration} + {held_out} prompts were asked for, and there are {len(prompts)}")
+    prompts, others = spoken_prompts(), other_prompts()
+    known = len(prompts) + len(others)
+    if calibration + held_out > known or held_out > len(prompts):
+        raise ValueError(
+            f"{calibration} + {held_out} prompts were asked for, and there are {known}, of which {len(prompts)} can be "
+            "held out"
+        )
     Random(seed).shuffle(prompts)
-    return prompts[held_out : held_out + calibration], prompts[:held_out]
+    Random(seed).shuffle(others)
+    return [*prompts[held_out:], *others][:calibration], prompts[:held_out]
 
 
 def spoken_words(text: str) -> list[str]:

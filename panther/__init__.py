@@ -19,13 +19,16 @@ from panther.build_info import build_info
 from panther.compress import Result, analyze, compress
 from panther.converters.compressed import load
 from panther.errors import CalibrationError, CaptureError, ExportError, LoadError, PantherError, PlanError
-from panther.spec import Budget, Plan, Report
+from panther.heal import heal
+from panther.spec import Budget, Heal, Healed, Plan, Report
 
 __all__ = [
     "Budget",
     "CalibrationError",
     "CaptureError",
     "ExportError",
+    "Heal",
+    "Healed",
     "LoadError",
     "PantherError",
     "Plan",
@@ -36,6 +39,7 @@ __all__ = [
     "analyze",
     "build_info",
     "compress",
+    "heal",
     "load",
     "nn",
     "ops",

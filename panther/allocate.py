@@ -2,29 +2,61 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace as changed
+from typing import cast
 
 from panther.allocators import ALLOCATORS, Allocator, Evaluate, Options
 from panther.allocators.base import Divergence, total
 from panther.chains import dense_cost
 from panther.sizes import header_reserve
-from panther.spec import Budget, Capture, Choice, Cost, LayerSpec, Plan, Target
+from panther.spec import Budget, Capture, Choice, Cost, LayerSpec, Measured, Plan, Target
+
+NOTHING_MEASURED = Measured()
 
 
-def resolve(budget: Budget, capture: Capture, dtype_bytes: Mapping[str, int]) -> Target:
-    """Absolute limits on the sketchable layers, and the line that says what they mean in both scopes.
+def resolve(
+    budget: Budget, capture: Capture, dtype_bytes: Mapping[str, int], measured: Measured = NOTHING_MEASURED
+) -> Target:
+    """Absolute limits on the sketchable layers and on the whole model, and the line that says what they mean.
 
-    dtype_bytes: bytes of one number of each sketchable layer.
+    dtype_bytes: bytes of one number of each sketchable layer. measured: of the dense model, as far as the budget's
+    fields ask for it. The layers' own limit on milliseconds needs theirs: see `with_layer_latency`.
     """
     dense = dense_total(capture.sketchable, dtype_bytes)
     rest = capture.model_params - dense.params
     params = _limit(budget.params, capture.model_params if budget.of == "model" else dense.params)
     if params is not None and budget.of == "model":
         params -= rest
-    flops = _limit(budget.flops, dense.flops)
-    whole = _file_limit(budget, capture)
+    whole = _bytes_limit(budget.size_mb, capture.model_bytes)
     size = None if whole is None else whole - (capture.model_bytes - dense.size_bytes) - _header_growth(capture)
-    return Target(params, flops, size, _describe(params, flops, whole, size, dense, rest, capture), whole)
+    peak = (
+        None if measured.peak_memory_bytes is None else _bytes_limit(budget.peak_memory_mb, measured.peak_memory_bytes)
+    )
+    weights = None if peak is None else peak - (cast(int, measured.peak_memory_bytes) - dense.size_bytes)
+    latency, share = _latency_limit(budget, measured)
+    target = Target(
+        params=params,
+        flops=_limit(budget.flops, dense.flops),
+        size_bytes=size,
+        file_bytes=whole,
+        weight_bytes=weights,
+        model_latency_ms=latency,
+        latency_share=share,
+        peak_memory_bytes=peak,
+        max_drop=budget.max_drop,
+    )
+    return changed(target, text="; ".join(_describe(target, dense, capture, measured)))
+
+
+def with_layer_latency(target: Target, layers_ms: float, whole_ms: float) -> Target:
+    """The target with the limit on the layers' milliseconds: what is to be saved, they must save.
+
+    layers_ms, whole_ms: of the dense layers that can be sketched, all together, and of the whole dense model.
+    """
+    if target.model_latency_ms is None:
+        return target
+    return changed(target, latency_ms=layers_ms - (whole_ms - target.model_latency_ms))
 
 
 def _limit(value: float | None, whole: int) -> int | None:
@@ -33,12 +65,22 @@ def _limit(value: float | None, whole: int) -> int | None:
     return int(value * whole) if isinstance(value, float) else value
 
 
-def _file_limit(budget: Budget, capture: Capture) -> int | None:
-    """Bytes that the saved file may take."""
-    if budget.size_mb is None:
+def _latency_limit(budget: Budget, measured: Measured) -> tuple[float | None, float | None]:
+    """Milliseconds that the whole model may take, and the share of the dense model's where the budget is one."""
+    if budget.latency_ms is None or measured.latency_ms is None:
+        return None, None
+    if not isinstance(budget.latency_ms, str):
+        return budget.latency_ms, None
+    share = float(budget.latency_ms[:-1]) / 100
+    return share * measured.latency_ms, share
+
+
+def _bytes_limit(megabytes: float | str | None, dense: int) -> int | None:
+    """Bytes that an amount in megabytes, or a percentage of the dense model's bytes, allows."""
+    if megabytes is None:
         return None
-    text = str(budget.size_mb)
-    return int(capture.model_bytes * float(text[:-1]) / 100 if text.endswith("%") else float(text) * 1e6)
+    text = str(megabytes)
+    return int(dense * float(text[:-1]) / 100 if text.endswith("%") else float(text) * 1e6)
 
 
 def _header_growth(capture: Capture) -> int:
@@ -46,37 +88,39 @@ def _header_growth(capture: Capture) -> int:
     added = {}
     largest = 0
     for spec in capture.sketchable:
-        names = ["down", "up", *(["core"] if spec.kernel_size else [])]
-        added.update({f"{spec.name}.{name}": 2 + len(spec.kernel_size) for name in names})
-        if not spec.has_bias:  # sketching adds one, which makes the mean output right
-            added[f"{spec.name}.bias"] = 1
+        links, orders = ["down", "up"], ["row_order"]
+        if spec.kernel_size:
+            links, orders = [*links, "core"], [*orders, "column_order"]
+        added.update({f"{spec.name}.{name}": 2 + len(spec.kernel_size) for name in links})
+        # In place of its bias, or because sketching gives it one, which makes the mean output right.
+        added.update({f"{spec.name}.{name}": 1 for name in ("offset", *orders)})
         largest = max(largest, spec.fan_in, spec.out_features)
     return header_reserve(added, largest_size=largest, largest_offset=capture.model_bytes)
 
 
-def _describe(
-    params: int | None,
-    flops: int | None,
-    whole: int | None,
-    size: int | None,
-    dense: Cost,
-    rest: int,
-    capture: Capture,
-) -> str:
-    parts = []
-    if params is not None:
-        parts.append(
-            f"keep {millions(max(0, params))} of {millions(dense.params)} sketchable weights; "
-            f"{millions(params + rest)} of {millions(capture.model_params)} in the whole model"
+def _describe(target: Target, dense: Cost, capture: Capture, measured: Measured) -> Iterator[str]:
+    if target.params is not None:
+        rest = capture.model_params - dense.params
+        yield (
+            f"keep {millions(max(0, target.params))} of {millions(dense.params)} sketchable weights; "
+            f"{millions(target.params + rest)} of {millions(capture.model_params)} in the whole model"
         )
-    if flops is not None:
-        parts.append(f"keep {flops / 1e9:.3g} of {dense.flops / 1e9:.3g} GFLOPs of the sketchable layers")
-    if whole is not None and size is not None:
-        parts.append(
-            f"save at most {whole / 1e6:.3g} of {capture.model_bytes / 1e6:.3g} MB; "
-            f"{max(0, size) / 1e6:.3g} of {dense.size_bytes / 1e6:.3g} MB in sketchable weights"
+    if target.flops is not None:
+        yield f"keep {target.flops / 1e9:.3g} of {dense.flops / 1e9:.3g} GFLOPs of the sketchable layers"
+    if target.file_bytes is not None and target.size_bytes is not None:
+        yield (
+            f"save at most {target.file_bytes / 1e6:.3g} of {capture.model_bytes / 1e6:.3g} MB; "
+            f"{max(0, target.size_bytes) / 1e6:.3g} of {dense.size_bytes / 1e6:.3g} MB in sketchable weights"
         )
-    return "; ".join(parts)
+    if target.model_latency_ms is not None and measured.latency_ms is not None:
+        share = "" if target.latency_share is None else f", {target.latency_share:.3g} of what the dense model takes"
+        yield f"run in at most {target.model_latency_ms:.3g} of {measured.latency_ms:.3g} ms{share}"
+    if target.peak_memory_bytes is not None and measured.peak_memory_bytes is not None:
+        peak, before = target.peak_memory_bytes / 1e6, measured.peak_memory_bytes / 1e6
+        yield f"need at most {peak:.3g} of {before:.3g} MB of memory"
+    if target.max_drop is not None and measured.metric is not None:
+        least = f"{measured.metric - target.max_drop:.4g} or more of {measured.metric:.4g}"
+        yield f"lose at most {target.max_drop:.3g} of eval_fn, which stays at {least}"
 
 
 def millions(count: int) -> str:
@@ -120,10 +164,10 @@ def _check_answer(allocator: str, chosen: Sequence[Choice], options: Options) ->
             "Choice for each layer of `options`"
         )
     for choice in chosen:
-        if (choice.scheme, choice.ranks) not in {(o.scheme, o.ranks) for o in options[choice.layer]}:
+        if choice.kind not in {option.kind for option in options[choice.layer]}:
             raise ValueError(
-                f"the allocator {allocator} gave {choice.layer!r} scheme {choice.scheme!r} at ranks {choice.ranks}, "
-                f"which is none of its options: return one of options[{choice.layer!r}]"
+                f"the allocator {allocator} gave {choice.layer!r} scheme {choice.scheme!r} at ranks {choice.ranks} "
+                f"in packing {choice.packing!r}, which is none of its options: return one of options[{choice.layer!r}]"
             )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import math
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -340,3 +341,22 @@ def scale_of(output: Tensor) -> float:
     total = max(1, int(finite.sum()))
     spread, size = (float((t.square().sum() / total).sqrt()) for t in (distance, values))
     return max(spread, 1e-3 * size, 1e-20) if output.shape[:1] != (1,) else max(size, 1e-20)
+
+
+def squared_error(answer: Tensor, got: Tensor | None, call: Call) -> float:
+    """||got - answer||^2 in units of the answers' variance; infinite if not finite.
+
+    Padded positions, and values that are not finite in the answer (masked logits), are left out. An output of another
+    shape, or none, counts as wrong as an unrelated one would be.
+    """
+    if got is None or got.shape != answer.shape:
+        return float(answer.numel())
+    scale = scale_of(answer.float())
+    finite = torch.isfinite(answer)
+    answer, got = torch.where(finite, answer, 0), torch.where(finite, got, 0)
+    for shape, mask in call.masks().items():
+        if tuple(answer.shape[: len(shape)]) == shape:
+            keep = mask.to(answer.device)
+            answer, got = answer[keep], got[keep]
+    lost = float((got.float() - answer.float()).square().sum()) / scale**2
+    return lost if math.isfinite(lost) else math.inf

@@ -8,6 +8,7 @@ parameter; a layer can be sketched when all uses of its weight are its own forwa
 from __future__ import annotations
 
 import contextlib
+import functools
 import inspect
 import io
 import logging
@@ -15,8 +16,8 @@ import math
 import re
 import warnings
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, Self, TypeVar
 
 import torch
@@ -30,8 +31,20 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from panther import chains
 from panther.batches import Call, device_of, inference, run, unchanged
 from panther.errors import CaptureError
+from panther.followers import (
+    ELEMENTWISE,
+    ELEMENTWISE_MODULES,
+    NORMS,
+    Found,
+    Role,
+    before_relu,
+    followers,
+    pairs,
+    rectified,
+)
 from panther.sizes import file_bytes, model_params
 from panther.spec import Capture, LayerSpec
+from panther.subclasses import plain_subclasses
 
 DENSE: dict[type[nn.Module], str] = {
     nn.Linear: "linear",
@@ -106,6 +119,15 @@ class Use:
         return self.op in _ALL and (self.parameter is None or self.parameter.dim() >= 2)
 
 
+@dataclass(frozen=True)
+class Reading:
+    """What one way to read a model found: every use of a weight, and where it sees a graph what lies behind layers."""
+
+    uses: list[Use]
+    pairs: list[Found] = field(default_factory=list)
+    rectified: list[tuple[str, str]] = field(default_factory=list)
+
+
 def capture(model: nn.Module, example: Call) -> Capture:
     """Every dense operation of the model, in execution order.
 
@@ -122,13 +144,19 @@ def capture(model: nn.Module, example: Call) -> Capture:
                 f"{type(model).__name__} does not run on the example inputs (shapes {shapes}): "
                 f"{type(error).__name__}: {_first_line(error)}. Give example_inputs as the model's forward takes them."
             ) from error
-        way, uses, notes = _first_way_that_works(model, example)
+        way, reading, notes = _first_way_that_works(model, example)
+        with unchanged(model):
+            plain = plain_subclasses(model, example, tuple(DENSE))
+    layers = tuple(_specs(model, reading.uses, plain))
+    dims = {use.inside: len(use.output_shape) for use in reading.uses}
     return Capture(
         way=way,
-        layers=tuple(_specs(model, uses)),
+        layers=layers,
         model_params=model_params(model),
         model_bytes=file_bytes(model),
         notes=tuple(notes),
+        followers=tuple(followers(model, reading.pairs, layers, dims)),
+        rectified=tuple(before_relu(model, reading.rectified, layers, dims)),
     )
 
 
@@ -166,7 +194,7 @@ def _same_random_numbers(model: nn.Module) -> contextlib.AbstractContextManager[
     return torch.random.fork_rng([device] if device.type == "cuda" else [])
 
 
-def _first_way_that_works(model: nn.Module, example: Call) -> tuple[str, list[Use], list[str]]:
+def _first_way_that_works(model: nn.Module, example: Call) -> tuple[str, Reading, list[str]]:
     notes: list[str] = []
     for way, watch in WAYS.items():
         try:
@@ -181,7 +209,7 @@ def _first_way_that_works(model: nn.Module, example: Call) -> tuple[str, list[Us
 # --- the three ways ------------------------------------------------------------------------------------------------
 
 
-def by_export(model: nn.Module, example: Call) -> list[Use]:
+def by_export(model: nn.Module, example: Call) -> Reading:
     """Uses read from the ATen graph of torch.export: every parameter is a placeholder with its owner's name."""
     moved = example.to(device_of(model))
     with _quiet_logs():
@@ -197,7 +225,28 @@ def by_export(model: nn.Module, example: Call) -> list[Use]:
                 holders[node] = parameter
         elif node.op == "call_function":
             uses.extend(_node_uses(node, holders))
-    return uses
+    role_of = functools.partial(_exported_role, names)
+    return Reading(uses, pairs(program.graph, role_of), rectified(program.graph, role_of))
+
+
+def _exported_role(names: Mapping[str, str], node: fx.Node) -> Role:
+    """What a node of an exported graph is to the search for neighbours; `names` are those of parameters and buffers."""
+    op = _plain_name(node.target)
+    if node.op != "call_function":
+        return Role("")
+    if op == "assert_tensor_metadata":
+        return Role("nothing")
+    if op in _OPS and isinstance(node.args[1], fx.Node):
+        owner, _, tensor = names.get(node.args[1].name, "").rpartition(".")
+        return Role("dense" if tensor == "weight" else "", owner)
+    kind = "norm" if op == "batch_norm" else "elementwise" if op in ELEMENTWISE else ""
+    return Role(kind, _inside(node), is_relu=op == "relu")
+
+
+def _inside(node: fx.Node) -> str:
+    """The innermost module that was running."""
+    stack = list(node.meta.get("nn_module_stack", {}).values())
+    return re.sub(r"@\d+", "", stack[-1][0]) if stack else ""
 
 
 @contextlib.contextmanager
@@ -227,12 +276,11 @@ def _node_uses(node: fx.Node, holders: dict[fx.Node, Tensor]) -> Iterator[Use]:
         if parameter is not None and index == 0 and op in _VIEWS:
             holders[node] = parameter
             continue
-        stack = list(node.meta.get("nn_module_stack", {}).values())
         source = _other_operand(operands, index)
         yield Use(
             parameter,
             op if operand is weight or op not in _OPS else "argument of " + op,
-            re.sub(r"@\d+", "", stack[-1][0]) if stack else "",
+            _inside(node),
             source.name if source is not None else "",
             _meta_shape(source),
             _meta_shape(node),
@@ -278,7 +326,7 @@ class _WatchedInterpreter(fx.Interpreter):
         return result
 
 
-def by_symbolic_trace(model: nn.Module, example: Call) -> list[Use]:
+def by_symbolic_trace(model: nn.Module, example: Call) -> Reading:
     """Uses seen while the interpreter runs the graph of torch.fx.symbolic_trace."""
     if "forward" in model.__dict__ or model._forward_hooks or model._forward_pre_hooks:
         raise ValueError("hooks on the whole model, or a forward of its own, would be left out of a symbolic trace")
@@ -292,17 +340,30 @@ def by_symbolic_trace(model: nn.Module, example: Call) -> list[Use]:
     graph = fx.GraphModule(model, _LeafTracer().trace(model, fixed))
     with _Watcher(model) as watcher:
         _WatchedInterpreter(graph, watcher).run(*bound.arguments.values())
-    return watcher.uses
+    role_of = functools.partial(_traced_role, model)
+    return Reading(watcher.uses, pairs(graph.graph, role_of), rectified(graph.graph, role_of))
 
 
-def by_observation(model: nn.Module, example: Call) -> list[Use]:
+def _traced_role(model: nn.Module, node: fx.Node) -> Role:
+    """What a node of a symbolic trace is to the search for neighbours."""
+    if node.op == "call_module":
+        name = str(node.target)
+        module = model.get_submodule(name)
+        kinds = {"dense": isinstance(module, tuple(DENSE)), "norm": type(module) in NORMS}
+        kinds["elementwise"] = type(module) in ELEMENTWISE_MODULES
+        return Role(next((kind for kind, fits in kinds.items() if fits), ""), name, type(module) is nn.ReLU)
+    op = _plain_name(node.target) if node.op in ("call_function", "call_method") else ""
+    return Role("elementwise" if op in ELEMENTWISE else "", _inside(node), is_relu=op == "relu")
+
+
+def by_observation(model: nn.Module, example: Call) -> Reading:
     """Uses seen during one real call; what an untaken branch would use is not seen."""
     with _Watcher(model) as watcher:
         run(model, example)
-    return watcher.uses
+    return Reading(watcher.uses)
 
 
-WAYS: dict[str, Callable[[nn.Module, Call], list[Use]]] = {
+WAYS: dict[str, Callable[[nn.Module, Call], Reading]] = {
     "torch.export": by_export,
     "torch.fx": by_symbolic_trace,
     "observation": by_observation,
@@ -435,9 +496,9 @@ def _tensors(values: Any) -> list[Tensor]:
 # --- from uses to layers -------------------------------------------------------------------------------------------
 
 
-def _specs(model: nn.Module, uses: list[Use]) -> Iterator[LayerSpec]:
+def _specs(model: nn.Module, uses: list[Use], plain: frozenset[nn.Module]) -> Iterator[LayerSpec]:
     """LayerSpecs in execution order, then the dense layers that were never reached."""
-    owners = _owners(model)
+    owners = _owners(model, plain)
     by_weight: dict[int, list[Use]] = defaultdict(list)
     for use in uses:
         by_weight[owners.key(use)].append(use)
@@ -465,13 +526,14 @@ class _Owners:
     modules: dict[nn.Module, tuple[str, ...]]
     by_name: dict[str, nn.Module]
     parameters: dict[int, tuple[str, ...]]
+    plain: frozenset[nn.Module]  # of a class with its own forward that does what the plain layer's does
 
     def key(self, use: Use) -> int:
         """Equal for the uses of one weight; a computed one belongs to the module that it is used in."""
         return id(self.by_name.get(use.inside) if use.parameter is None else use.parameter)
 
 
-def _owners(model: nn.Module) -> _Owners:
+def _owners(model: nn.Module, plain: frozenset[nn.Module]) -> _Owners:
     names: dict[nn.Module, list[str]] = defaultdict(list)
     for name, module in model.named_modules(remove_duplicate=False):
         names[module].append(name)
@@ -482,6 +544,7 @@ def _owners(model: nn.Module) -> _Owners:
         {module: tuple(found) for module, found in names.items()},
         {name: module for module, found in names.items() for name in found},
         {key: tuple(found) for key, found in parameters.items()},
+        plain,
     )
 
 
@@ -504,7 +567,7 @@ def _blockers(owners: _Owners, module: nn.Module, parameter: Tensor | None, uses
     """Everything that speaks against replacing this layer."""
     reasons = []
     kind = type(module).__bases__[0] if is_parametrized(module) else type(module)
-    if kind not in DENSE:
+    if kind not in DENSE and module not in owners.plain:
         base = next(known for known in DENSE if isinstance(module, known))
         reasons.append(f"{kind.__name__} is a subclass of {base.__name__} whose own forward may do more")
     if "forward" in module.__dict__:

@@ -8,19 +8,38 @@ A scheme says where the rank sits between two (Tucker-2: three) links:
     tucker2          1 x 1 to r1, k x k to r2, 1 x 1 to the outputs
 
 A linear layer has the one scheme "linear": in to r, then r to out. Only the last link has a bias.
+
+A packing says how the links are stored. "two_gemm" stores them whole. "pivoted" picks r rows of a last 1 x 1 link (or
+r columns of a first one) and multiplies them into its neighbour; what is left of that link is the identity at those
+rows, which is not stored, and the coefficients of the others. It computes the same from r * (in + out - r) numbers.
 """
 
 from __future__ import annotations
 
 import math
+from bisect import bisect_left
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 from panther.spec import Cost, LayerSpec
 
 LINEAR = "linear"
 CONV_SCHEMES = ("output_channel", "input_channel", "spatial", "tucker2")
+
+TWO_GEMM, PIVOTED = PACKINGS = ("two_gemm", "pivoted")
+ROWS, COLUMNS = "rows", "columns"
+
+# Where a scheme has a 1 x 1 link whose rows (the last) or columns (the first) can be pivots. A linear layer may have
+# either, not both.
+PIVOTS: dict[str, tuple[str, ...]] = {
+    LINEAR: (ROWS,),
+    "output_channel": (ROWS,),
+    "input_channel": (COLUMNS,),
+    "spatial": (),
+    "tucker2": (COLUMNS, ROWS),
+}
+INDEX_BYTES = 4  # of one place in an order of channels
 
 
 class Geometry(Protocol):
@@ -102,6 +121,26 @@ def links(scheme: str, layer: Geometry, ranks: Sequence[int]) -> tuple[Link, ...
     return (_pointwise(inputs, first, dims), full(first, last), _pointwise(last, outputs, dims))
 
 
+def pivoted(chain: Sequence[Link], sides: Sequence[str]) -> tuple[Link, ...]:
+    """The same chain without the identity in its last link (side "rows") or in its first ("columns").
+
+    Raises: ValueError when a link has fewer rows or columns than pivots are asked for.
+    """
+    first, *middle, last = chain
+    if COLUMNS in sides:
+        first = replace(first, in_channels=first.in_channels - first.out_channels)
+    if ROWS in sides:
+        last = replace(last, out_channels=last.out_channels - last.in_channels)
+    if first.in_channels < 0 or last.out_channels < 0:
+        what, size = ("inputs", chain[0].in_channels) if first.in_channels < 0 else ("outputs", chain[-1].out_channels)
+        raise ValueError(f"rank {max(link.out_channels for link in chain[:-1])} has no pivots among {size} {what}")
+    return (first, *middle, last)
+
+
+def packings_for(scheme: str) -> tuple[str, ...]:
+    return PACKINGS if PIVOTS[scheme] else (TWO_GEMM,)
+
+
 def schemes_for(spec: LayerSpec) -> tuple[str, ...]:
     """The schemes worth trying: those whose links are all smaller than the layer itself."""
     if not spec.kernel_size:
@@ -128,12 +167,27 @@ def _positions(spec: LayerSpec, scheme: str) -> tuple[int, ...]:
     return (inputs, outputs, outputs)
 
 
-def chain_cost(scheme: str, spec: LayerSpec, ranks: Sequence[int], bytes_per_number: int) -> Cost:
-    """Numbers, operations and bytes of a layer's weights once they are a chain at these ranks."""
-    chain = links(scheme, spec, ranks)
-    params = sum(link.params for link in chain)
+def chain_cost(
+    scheme: str, spec: LayerSpec, ranks: Sequence[int], bytes_per_number: int, packing: str = TWO_GEMM
+) -> Cost:
+    """Numbers, operations and bytes of a layer's weights once they are a chain at these ranks.
+
+    A pivoted chain counts the places of its channels among the numbers; a neighbour may yet take them over.
+    """
+    chain, places = links(scheme, spec, ranks), 0
+    if packing == PIVOTED:
+        chain, places = pivoted(chain, PIVOTS[scheme]), _places(scheme, spec)
+    weights = sum(link.params for link in chain)
     flops = sum(2 * n * link.params for n, link in zip(_positions(spec, scheme), chain, strict=True))
-    return Cost(params, flops, params * bytes_per_number)
+    return Cost(weights + places, flops, weights * bytes_per_number + places * INDEX_BYTES)
+
+
+def _places(scheme: str, spec: LayerSpec) -> int:
+    """Numbers in the orders of channels that a pivoted chain stores."""
+    if scheme == LINEAR:  # on the smaller side
+        return min(spec.in_features, spec.out_features)
+    sides = {ROWS: spec.out_features, COLUMNS: spec.in_features}
+    return sum(sides[side] for side in PIVOTS[scheme])
 
 
 def dense_cost(spec: LayerSpec, bytes_per_number: int) -> Cost:
@@ -143,6 +197,17 @@ def dense_cost(spec: LayerSpec, bytes_per_number: int) -> Cost:
 def break_even(scheme: str, spec: LayerSpec) -> float:
     """The rank at which a two-link chain stores as many numbers as the dense weight."""
     return spec.params / sum(link.params for link in links(scheme, spec, (1, 1)))
+
+
+def smallest_params(scheme: str, spec: LayerSpec, ranks: Sequence[int]) -> int:
+    """The fewest numbers in which any packing stores a chain."""
+    return min(chain_cost(scheme, spec, ranks, 1, packing).params for packing in packings_for(scheme))
+
+
+def rank_limit(scheme: str, spec: LayerSpec) -> int:
+    """The first rank at which no packing of a two-link chain is smaller than the dense weight."""
+    full = min(link.params for link in links(scheme, spec, (1,)))
+    return 1 + bisect_left(range(1, full + 1), spec.params, key=lambda r: smallest_params(scheme, spec, (r,)))
 
 
 def rank_step(spec: LayerSpec) -> int:

@@ -3,65 +3,35 @@
 from __future__ import annotations
 
 import copy
-import fnmatch
-import re
-import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from dataclasses import replace as changed
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from torch import nn
 
-from panther.allocate import allocate, resolve
-from panther.allocators import ALLOCATORS, Allocator
-from panther.batches import Calibration, Call, as_call, calibration, inference, run
+from panther.allocate import resolve
+from panther.allocators import Allocator
+from panther.batches import Calibration, Call, as_call, calibration
 from panther.capture import capture
 from panther.decompose import candidates, decompose, refuse_non_finite
-from panther.errors import CaptureError, PantherError, PlanError
+from panther.errors import CaptureError, LoadError, PlanError
 from panther.factors import Factors, Profile
 from panther.gradients import chunk_size
-from panther.importance import Importance, Reference, affordable_samples, importance, reference
+from panther.healers.checkpoint import saved_plan
+from panther.importance import affordable_samples, reference
 from panther.measure import check_batches, measure, passes
 from panther.nn.surgery import put_layers
+from panther.prepared import Dense, Prepared, timed
 from panther.progress import Progress
-from panther.replace import replace
-from panther.spec import Budget, Capture, Choice, Plan, Report, Target
+from panther.request import Request, check_arguments, parse_budget
+from panther.selection import selected
+from panther.solve import finished_model, search_plan
+from panther.spec import Budget, Capture, Heal, Plan, Report, Target
 from panther.verify import verify as check
-
-HEALS = ("none", "auto")
-LATER_HEALS = ("refit", "blocks", "distill")
-
-
-@dataclass(frozen=True)
-class _Prepared:
-    """Everything that does not depend on the budget: kept so that another budget needs no new measurement."""
-
-    model: nn.Module
-    example: Call
-    found: Capture
-    data: Calibration | None
-    factors: Mapping[str, Factors]
-    options: Mapping[str, Sequence[Choice]]
-    reference: Reference
-    importances: dict[str, Importance]  # filled when a search first asks for them
-    dtype_bytes: Mapping[str, int]
-    eval_fn: Callable[[nn.Module], float] | None
-    search: str | Allocator
-    seed: int
-    progress: Progress
-    verify: bool
-    seconds: dict[str, float]
-    notes: tuple[str, ...]
-
-    def divergence(self, choices: Sequence[Choice]) -> float:
-        """What a whole plan does to the model's output on the reference samples."""
-        return self.reference.divergence(self.factors, choices)
 
 
 @dataclass(frozen=True)
@@ -72,7 +42,7 @@ class Result:
     report: Report
     plan: Plan
     target: Target
-    _prepared: _Prepared | None = field(repr=False)
+    _prepared: Prepared | None = field(repr=False)
     _example: Call = field(repr=False)
 
     @property
@@ -86,8 +56,9 @@ class Result:
         """
         if self._prepared is None:
             raise RuntimeError("resolve() needs the dense layers, which inplace=True gave up: call compress again")
-        wanted, known = Budget.parse(budget), self._prepared
-        known.progress.say("target: " + resolve(wanted, known.found, known.dtype_bytes).text)
+        known = self._prepared
+        wanted = parse_budget(budget, known.request.eval_fn)
+        known.request.progress.say("target: " + _target(known.dense, known.found, known.dtype_bytes, wanted).text)
         return _solve(known, wanted, plan=None)
 
     def save(self, folder: str | Path) -> Path:
@@ -114,7 +85,7 @@ def analyze(
 
     Raises: CaptureError when the model does not run on the example inputs.
     """
-    return _selected(capture(model, as_call(example_inputs)), model, include, exclude)
+    return selected(capture(model, as_call(example_inputs)), model, include, exclude)
 
 
 def compress(
@@ -131,7 +102,7 @@ def compress(
     n_trials: int | None = None,
     timeout: float | None = None,
     dtypes: Sequence[str] = ("float32",),
-    heal: str = "auto",
+    heal: str | Heal = "auto",
     seed: int = 0,
     device: torch.device | str | None = None,
     inplace: bool = False,
@@ -141,15 +112,21 @@ def compress(
 ) -> Result:
     """A smaller model of the same class and call signature, checked against the dense one.
 
-    budget: the fraction of the sketchable weights KEPT (0.5, "50%"), a panther.Budget or a dict of its fields.
+    budget: the fraction of the sketchable weights KEPT (0.5, "50%"), a panther.Budget or a dict of its fields. What it
+        limits is measured, also with verify=False. Milliseconds differ from run to run, and plans for them with them.
     example_inputs: a tensor, a tuple of arguments or a dict of keyword arguments, as for torch.export.
     calib_data: an iterable of inputs, of (input, target) pairs or of dicts; unlabelled. Without it the weights alone
         decide, which costs much accuracy.
-    eval_fn: eval_fn(model) -> float, higher is better; shown for both models in the report.
+    eval_fn: eval_fn(model) -> one number, higher is better; shown for both models in the report. A budget with max_drop
+        needs it, and without another limit looks for the smallest model that holds it, in about eight evaluations.
     include, exclude: layer names, globs ("encoder.*"), "re:..." or layer classes.
     plan: a Plan (or its JSON) instead of a search.
     search: "sensitivity", "uniform", or an allocator of your own (panther.allocators.Allocator).
-    heal: "auto" or "none"; both correct the biases.
+    heal: "none" (biases only), "refit" (closed form), "blocks", "distill" or "auto" (all of them, 300 s at most), or a
+        panther.Heal with its limits. It needs calib_data. The layers of a result that the clock cut short differ from
+        run to run; Heal(steps=...) does not look at the clock before its time limit.
+    checkpoint: a file that healing is saved to after every stage, block and check. Given again with the same arguments
+        after the process was killed, it goes on from there; at the end it is removed.
     inplace: put the sketched layers into `model` itself.
     verify: measure latency, memory and agreement of both models; sizes are counted in any case.
 
@@ -157,101 +134,83 @@ def compress(
     sketch, CalibrationError for unusable data, PlanError for a plan of another architecture. The model is unchanged
     after any error, and after Ctrl-C.
     """
-    wanted = Budget.parse(budget)
-    _check_arguments(model, search, n_trials, timeout, dtypes, heal, checkpoint, inplace)
+    wanted = parse_budget(budget, eval_fn)
+    check_arguments(
+        model=model,
+        search=search,
+        n_trials=n_trials,
+        timeout=timeout,
+        dtypes=dtypes,
+        inplace=inplace,
+    )
+    if plan is None and checkpoint is not None:
+        plan = _plan_in(Path(checkpoint), budget=str(wanted), seed=seed, search=search)
     if plan is not None and not isinstance(plan, Plan):
         plan = Plan.from_json(plan)
-    work = model if device is None else copy.deepcopy(model).to(device)
-    reporter = Progress(progress)
-    prepared = _prepare(
-        work,
-        as_call(example_inputs),
-        wanted,
-        calib_data,
-        include,
-        exclude,
-        plan,
-        search,
-        eval_fn,
-        seed,
-        reporter,
-        verify,
+    request = Request(
+        model=model if device is None else copy.deepcopy(model).to(device),
+        budget=wanted,
+        example=as_call(example_inputs),
+        calib_data=calib_data,
+        eval_fn=eval_fn,
+        include=include,
+        exclude=exclude,
+        plan=plan,
+        search=search,
+        heal=Heal.parse(heal),
+        checkpoint=None if checkpoint is None else Path(checkpoint),
+        seed=seed,
+        progress=Progress(progress),
+        verify=verify,
     )
-    result = _solve(prepared, wanted, plan)
+    result = _solve(_prepare(request), wanted, plan)
     if not inplace:
         return result
     if device is not None:
         model.to(device)
     put_layers(model, {c.layer: result.model.get_submodule(c.layer) for c in result.plan.sketched})
+    model.load_state_dict(result.model.state_dict())  # neighbours that took over an order of channels
     return changed(result, model=model, _prepared=None)
 
 
-def _check_arguments(
-    model: nn.Module,
-    search: str | Allocator,
-    n_trials: int | None,
-    timeout: float | None,
-    dtypes: Sequence[str],
-    heal: str,
-    checkpoint: str | Path | None,
-    inplace: bool,
-) -> None:
-    if not isinstance(model, nn.Module):
-        raise TypeError(
-            f"model is {type(model).__name__}: expected a torch.nn.Module (load a state_dict into one first)"
+def _plan_in(checkpoint: Path, *, budget: str, seed: int, search: str | Allocator) -> Plan | None:
+    """The plan that a killed run was healing; None where there was no such run.
+
+    Raises: LoadError when that run was asked for something else.
+    """
+    text = saved_plan(checkpoint)
+    if text is None:
+        return None
+    plan = Plan.from_json(text)
+    asked = {"budget": budget, "seed": seed, "search": search if isinstance(search, str) else plan.allocator}
+    found = {"budget": plan.budget, "seed": plan.seed, "search": plan.allocator}
+    other = ", ".join(f"{name} {found[name]!r}, now {asked[name]!r}" for name in asked if found[name] != asked[name])
+    if other:
+        raise LoadError(
+            f"{checkpoint} is a checkpoint of another run ({other}): give the same arguments as then, another name, or "
+            "delete it to begin anew"
         )
-    if isinstance(search, str) and search not in ALLOCATORS:
-        tuned = " The tuned search is not part of this version." if search == "tuned" else ""
-        raise ValueError(f"search={search!r}: expected one of {', '.join(ALLOCATORS)} or an allocator.{tuned}")
-    if n_trials is not None or timeout is not None:
-        raise ValueError(
-            'n_trials and timeout belong to search="tuned", which is not part of this version: leave them out'
-        )
-    if tuple(dtypes) != ("float32",):
-        raise ValueError(
-            f"dtypes={tuple(dtypes)}: this version stores factors in the layer's own dtype only; leave it out"
-        )
-    if heal not in HEALS:
-        later = " (not part of this version)" if heal in LATER_HEALS else ""
-        raise ValueError(f"heal={heal!r}{later}: expected one of {', '.join(HEALS)}")
-    if checkpoint is not None:
-        raise ValueError("checkpoint= is not part of this version: leave it out")
-    if inplace and next(model.children(), None) is None:
-        raise ValueError(
-            f"inplace=True: {type(model).__name__} is itself the layer, and cannot be another in its own place: "
-            "leave inplace out and use the model of the result"
-        )
+    return plan
 
 
-def _prepare(
-    model: nn.Module,
-    example: Call,
-    budget: Budget,
-    calib_data: Any,
-    include: Sequence[Any] | None,
-    exclude: Sequence[Any] | None,
-    plan: Plan | None,
-    search: str | Allocator,
-    eval_fn: Callable[[nn.Module], float] | None,
-    seed: int,
-    progress: Progress,
-    verify: bool,
-) -> _Prepared:
+def _prepare(request: Request) -> Prepared:
     """Capture, measure and decompose: everything that another budget can use again."""
+    model, example, dense = request.model, request.example, Dense(request)
     seconds: dict[str, float] = {}
-    with _timed(seconds, "capture"):
-        found = _selected(capture(model, example), model, include, exclude)
+    with timed(seconds, "capture"):
+        found = selected(capture(model, example), model, request.include, request.exclude)
     if not found.sketchable:
         raise CaptureError(_nothing_to_sketch(model, found))
-    if plan is not None:
-        plan.check_fits(found)
+    if request.plan is not None:
+        request.plan.check_fits(found)
     weights = {spec.name: _weight(model, spec.name) for spec in found.sketchable}
     for name, weight in weights.items():
         refuse_non_finite(weight, name)
     dtype_bytes = {name: weight.element_size() for name, weight in weights.items()}
-    progress.say("target: " + (resolve(budget, found, dtype_bytes).text if plan is None else "the given plan"))
+    target = _target(dense, found, dtype_bytes, request.budget)
+    request.progress.say("target: " + (target.text if request.plan is None else "the given plan"))
     notes: list[str] = []
-    data = None if calib_data is None else calibration(calib_data, example, model)
+    data = None if request.calib_data is None else calibration(request.calib_data, example, model)
     if data is not None:
         notes.extend([data.note] if data.note else [])
         check_batches(model, data.held_out, len(data))
@@ -262,30 +221,17 @@ def _prepare(
         )
         warnings.warn(text, UserWarning, stacklevel=3)
         notes.append(text)
-    factors = _factors(model, example, found, data, seed, progress, seconds, notes)
+    factors = _factors(request, found, data, seconds, notes)
     notes.extend(_thin(factors))
     options = {name: candidates(f, dtype_bytes[name]) for name, f in factors.items()}
-    with _timed(seconds, "importance"):
+    with timed(seconds, "importance"):
         samples = affordable_samples(found, example)
         against = reference(model, [example] if data is None else list(_first(data, samples)), samples)
-    return _Prepared(
-        model,
-        example,
-        found,
-        data,
-        factors,
-        options,
-        against,
-        {},
-        dtype_bytes,
-        eval_fn,
-        search,
-        seed,
-        progress,
-        verify,
-        seconds,
-        tuple(notes),
-    )
+    return Prepared(request, dense, found, data, factors, options, against, dtype_bytes, seconds, tuple(notes))
+
+
+def _target(dense: Dense, found: Capture, dtype_bytes: Mapping[str, int], budget: Budget) -> Target:
+    return resolve(budget, found, dtype_bytes, dense.measured(budget))
 
 
 def _first(data: Calibration, samples: int) -> Iterator[Call]:
@@ -303,16 +249,10 @@ def _weight(model: nn.Module, name: str) -> torch.Tensor:
 
 
 def _factors(
-    model: nn.Module,
-    example: Call,
-    found: Capture,
-    data: Calibration | None,
-    seed: int,
-    progress: Progress,
-    seconds: dict[str, float],
-    notes: list[str],
+    request: Request, found: Capture, data: Calibration | None, seconds: dict[str, float], notes: list[str]
 ) -> dict[str, Factors]:
     """Layers measured in as many passes as memory asks for, each decomposed and its statistics freed."""
+    model, example, seed, progress = request.model, request.example, request.seed, request.progress
     factors: dict[str, Factors] = {}
     chunk = chunk_size(found.layers, example.batch_size)
     if chunk == 0 and data is not None:
@@ -320,7 +260,7 @@ def _factors(
     for part in passes(found.sketchable) if data is not None else [list(found.sketchable)]:
         profiles: dict[str, Profile] = {}
         if data is not None:
-            with _timed(seconds, "measure"):
+            with timed(seconds, "measure"):
                 samples = len(data) * next(iter(data)).batch_size
                 measured = measure(
                     model,
@@ -338,7 +278,7 @@ def _factors(
                 reason = measured.not_differentiated
                 text = f"the model cannot be differentiated, so all outputs of a layer count the same ({reason})"
                 notes.extend([] if text in notes else [text])
-        with _timed(seconds, "decompose"):
+        with timed(seconds, "decompose"):
             for spec in progress.track(part, "decomposing", len(part)):
                 module = model.get_submodule(spec.name)
                 profile = profiles.pop(spec.name, None)
@@ -358,71 +298,37 @@ def _thin(factors: Mapping[str, Factors]) -> Iterator[str]:
         yield f"the calibration data never reached {', '.join(unseen)}: decomposed from the weights alone"
 
 
-def _solve(prepared: _Prepared, budget: Budget, plan: Plan | None) -> Result:
+def _solve(prepared: Prepared, budget: Budget, plan: Plan | None) -> Result:
     """Allocate, replace and verify for one budget."""
-    if plan is None and prepared.search != "uniform" and not prepared.importances:
-        with _timed(prepared.seconds, "importance"):
-            prepared.importances.update(_importances(prepared))
-    seconds = dict(prepared.seconds)
-    target = resolve(budget, prepared.found, prepared.dtype_bytes)
-    with _timed(seconds, "allocate"):
-        if plan is None:
-            plan = allocate(
-                prepared.options,
-                target,
-                prepared.found,
-                search=prepared.search,
-                divergence=lambda layer, error: prepared.importances[layer].divergence(error),
-                evaluate=prepared.divergence if prepared.reference.is_comparable else None,
-                budget=str(budget),
-                seed=prepared.seed,
-            )
-        else:
-            plan = _completed(plan, prepared)
-    with _timed(seconds, "replace"):
-        compressed = replace(prepared.model, prepared.factors, plan)
-        _refuse_broken(compressed, prepared.example)
-    held_out = prepared.data.held_out if prepared.data is not None else (prepared.example,)
+    request, target = prepared.request, _target(prepared.dense, prepared.found, prepared.dtype_bytes, budget)
+    notes = list(prepared.notes)
+    if plan is None:
+        plan, target, seconds = search_plan(prepared, budget, target, notes)
+    else:
+        plan, seconds = _completed(plan, prepared), dict(prepared.seconds)
+    with timed(seconds, "replace and heal"):
+        compressed, healing = finished_model(prepared, plan, target, notes)
     report = check(
-        prepared.model,
+        request.model,
         compressed,
         capture=prepared.found,
         plan=plan,
         target=target,
-        example=prepared.example,
-        held_out=held_out,
+        example=request.example,
+        held_out=prepared.data.held_out if prepared.data is not None else (request.example,),
         is_held_out=prepared.data.is_held_out if prepared.data is not None else False,
-        eval_fn=prepared.eval_fn,
+        eval_fn=request.eval_fn,
         seconds=seconds,
-        notes=prepared.notes,
-        seed=prepared.seed,
-        measure=prepared.verify,
+        notes=notes,
+        seed=request.seed,
+        measure=request.verify,
+        dense_metric=None if budget.max_drop is None else prepared.dense.metric,
+        healing=healing,
     )
-    return Result(compressed, report, plan, target, prepared, prepared.example)
+    return Result(compressed, report, plan, target, prepared, request.example)
 
 
-def _importances(prepared: _Prepared) -> dict[str, Importance]:
-    """Measured where the model answers with numbers; else every layer's error counts the same."""
-    if not prepared.reference.is_comparable:
-        return dict.fromkeys(prepared.options, Importance(1.0, 1.0))
-    return importance(prepared.reference, prepared.factors, prepared.options, progress=prepared.progress)
-
-
-def _refuse_broken(compressed: nn.Module, example: Call) -> None:
-    """Raise PantherError when the model around the sketched layers needs something that only the dense ones have."""
-    try:
-        with inference(compressed):
-            run(compressed, example)
-    except Exception as error:
-        reason = str(error).strip().splitlines()
-        raise PantherError(
-            f"the compressed model does not run ({type(error).__name__}: {reason[0][:200] if reason else ''}): "
-            "it uses something that a sketched layer does not have. Leave that layer out with exclude=[...]; "
-            "the dense model is unchanged."
-        ) from error
-
-
-def _completed(plan: Plan, prepared: _Prepared) -> Plan:
+def _completed(plan: Plan, prepared: Prepared) -> Plan:
     """A given plan with a choice for every layer: costs and errors are this model's, not the file's.
 
     Raises: PlanError when it asks for a rank or scheme that the layer cannot have.
@@ -434,24 +340,16 @@ def _completed(plan: Plan, prepared: _Prepared) -> Plan:
         if choice is None or choice.is_dense:
             choices.append(changed(options[-1], reason=choice.reason if choice else "the plan leaves it dense"))
             continue
-        fits = [o for o in options if (o.scheme, o.ranks) == (choice.scheme, choice.ranks)]
+        fits = [option for option in options if option.kind == choice.kind]
         if not fits:
             known = ", ".join(dict.fromkeys(o.scheme for o in options[:-1]))
             raise PlanError(
-                f"the plan gives {name!r} scheme {choice.scheme!r} at ranks {choice.ranks}, which would not make it "
-                f"smaller or is not a multiple of its step; schemes of this layer: {known}"
+                f"the plan gives {name!r} scheme {choice.scheme!r} at ranks {choice.ranks} in packing "
+                f"{choice.packing!r}, which would not make it smaller or is not a multiple of its step; schemes of "
+                f"this layer: {known}"
             )
         choices.append(fits[0])
     return changed(plan, choices=tuple(choices), fingerprint=prepared.found.fingerprint)
-
-
-@contextmanager
-def _timed(seconds: dict[str, float], stage: str) -> Iterator[None]:
-    start = time.perf_counter()
-    try:
-        yield
-    finally:
-        seconds[stage] = seconds.get(stage, 0.0) + time.perf_counter() - start
 
 
 def _nothing_to_sketch(model: nn.Module, found: Capture) -> str:
@@ -461,55 +359,3 @@ def _nothing_to_sketch(model: nn.Module, found: Capture) -> str:
         )
     reasons = "; ".join(f"{s.name}: {s.blockers[0]}" for s in found.layers[:5])
     return f"none of the {len(found.layers)} dense layers of {type(model).__name__} can be sketched ({reasons})"
-
-
-def _selected(
-    found: Capture, model: nn.Module, include: Sequence[Any] | None, exclude: Sequence[Any] | None
-) -> Capture:
-    """The capture with layers outside `include`, or inside `exclude`, blocked for that reason."""
-    if include is None and exclude is None:
-        return found
-    names = {spec.name for spec in found.layers}
-    wanted = names if include is None else _matches(include, "include", found, model)
-    unwanted = set() if exclude is None else _matches(exclude, "exclude", found, model)
-    layers = []
-    for spec in found.layers:
-        reasons = list(spec.blockers)
-        if spec.name in unwanted:
-            reasons.append("excluded by exclude=")
-        elif spec.name not in wanted:
-            reasons.append("not among include=")
-        layers.append(changed(spec, blockers=tuple(reasons)))
-    return changed(found, layers=tuple(layers))
-
-
-def _matches(patterns: Any, argument: str, found: Capture, model: nn.Module) -> set[str]:
-    """Names of the layers that the patterns mean.
-
-    Raises: ValueError for a pattern that means none, TypeError for one that is neither text nor a class.
-    """
-    chosen: set[str] = set()
-    for pattern in [patterns] if isinstance(patterns, str | type) else patterns:
-        hits = {spec.name for spec in found.layers if _means(pattern, spec.name, model, argument)}
-        if not hits:
-            close = get_close_matches(str(pattern), [s.name for s in found.layers], 3)
-            hint = f"; nearest: {', '.join(close)}" if close else ""
-            raise ValueError(f"{argument}={pattern!r} matches no dense layer of this model{hint}")
-        chosen |= hits
-    return chosen
-
-
-def _means(pattern: Any, name: str, model: nn.Module, argument: str) -> bool:
-    if isinstance(pattern, type):
-        try:
-            return isinstance(model.get_submodule(name), pattern)
-        except AttributeError:
-            return False
-    if not isinstance(pattern, str):
-        raise TypeError(f"{argument} holds {pattern!r}: expected layer names, globs, 're:...' or layer classes")
-    if pattern.startswith("re:"):
-        try:
-            return re.search(pattern[3:], name) is not None
-        except re.error as error:
-            raise ValueError(f"{argument}={pattern!r} is not a regular expression: {error}") from None
-    return fnmatch.fnmatchcase(name, pattern) or name.startswith(pattern + ".")

@@ -50,8 +50,6 @@ LATER_FLAGS = {
     "--int8": "quantised factors (int8) are",
     "--trials": "the tuned search is",
     "--timeout": "the tuned search is",
-    "--eval": "an evaluation from the shell is",
-    "--max-drop": "a budget on the drop of a metric is",
     "--checkpoint": "checkpointing is",
     "--resume": "checkpointing is",
 }
@@ -65,7 +63,9 @@ ARGUMENT_CHECKS = frozenset(
         "batch_call",
         "calibration",
         "refuse_non_finite",
-        "_selected",  # include and exclude
+        "selected",  # include and exclude
+        "parse_budget",
+        "Dense.metric",  # eval_fn on the dense model
         "_check_opset",
     }
 )
@@ -175,7 +175,9 @@ def _parser() -> _Parser:
     add("--trust-pickle", action="store_true", help="load a whole pickled module: this runs code from the file")
     add("--input-shape", action="append", metavar="SHAPE", help=_SHAPE_HELP)
     add("--calib", metavar="DATA", help="unlabelled inputs: data.npz, or my.py:loader (or a function that returns one)")
-    add("--budget", metavar="BUDGET", help="what to KEEP: 0.5 (the default), 50%%, or params=0.5,flops=50%%,size_mb=20")
+    add("--budget", metavar="BUDGET", help=_BUDGET_HELP)
+    add("--eval", metavar="FUNCTION", help="my.py:evaluate, which takes a model and gives one number, higher is better")
+    add("--max-drop", metavar="X", help="by how much that number may fall; alone: the smallest model that holds it")
     add("--include", action="append", metavar="PATTERN", help='only these layers: name, glob or "re:..."; repeatable')
     add("--exclude", action="append", metavar="PATTERN", help="not these layers; repeatable")
     add("--plan", metavar="FILE", help="a saved plan instead of a search")
@@ -284,6 +286,11 @@ def _save_recipe(arguments: argparse.Namespace) -> None:
 
 # What the flags mean --------------------------------------------------------------------------------------------------
 
+_BUDGET_HELP = (
+    "what to KEEP: 0.5 (the default), 50%%, or limits that all hold: params=0.5,flops=50%%,size_mb=20,latency_ms=50%%,"
+    "peak_memory_mb=80"
+)
+
 
 def _budget(text: str) -> Budget:
     """0.5, 50% or params=0.5,size_mb=20 as a Budget.
@@ -327,6 +334,19 @@ def _module_from_file(path: Path) -> ModuleType:
     sys.modules[spec.name] = module  # dataclasses look their module up
     spec.loader.exec_module(module)
     return module
+
+
+def _evaluation(spec: str | None) -> Callable[[nn.Module], Any] | None:
+    """The function that --eval names.
+
+    Raises: UsageError when it is not there or not a function.
+    """
+    if spec is None:
+        return None
+    found = _named_object("--eval", spec)
+    if not callable(found):
+        raise UsageError(f"--eval {spec} is {type(found).__name__}: expected a function of a model that gives a number")
+    return cast(Callable[[nn.Module], Any], found)
 
 
 def _device(name: str | None) -> torch.device | None:
@@ -483,6 +503,7 @@ def _run(arguments: argparse.Namespace) -> int:
         _save_recipe(arguments)
     if not (arguments.dry_run or arguments.list_layers):
         _check_writable(folder)
+    evaluate = _evaluation(arguments.eval)
     factory = None if arguments.model is None else _named_object("--model", arguments.model)
     model = read(source, model=factory, trust_pickle=arguments.trust_pickle)
     data = _calibration(arguments.calib, model)
@@ -497,6 +518,7 @@ def _run(arguments: argparse.Namespace) -> int:
             model,
             budget,
             calib_data=data,
+            eval_fn=evaluate,
             plan=plan,
             search=arguments.search,
             seed=arguments.seed,
@@ -523,8 +545,34 @@ def _goal(arguments: argparse.Namespace) -> tuple[Budget, Plan | None]:
             plan = Plan.from_json(Path(arguments.plan).read_text(encoding="utf-8"))
         except (OSError, UnicodeDecodeError) as error:
             raise UsageError(f"--plan {arguments.plan} cannot be read: {error}") from error
-    text = arguments.budget or (plan.budget if plan else "") or ("1.0" if plan else "0.5")
-    return _budget(text), plan
+    return _limits(arguments, plan), plan
+
+
+def _limits(arguments: argparse.Namespace, plan: Plan | None) -> Budget:
+    """What --budget and --max-drop hold together; half of the weights when neither they nor a plan say anything."""
+    limits: dict[str, Any] = {}
+    if arguments.budget is not None or arguments.max_drop is None:
+        text = arguments.budget or _budget_of(plan, evaluates=arguments.eval is not None) or "0.5"
+        limits = {name: limit for name, limit in vars(_budget(text)).items() if limit is not None}
+    if arguments.max_drop is not None:
+        if "max_drop" in limits:
+            raise UsageError(f"--max-drop {arguments.max_drop} and --budget {arguments.budget}: give the drop once")
+        limits["max_drop"] = arguments.max_drop
+    budget = Budget.from_fields(limits)
+    if budget.max_drop is not None and arguments.eval is None:
+        raise UsageError(
+            f"a drop of at most {budget.max_drop:g} needs something that falls: add --eval my.py:evaluate, a function "
+            "that takes a model and gives one number, higher is better"
+        )
+    return budget
+
+
+def _budget_of(plan: Plan | None, *, evaluates: bool) -> str:
+    """The budget that a plan was made for, all of the model where it says none; without --eval its drop is left out."""
+    if plan is None:
+        return ""
+    parts = [part for part in plan.budget.split(", ") if evaluates or not part.startswith("max_drop=")]
+    return ", ".join(parts) if any(part and not part.startswith("of=") for part in parts) else "1.0"
 
 
 def _check_writable(folder: Path) -> None:
@@ -545,7 +593,7 @@ def _plan_text(result: Result, *, as_json: bool) -> str:
         + (
             f"dense: {choice.reason}"
             if choice.is_dense
-            else f"{choice.scheme}, rank {' x '.join(map(str, choice.ranks))}"
+            else f"{choice.scheme}, rank {' x '.join(map(str, choice.ranks))}, {choice.packing}"
         )
         for choice in result.plan.choices
     ]

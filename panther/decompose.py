@@ -1,7 +1,7 @@
 """Layers and what calibration saw of them in, Factors out: decomposed once, sliced at any rank.
 
 Every scheme of panther.chains has one function here. It keeps bases of the smaller side and multiplies them with the
-dense weight when a rank is asked for: about one float32 copy of a square linear layer, less of any other.
+dense weight when a rank is asked for: about two float32 copies of a square linear layer, less of any other.
 Notation: m outputs, c input channels, k kernel positions; W (m, c, *kernel) is the weight.
 """
 
@@ -23,6 +23,7 @@ from panther.sketches import SENSITIVITY_RIDGE, SKETCHES, LowRank, Moments, Seen
 from panther.spec import Choice, Cost, LayerSpec
 
 EXACT_UP_TO = 2048  # larger layers take the randomised sketch; an exact one of 4096 needs minutes on two cores
+PREDICTABLE = 1e-3  # a predicted error below this is mostly the ridge of the covariance, also where nothing is lost
 PROBED_RANKS = 5  # ranks a scheme at which a convolution's error is measured; those between are interpolated
 
 
@@ -46,7 +47,9 @@ def decompose(
     if known.samples is not None:
         factors = _with_measured_errors(factors)
         mean = mean_patch(spec, module, known.samples)
-    return changed(factors, profile=Profile(known.rows, mean=mean))  # covariances and samples are not needed again
+    # Covariances and samples are not needed again; the sensitivity is, by the refit, to which half the digits do.
+    kept = None if known.seen.sensitivity is None else known.seen.sensitivity.bfloat16()
+    return changed(factors, profile=Profile(known.rows, Seen(sensitivity=kept), mean))
 
 
 def refuse_non_finite(weight: Tensor, name: str) -> None:
@@ -71,15 +74,17 @@ class _Decomposer:
     def low_rank(self, matrix: Tensor, seen: Seen, max_rank: int) -> LowRank:
         size = matrix.shape[0] if seen.outputs is not None else min(matrix.shape)
         name = ("whitened" if size <= EXACT_UP_TO else "randomised") if self.sketch == "auto" else self.sketch
+        if name == "randomised":  # of most directions it would cost more than the exact one
+            max_rank = min(max_rank, max(size // 2, matrix.numel() // sum(matrix.shape)))
         generator = torch.Generator().manual_seed(self.seed)  # one a matrix: the order of layers does not matter
         return SKETCHES[name](matrix, seen, max_rank=max(1, max_rank), generator=generator)
 
     def useful(self, scheme: str) -> list[int]:
-        """The multiples of the step below break-even, and powers of two below the first of them.
+        """The multiples of the step at which some packing is smaller, and powers of two below the first of them.
 
-        At break-even a layer is as large as before, in two products. The small ranks serve very small budgets only.
+        The small ranks serve very small budgets only.
         """
-        step, end = chains.rank_step(self.spec), math.ceil(chains.break_even(scheme, self.spec))
+        step, end = chains.rank_step(self.spec), chains.rank_limit(scheme, self.spec)
         small = [rank for rank in (1, 2, 4) if rank < min(step, end)]
         return [*small, *range(step, end, step)]
 
@@ -175,6 +180,13 @@ def _spatial(of: _Decomposer) -> Decomposed:
 
 
 def _tucker2(of: _Decomposer) -> Decomposed:
+    """Both bases once, each in the norm of its own side; the core between them is the dense weight seen through both.
+
+    Alternating between them in the norm of channel covariance and sensitivity loses more, since their product knows
+    nothing of the correlation between neighbouring positions, and the covariance of the outputs does. Share of the
+    held-out output energy lost on CREPE's conv2 to conv5 at keep .25: .0006 .072 .153 .052; after ten sweeps .0009
+    .079 .184 .072. Fitting the input basis anew to the kept outputs gains nearly nothing: .0006 .070 .152 .052.
+    """
     m, c = of.weight.shape[:2]
     matrix = _channel_matrix(of.weight)
     out = of.low_rank(of.weight.flatten(1), of.outputs_only(), m)
@@ -199,7 +211,7 @@ def _tucker_path(spec: LayerSpec, inn: LowRank, out: LowRank) -> tuple[tuple[tup
     step = chains.rank_step(spec)
     pairs = []
     for first, last in itertools.product(_geometric(step, inn.max_rank), _geometric(step, out.max_rank)):
-        size = chains.chain_cost("tucker2", spec, (first, last), 1).params
+        size = chains.smallest_params("tucker2", spec, (first, last))
         if size < spec.params:
             kept = (1 - float(inn.errors[first])) * (1 - float(out.errors[last]))
             pairs.append((size, 1 - kept, (first, last)))
@@ -277,17 +289,24 @@ def _interpolate(measured: Mapping[int, float], predicted: Sequence[float]) -> t
         before = max(0, after - 1) if points[after] != index else after
         gap = points[after] - points[before]
         share = (index - points[before]) / gap if gap else 0.0
-        ratio = ratios[before] + share * (ratios[after] - ratios[before])
+        ahead = ratios[after] if measured[points[after]] > PREDICTABLE or share == 1 else ratios[before]
+        ratio = ratios[before] + share * (ahead - ratios[before])
         error = max(value, floor) * math.exp(ratio)
         errors.append(min(error, errors[-1]) if errors else error)
     return tuple(errors)
 
 
-def candidates(factors: Factors, bytes_per_number: int) -> tuple[Choice, ...]:
+def candidates(
+    factors: Factors, bytes_per_number: int, *, packings: Sequence[str] = chains.PACKINGS
+) -> tuple[Choice, ...]:
     """Everything that a layer could become and that makes it smaller, in rising size, and last the dense layer.
 
-    Calibration gives a bias to a layer without one, whose numbers count.
+    packings: which ways of storing a chain are offered, of panther.chains.PACKINGS. Calibration gives a bias to a layer
+    without one, whose numbers count.
+
+    Raises: ValueError for an unknown packing.
     """
+    _check_packings(packings)
     spec = factors.spec
     gained = Cost()
     if not spec.has_bias and factors.profile.rows > 0:
@@ -297,15 +316,28 @@ def candidates(factors: Factors, bytes_per_number: int) -> tuple[Choice, ...]:
             spec.name,
             scheme,
             ranks,
+            packing,
             error=error,
             dtype=spec.dtype,
-            cost=chains.chain_cost(scheme, spec, ranks, bytes_per_number) + gained,
+            cost=chains.chain_cost(scheme, spec, ranks, bytes_per_number, packing) + gained,
         )
         for scheme, decomposed in factors.schemes.items()
+        for packing in packings
+        if packing in chains.packings_for(scheme)
         for ranks, error in zip(decomposed.ranks, decomposed.errors, strict=True)
     ]
     cost = chains.dense_cost(spec, bytes_per_number)
     smaller = [c for c in found if c.cost.params < cost.params]
-    reason = "" if smaller else f"no rank pays: the layer would gain a bias of {gained.params:,} numbers"
+    reason = (
+        ""
+        if smaller or not gained.params
+        else f"no rank pays: the layer would gain a bias of {gained.params:,} numbers"
+    )
     dense = Choice(spec.name, packing="dense", dtype=spec.dtype, cost=cost, reason=reason)
     return (*sorted(smaller, key=lambda c: (c.cost.params, c.error)), dense)
+
+
+def _check_packings(packings: Sequence[str]) -> None:
+    unknown = set(packings) - set(chains.PACKINGS)
+    if unknown or isinstance(packings, str):
+        raise ValueError(f"packings={packings!r}: expected a sequence of {', '.join(chains.PACKINGS)}")

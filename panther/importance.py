@@ -12,11 +12,10 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from panther.batches import Call, device_of, float_outputs, inference, run, scale_of
+from panther.batches import Call, device_of, float_outputs, inference, run, squared_error
 from panther.factors import Factors
 from panther.progress import Progress
 from panther.spec import Capture, Choice
@@ -91,25 +90,6 @@ def _with_biases(gained: Mapping[nn.Module, Tensor]) -> Iterator[None]:
     finally:
         for hook in hooks:
             hook.remove()
-
-
-def squared_error(answer: Tensor, got: Tensor | None, call: Call) -> float:
-    """||got - answer||^2 in units of the answers' variance; infinite if not finite.
-
-    Padded positions, and values that are not finite in the answer (masked logits), are left out. An output of another
-    shape, or none, counts as wrong as an unrelated one would be.
-    """
-    if got is None or got.shape != answer.shape:
-        return float(answer.numel())
-    scale = scale_of(answer.float())
-    finite = torch.isfinite(answer)
-    answer, got = torch.where(finite, answer, 0), torch.where(finite, got, 0)
-    for shape, mask in call.masks().items():
-        if tuple(answer.shape[: len(shape)]) == shape:
-            keep = mask.to(answer.device)
-            answer, got = answer[keep], got[keep]
-    lost = float((got.float() - answer.float()).square().sum()) / scale**2
-    return lost if math.isfinite(lost) else math.inf
 
 
 def affordable_samples(found: Capture, example: Call) -> int:

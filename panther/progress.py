@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import TypeVar
 
 T = TypeVar("T")
@@ -33,3 +34,23 @@ class Progress:
         yield from track(
             items, description=label, total=total, console=console, transient=True, disable=not console.is_terminal
         )
+
+    @contextmanager
+    def bar(self, label: str) -> Iterator[Callable[[float, str], None]]:
+        """A bar that is moved by calling it with (share done, text); it vanishes at the end."""
+        if not self.enabled:
+            yield lambda _share, _text: None
+            return
+        from rich.console import Console
+        from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+        console = Console(stderr=True)
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TextColumn("{task.fields[text]}"),
+            TimeRemainingColumn(),
+        )
+        with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as shown:
+            task = shown.add_task(label, total=1.0, text="")
+            yield lambda share, text: shown.update(task, completed=share, text=text)

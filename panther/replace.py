@@ -7,11 +7,9 @@ from collections.abc import Mapping
 from torch import nn
 
 from panther.factors import Factors
-from panther.nn import LAYERS
-from panther.nn.surgery import with_layers
+from panther.nn import SKETCHED
+from panther.nn.surgery import as_plain, with_layers
 from panther.spec import Choice, Plan
-
-SKETCHED = {layer.DENSE: layer for layer in LAYERS.values()}
 
 
 def replace(model: nn.Module, factors: Mapping[str, Factors], plan: Plan) -> nn.Module:
@@ -23,4 +21,6 @@ def replace(model: nn.Module, factors: Mapping[str, Factors], plan: Plan) -> nn.
 def sketched_layer(factors: Factors, choice: Choice) -> nn.Module:
     """One sketched layer with the dense layer's dtype, device and geometry."""
     parts, bias = factors.slice(choice)
-    return SKETCHED[type(factors.module)].from_factors(factors.module, choice.scheme, parts, bias)
+    kind = next(dense for dense in SKETCHED if isinstance(factors.module, dense))
+    # A subclass that capture offers computes what its parent does, and becomes what its parent would.
+    return SKETCHED[kind].from_factors(as_plain(factors.module, kind), choice.scheme, parts, bias)

@@ -11,17 +11,26 @@ import hashlib
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import InitVar, dataclass, field
+from dataclasses import dataclass, field
 from difflib import get_close_matches
+from functools import cached_property
 from typing import Any
 
 from panther.errors import PlanError
 
 PLAN_VERSION = 1
 
-# Budget fields that the allocators of this version can hold, and those that are named but not yet honoured.
-BUDGET_FIELDS = ("params", "flops", "size_mb")
-LATER_BUDGET_FIELDS = ("latency_ms", "peak_memory_mb", "max_drop")
+MODES = ("none", "refit", "blocks", "distill", "auto")  # of healing
+TIME_LIMIT = 300.0
+
+BUDGET_FIELDS = ("params", "flops", "size_mb", "latency_ms", "peak_memory_mb", "max_drop")
+
+# Fields that are an amount or a percentage of the dense model's: what the amount is, and one that people write.
+_AMOUNTS = {
+    "size_mb": ("megabytes (10^6 bytes) of the saved file", 20.0),
+    "latency_ms": ("milliseconds of one run of the example inputs", 12.0),
+    "peak_memory_mb": ("megabytes (10^6 bytes) of tensors alive at once in one run of the example inputs", 80.0),
+}
 
 
 @dataclass(frozen=True)
@@ -83,6 +92,18 @@ class LayerSpec:
 
 
 @dataclass(frozen=True)
+class Pair:
+    """Two layers of which the second reads all that the first writes, channel by channel, and nobody else does.
+
+    Only elementwise operations and the batch norms in `norms` lie between, so the channels may change places together.
+    """
+
+    producer: str
+    consumer: str
+    norms: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
 class Capture:
     """Every dense operation of a model, in the order in which they run."""
 
@@ -91,6 +112,8 @@ class Capture:
     model_params: int  # numbers in all parameters and buffers, tied ones once
     model_bytes: int  # of the safetensors file that holds them, its header included
     notes: tuple[str, ...] = ()  # why an earlier way failed, what was not run
+    followers: tuple[Pair, ...] = ()  # neighbours between which the order of channels is free
+    rectified: tuple[tuple[str, str], ...] = ()  # layers that only a ReLU reads, and the batch norm between or ""
 
     @property
     def sketchable(self) -> tuple[LayerSpec, ...]:
@@ -114,17 +137,24 @@ class Capture:
 
 @dataclass(frozen=True)
 class Cost:
-    """What one layer's weights cost: numbers stored, operations per run of the example inputs, bytes.
+    """What one layer's weights cost: numbers stored, operations per run of the example inputs, bytes, milliseconds.
 
-    A bias that the dense layer has is not counted; one that sketching gives to a layer without is.
+    A bias that the dense layer has is not counted; one that sketching gives to a layer without is. Milliseconds are
+    of all calls in one run of the example inputs, and 0 unless a budget made somebody measure them.
     """
 
     params: int = 0
     flops: int = 0
     size_bytes: int = 0
+    latency_ms: float = 0.0
 
     def __add__(self, other: Cost) -> Cost:
-        return Cost(self.params + other.params, self.flops + other.flops, self.size_bytes + other.size_bytes)
+        return Cost(
+            self.params + other.params,
+            self.flops + other.flops,
+            self.size_bytes + other.size_bytes,
+            self.latency_ms + other.latency_ms,
+        )
 
 
 @dataclass(frozen=True)
@@ -143,6 +173,11 @@ class Choice:
     @property
     def is_dense(self) -> bool:
         return self.scheme == "dense"
+
+    @property
+    def kind(self) -> tuple[str, tuple[int, ...], str]:
+        """What tells one option of a layer from another."""
+        return self.scheme, self.ranks, "dense" if self.is_dense else self.packing
 
 
 def _number(value: object) -> object:
@@ -178,54 +213,73 @@ def _fraction_or_count(name: str, given: object) -> float | int:
     )
 
 
+def _amount(name: str, given: object) -> float | str:
+    """A positive amount (also as text), or a percentage of the dense model's as text."""
+    meaning, example = _AMOUNTS[name]
+    text = str(_number(given)).strip()
+    try:
+        number = float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
+    except ValueError:
+        number = math.nan
+    top = 1.0 if text.endswith("%") else math.inf
+    if isinstance(given, bool) or not 0 < number <= top or math.isinf(number):
+        raise ValueError(
+            f"Budget({name}={given!r}): expected {meaning}, as in {name}={example}, or a percentage of the dense "
+            f'model\'s, as in {name}="50%"'
+        )
+    return text if text.endswith("%") else number
+
+
+def _drop(name: str, given: object) -> float:
+    """How far a metric may fall: a number that is not negative."""
+    value = _number(given)
+    try:
+        number = math.nan if isinstance(value, bool) else float(value)  # type: ignore[arg-type]  # refused below
+    except (TypeError, ValueError):
+        number = math.nan
+    if not 0 <= number < math.inf:
+        raise ValueError(
+            f"Budget({name}={given!r}): expected by how much eval_fn may fall at most, in its own unit and 0 or more, "
+            f"as in {name}=0.01 for one point of an accuracy between 0 and 1"
+        )
+    return number
+
+
 @dataclass(frozen=True)
 class Budget:
     """What the compressed model may cost; every field that is given holds.
 
     params, flops: a float in (0, 1] or "50%" is the fraction kept, an int is absolute (flops are 2 x
     multiply-adds of the sketchable layers at the example inputs). size_mb: megabytes (10^6 bytes) of the
-    saved file, or "50%" of the dense model's. of: what a fraction of `params` counts, the "sketchable"
-    weights or the whole "model".
+    saved file. latency_ms: median milliseconds of one run of the example inputs at torch's current threads.
+    peak_memory_mb: megabytes of tensors alive at once in such a run, weights included. Each of these three may
+    also be "50%" of the dense model's. max_drop: how far `eval_fn` may fall, in its own unit (0.01 is one point of
+    an accuracy between 0 and 1). of: what a fraction of `params` counts, the "sketchable" weights or the whole "model".
     """
 
     params: float | int | None = None
     flops: float | int | None = None
     size_mb: float | str | None = None
+    latency_ms: float | str | None = None
+    peak_memory_mb: float | str | None = None
+    max_drop: float | None = None
     of: str = "sketchable"
-    latency_ms: InitVar[object] = None  # named, and refused: not honoured yet
-    peak_memory_mb: InitVar[object] = None
-    max_drop: InitVar[object] = None
 
-    def __post_init__(self, *later: object) -> None:
-        for name, value in zip(LATER_BUDGET_FIELDS, later, strict=True):
-            if value is not None:
-                raise ValueError(
-                    f"Budget({name}=): this version holds budgets on {', '.join(BUDGET_FIELDS)}; {name} is not "
-                    "supported yet. The report measures latency and memory of both models."
-                )
-        for name in ("params", "flops"):
-            if getattr(self, name) is not None:
-                object.__setattr__(self, name, _fraction_or_count(name, getattr(self, name)))
-        if self.size_mb is not None:
-            self._check_size()
+    def __post_init__(self) -> None:
+        checks = {"params": _fraction_or_count, "flops": _fraction_or_count, "max_drop": _drop}
+        for name in BUDGET_FIELDS:
+            given = getattr(self, name)
+            if given is not None:
+                object.__setattr__(self, name, checks.get(name, _amount)(name, given))
         if self.of not in ("sketchable", "model"):
             raise ValueError(f"Budget(of={self.of!r}): expected 'sketchable' or 'model'")
         if all(getattr(self, name) is None for name in BUDGET_FIELDS):
             raise ValueError("Budget() holds nothing: give at least one of " + ", ".join(BUDGET_FIELDS))
 
-    def _check_size(self) -> None:
-        text = str(self.size_mb).strip()
-        try:
-            number = float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
-        except ValueError:
-            number = math.nan
-        top = 1.0 if text.endswith("%") else math.inf
-        if isinstance(self.size_mb, bool) or not 0 < number <= top or math.isinf(number):
-            raise ValueError(
-                f"Budget(size_mb={self.size_mb!r}): expected megabytes (10^6 bytes) of the saved file, as in "
-                'size_mb=20.0, or a percentage of the dense file, as in size_mb="50%"'
-            )
-        object.__setattr__(self, "size_mb", text if text.endswith("%") else number)
+    @property
+    def limits_size(self) -> bool:
+        """Whether anything besides the drop of the metric is limited."""
+        return any(getattr(self, name) is not None for name in BUDGET_FIELDS if name != "max_drop")
 
     @classmethod
     def parse(cls, value: object) -> Budget:
@@ -259,7 +313,7 @@ class Budget:
     @classmethod
     def from_fields(cls, fields: Mapping[str, Any]) -> Budget:
         for name in fields:
-            if name not in (*BUDGET_FIELDS, "of", *LATER_BUDGET_FIELDS):
+            if name not in (*BUDGET_FIELDS, "of"):
                 close = get_close_matches(name, [*BUDGET_FIELDS, "of"], 1)
                 hint = f"; did you mean {close[0]!r}?" if close else ""
                 raise ValueError(f"Budget has no field {name!r} (it has {', '.join(BUDGET_FIELDS)}, of){hint}")
@@ -275,7 +329,7 @@ def _two_readings(value: object) -> str:
     if isinstance(value, str):
         return (
             f'budget={value!r} is neither a fraction nor a percentage; write budget=0.5 or budget="50%" to keep '
-            "half of the weights, or panther.Budget(params=..., flops=..., size_mb=...)"
+            "half of the weights, or panther.Budget(params=..., flops=..., size_mb=..., latency_ms=...)"
         )
     number = float(value)  # type: ignore[arg-type]  # an int or a float: checked by the caller
     if not math.isfinite(number):
@@ -295,10 +349,21 @@ def _two_readings(value: object) -> str:
 
 
 @dataclass(frozen=True)
-class Target:
-    """A Budget worked out for one model: absolute limits on the sketchable layers, and the line that says so.
+class Measured:
+    """What was measured of a whole model; None where nothing asked for it."""
 
-    While `size_bytes` holds for the layers, `file_bytes` holds for the file that `save` writes.
+    latency_ms: float | None = None  # median of one run of the example inputs
+    peak_memory_bytes: int | None = None
+    metric: float | None = None  # what eval_fn says
+
+
+@dataclass(frozen=True)
+class Target:
+    """A Budget worked out for one model: limits on the sketchable layers, on the whole, and the line that says so.
+
+    The layers' limits are what an allocator works with. While `size_bytes` holds for the layers, `file_bytes` holds
+    for the file that `save` writes. `weight_bytes` and `latency_ms` follow from `peak_memory_bytes` and
+    `model_latency_ms`, as well as layers tell; whether these hold is measured on the whole model.
     """
 
     params: int | None = None
@@ -306,14 +371,34 @@ class Target:
     size_bytes: int | None = None
     text: str = ""
     file_bytes: int | None = None
+    latency_ms: float | None = None
+    weight_bytes: int | None = None
+    model_latency_ms: float | None = None
+    latency_share: float | None = None  # of the dense model measured beside it, where that was asked for
+    peak_memory_bytes: int | None = None
+    max_drop: float | None = None
 
-    def limits(self) -> dict[str, int]:
+    def limits(self) -> Mapping[str, float]:
         """The limits on the layers that were given, by the name of the Cost field they bound."""
-        pairs = {"params": self.params, "flops": self.flops, "size_bytes": self.size_bytes}
+        return self._limits
+
+    @cached_property
+    def _limits(self) -> Mapping[str, float]:  # an allocator asks for them a million times
+        sizes = [limit for limit in (self.size_bytes, self.weight_bytes) if limit is not None]
+        pairs = {
+            "params": self.params,
+            "flops": self.flops,
+            "size_bytes": min(sizes, default=None),
+            "latency_ms": self.latency_ms,
+        }
         return {name: limit for name, limit in pairs.items() if limit is not None}
 
     def is_met_by(self, cost: Cost) -> bool:
         return all(getattr(cost, name) <= limit for name, limit in self.limits().items())
+
+    def allows_drop(self, dense: float, compressed: float) -> bool:
+        """Whether a metric may fall this far; 0.9 - 0.89 counts as 0.01, which it is not in binary."""
+        return self.max_drop is None or dense - compressed <= self.max_drop + 1e-9 * (abs(dense) + self.max_drop)
 
 
 def to_data(value: Any) -> Any:
@@ -396,6 +481,63 @@ def _choice_from(row: Mapping[str, Any]) -> Choice:
 
 
 @dataclass(frozen=True)
+class Heal:
+    """How a compressed model is healed.
+
+    mode: "none" (biases only), "refit" (closed form, no gradient steps), "blocks" (refit, then each block on its own),
+        "distill" (refit, then the whole model) or "auto" (refit, then blocks, then the whole model).
+    time_limit: seconds of gradient steps, at most. steps: their number, instead of as many as fit into the time.
+    learning_rate: of matrices and of everything else alike; it is halved where training diverges.
+    """
+
+    mode: str = "auto"
+    time_limit: float = TIME_LIMIT
+    steps: int | None = None
+    learning_rate: float = 5e-4
+
+    def __post_init__(self) -> None:
+        if self.mode not in MODES:
+            raise ValueError(f"heal={self.mode!r}: expected one of {', '.join(MODES)}, or panther.Heal(mode=...)")
+        for name in ("time_limit", "learning_rate"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < float("inf"):
+                raise ValueError(f"Heal({name}={value!r}): expected a number above 0")
+        if self.steps is not None and (
+            isinstance(self.steps, bool) or not isinstance(self.steps, int) or self.steps < 1
+        ):
+            raise ValueError(f"Heal(steps={self.steps!r}): expected an integer of at least 1, or None")
+
+    @classmethod
+    def parse(cls, value: object) -> Heal:
+        """The Heal that a user's `heal=` argument means.
+
+        Raises: ValueError for an unknown mode, TypeError for anything that is neither a word nor a Heal.
+        """
+        if isinstance(value, Heal):
+            return value
+        if isinstance(value, str):
+            return cls(mode=value)
+        raise TypeError(f"heal={value!r}: expected one of {', '.join(MODES)}, or panther.Heal(mode=...)")
+
+
+@dataclass(frozen=True)
+class Healed:
+    """What healing did.
+
+    before, after: the loss of the answers to held-out inputs, 1 being what a constant answer would lose (2 where the
+        answers are sequences, whose mean counts as well).
+    history: (seconds since the start, stage, held-out loss) at every stage and check.
+    """
+
+    seconds: float
+    steps: int
+    before: float
+    after: float
+    history: tuple[tuple[float, str, float], ...] = ()
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
 class LayerReport:
     """One row of the report: what happened to a layer, before and after.
 
@@ -414,6 +556,7 @@ class LayerReport:
     before: Cost
     after: Cost
     reason: str = ""  # why it stayed dense
+    packing: str = "dense"  # how its factors are stored: see Choice
 
 
 @dataclass(frozen=True)
@@ -425,6 +568,17 @@ class Figures:
     flops: int  # of the layers that capture lists, at the example inputs
     latency_ms: float | None = None
     peak_memory_bytes: int | None = None
+
+
+@dataclass(frozen=True)
+class LimitReport:
+    """One limit of the budget and what the compressed model needs of it, both in `unit`."""
+
+    name: str  # "sketchable weights", "latency", ...
+    limit: float
+    got: float | None  # None when it could not be measured
+    unit: str  # "numbers", "FLOPs", "bytes", "ms" or "" for a metric's own
+    met: bool
 
 
 @dataclass(frozen=True)
@@ -444,6 +598,8 @@ class Report:
     seconds: Mapping[str, float] = field(default_factory=dict)  # per stage
     environment: Mapping[str, str] = field(default_factory=dict)  # torch, threads, device, kernels, seed
     notes: tuple[str, ...] = ()  # warnings: no calibration data, few rows, not faster, ...
+    limits: tuple[LimitReport, ...] = ()  # one for each limit of the budget
+    healing: Healed | None = None  # None where nothing was healed
 
     def to_json(self) -> str:
         return json.dumps(to_data(self), indent=1)

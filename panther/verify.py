@@ -15,7 +15,7 @@ import platform
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -24,13 +24,26 @@ import torch
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
+from panther.answers import class_scores, is_classifier, last_dense_call
 from panther.batches import Call, device_of, float_outputs, inference, masked_rows, run
 from panther.build_info import build_info
 from panther.chains import chain_cost, dense_cost
 from panther.errors import CalibrationError
 from panther.nn import SketchedLayer
 from panther.sizes import file_bytes, model_params, stored_tensors, tensor_bytes
-from panther.spec import Capture, Choice, Cost, Figures, LayerReport, LayerSpec, Plan, Report, Target
+from panther.spec import (
+    Capture,
+    Choice,
+    Cost,
+    Figures,
+    Healed,
+    LayerReport,
+    LayerSpec,
+    LimitReport,
+    Plan,
+    Report,
+    Target,
+)
 
 T = TypeVar("T")
 
@@ -38,7 +51,7 @@ LATENCY_SECONDS = 1.5  # measured time for both models together: medians of fast
 MOST_ROUNDS, FEWEST_ROUNDS = 500, 3
 POOR_COSINE = 0.5  # below this the compressed model is not the same function in any useful sense
 NUMBERS_AT_ONCE = 2**22  # of each output, compared at a time: 32 MB in float64, and about ten such copies are alive
-CLASSIFIER_NAMES = frozenset({"classifier", "fc", "head", "heads", "lm_head", "logits", "score"})
+LATENCY, PEAK_MEMORY, AGREEMENT, METRIC = MEASUREMENTS = ("latency", "peak memory", "agreement", "eval_fn")
 
 
 # Agreement ------------------------------------------------------------------------------------------------------------
@@ -112,12 +125,12 @@ def agreement(dense: nn.Module, compressed: nn.Module, calls: Sequence[Call]) ->
     with inference(dense), inference(compressed):
         for index, call in enumerate(calls):
             try:
-                with _last_dense_call(dense) as last:
+                with last_dense_call(dense) as last:
                     first = run(dense, call)
                 second = run(compressed, call)
             except Exception as error:
-                raise CalibrationError(f"held-out batch {index} could not be run: {_one_line(error)}") from error
-            classifies = _is_classifier(first, last) if index == 0 else classifies
+                raise CalibrationError(f"held-out batch {index} could not be run: {one_line(error)}") from error
+            classifies = is_classifier(first, last) if index == 0 else classifies
             _compare(tally, first, second, call.masks(), classifies)
     return tally.figures()
 
@@ -126,7 +139,7 @@ def _compare(tally: _Tally, dense: Any, compressed: Any, masks: Mapping[tuple[in
     for y, z in zip(float_outputs(dense), float_outputs(compressed), strict=True):
         tally.add(_rows(y, masks), _rows(z, masks))
     if top1:
-        tally.add_choices(_rows(_class_scores(dense), masks), _rows(_class_scores(compressed), masks))
+        tally.add_choices(_rows(class_scores(dense), masks), _rows(class_scores(compressed), masks))
 
 
 def _rows(output: Tensor, masks: Mapping[tuple[int, ...], Tensor]) -> Tensor:
@@ -137,51 +150,6 @@ def _rows(output: Tensor, masks: Mapping[tuple[int, ...], Tensor]) -> Tensor:
     if output.dim() > 3:
         return output.flatten(1)
     return masked_rows(output, {shape: mask.cpu() for shape, mask in masks.items()})
-
-
-def _class_scores(output: Any) -> Tensor:
-    named = _named_logits(output)
-    return float_outputs(output)[0] if named is None else named
-
-
-def _named_logits(output: Any) -> Tensor | None:
-    logits = output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", None)
-    return logits if isinstance(logits, Tensor) and logits.dim() in (2, 3) and logits.shape[-1] >= 2 else None
-
-
-def _is_classifier(output: Any, last: Sequence[tuple[str, Tensor]]) -> bool:
-    """Whether the largest entry of an output row is an answer; an embedding must not be taken for one."""
-    if _named_logits(output) is not None:
-        return True
-    tensors = float_outputs(output)
-    if len(tensors) != 1 or tensors[0].dim() != 2 or tensors[0].shape[-1] < 2 or not last:
-        return False
-    name, made = last[-1]
-    if CLASSIFIER_NAMES.isdisjoint(name.split(".")) or made.shape != tensors[0].shape:
-        return False
-    low, high = float(tensors[0].min()), float(tensors[0].max())
-    return made is tensors[0] or (low >= 0 and high <= 1) or high <= 0
-
-
-@contextlib.contextmanager
-def _last_dense_call(model: nn.Module) -> Iterator[list[tuple[str, Tensor]]]:
-    """The name and output of the dense layer that ran last, as the only entry of the list."""
-    last: list[tuple[str, Tensor]] = []
-
-    def watch(name: str) -> Callable[[nn.Module, Any, Any], None]:
-        def hook(_module: nn.Module, _inputs: Any, output: Any) -> None:
-            if isinstance(output, Tensor):
-                last[:] = [(name, output)]
-
-        return hook
-
-    kinds = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
-    hooks = [m.register_forward_hook(watch(name)) for name, m in model.named_modules() if isinstance(m, kinds)]
-    try:
-        yield last
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 # Speed and memory -----------------------------------------------------------------------------------------------------
@@ -195,13 +163,19 @@ def measure_latency(
     The two run strictly in turn, so that a machine that slows down slows both; `seconds` is the time for all runs
     after the warm-up (at least three rounds are timed).
     """
+    first, second = latencies((dense, compressed), call, seconds=seconds)
+    return first, second
+
+
+def latencies(models: Sequence[nn.Module], call: Call, *, seconds: float = LATENCY_SECONDS) -> list[float]:
+    """The same for any number of models."""
     runs = []
-    with inference(dense), inference(compressed):
-        for model in (dense, compressed):
+    with contextlib.ExitStack() as modes:
+        for model in models:
+            modes.enter_context(inference(model))
             device = device_of(model)
             runs.append(functools.partial(_finished, model, call.to(device), device))
-        first, second = medians_in_turn(runs, seconds=seconds)
-    return first * 1e3, second * 1e3
+        return [taken * 1e3 for taken in medians_in_turn(runs, seconds=seconds)]
 
 
 def medians_in_turn(runs: Sequence[Callable[[], object]], *, seconds: float = LATENCY_SECONDS) -> list[float]:
@@ -309,13 +283,17 @@ def layer_report(spec: LayerSpec, choice: Choice | None, compressed: nn.Module) 
         error=choice.error if choice else 0.0,
         before=before,
         after=after,
+        packing=layer.PACKING,
     )
 
 
 def _stored_cost(spec: LayerSpec, layer: SketchedLayer) -> Cost:
-    """Numbers and bytes in the layer, a bias that it had when dense left out, and the operations of its chain."""
-    counted = [tensor for name, tensor in stored_tensors(layer).items() if name != "bias" or not spec.has_bias]
-    flops = chain_cost(layer.scheme, spec, layer.ranks, 1).flops
+    """Numbers and bytes in the layer, a bias that it had when dense left out, and the operations of its chain.
+
+    The order of its channels counts among them as far as the layer still stores it.
+    """
+    counted = [tensor for name, tensor in stored_tensors(layer).items() if name != layer.BIAS or not spec.has_bias]
+    flops = chain_cost(layer.scheme, spec, layer.ranks, 1, layer.PACKING).flops
     return Cost(sum(t.numel() for t in counted), flops, sum(map(tensor_bytes, counted)))
 
 
@@ -337,12 +315,16 @@ def verify(
     notes: Sequence[str] = (),
     seed: int = 0,
     measure: bool = True,
+    dense_metric: float | None = None,
+    healing: Healed | None = None,
 ) -> Report:
     """The whole report of one compression: every layer, both models' totals, and how well their outputs agree.
 
     `held_out` are the calls that agreement is measured on (the example inputs when there are none); `is_held_out` says
-    that nothing was fitted to them. `measure=False` only counts: no latency, memory, agreement or metric. A measurement
-    that fails becomes a note, because by now there is a compressed model to lose.
+    that nothing was fitted to them. `measure=False` only counts, and measures what the target limits: nothing else of
+    latency, memory, agreement and metric. A measurement that fails becomes a note, because by now there is a compressed
+    model to lose. `dense_metric` is what eval_fn says of the dense model, where that is known, and `healing` what
+    healing did.
     """
     start = time.perf_counter()
     choices = {choice.layer: choice for choice in plan.choices}
@@ -352,7 +334,8 @@ def verify(
     stored = sum((row.after for row in rows if row.name in sketchable), Cost())
     said = [*notes, *capture.notes]
     calls = tuple(held_out) or (example,)
-    measured = _measurements(dense, compressed, example, calls, eval_fn, said) if measure else _Measured()
+    wanted = MEASUREMENTS if measure else _limited(target)
+    measured = _measurements(dense, compressed, example, calls, eval_fn, dense_metric, wanted, said)
     totals = [
         figures(model, cost.flops, latency_ms=latency, peak_memory_bytes=memory)
         for model, cost, latency, memory in zip(
@@ -360,15 +343,15 @@ def verify(
         )
     ]
     said += _verdicts(totals[0], totals[1], measured.agreement)
-    broken = list(_limits_broken(target, stored, totals[1].size_bytes))
-    said += broken
+    limits = tuple(_limits(target, stored, totals[0], totals[1], measured.metric))
+    said += [_missed(limit) for limit in limits if not limit.met]
     if measured.agreement and not (held_out and is_held_out):
         on_example = all(call is example for call in calls)
         what = "the example inputs only" if on_example else "inputs that were not kept aside from the fit"
         said.append(f"agreement is measured on {what}: give more calibration batches for a measurement on unseen ones")
     return Report(
         target=target.text,
-        budget_met=not broken,
+        budget_met=all(limit.met for limit in limits),
         capture_way=capture.way,
         layers=rows,
         dense=totals[0],
@@ -380,6 +363,8 @@ def verify(
         seconds={**(seconds or {}), "verify": time.perf_counter() - start},
         environment=environment(compressed, seed),
         notes=tuple(dict.fromkeys(said)),
+        limits=limits,
+        healing=healing,
     )
 
 
@@ -399,41 +384,75 @@ def _measurements(
     example: Call,
     calls: Sequence[Call],
     eval_fn: Callable[[nn.Module], float] | None,
+    dense_metric: float | None,
+    wanted: Collection[str],
     notes: list[str],
 ) -> _Measured:
-    """All measurements; what fails is left out and noted."""
+    """The measurements that are wanted; what fails is left out and noted."""
     none = _Measured()
+
+    def measured(what: str, measure: Callable[[], T], otherwise: T) -> T:
+        return _or_note(what, measure, otherwise, notes) if what in wanted else otherwise
+
     return _Measured(
-        latency_ms=_or_note("latency", lambda: measure_latency(dense, compressed, example), none.latency_ms, notes),
-        peak_memory_bytes=_or_note(
-            "peak memory",
+        latency_ms=measured(LATENCY, lambda: measure_latency(dense, compressed, example), none.latency_ms),
+        peak_memory_bytes=measured(
+            PEAK_MEMORY,
             lambda: (peak_memory(dense, example), peak_memory(compressed, example)),
             none.peak_memory_bytes,
-            notes,
         ),
-        agreement=_or_note("agreement", lambda: agreement(dense, compressed, calls), none.agreement, notes),
-        metric=_or_note("eval_fn", lambda: _metric(dense, compressed, eval_fn), none.metric, notes),
+        agreement=measured(AGREEMENT, lambda: agreement(dense, compressed, calls), none.agreement),
+        metric=measured(METRIC, lambda: _metric(dense, compressed, eval_fn, dense_metric), none.metric),
     )
+
+
+def _limited(target: Target) -> set[str]:
+    """The measurements that decide whether a target is met."""
+    limits = {LATENCY: target.model_latency_ms, PEAK_MEMORY: target.peak_memory_bytes, METRIC: target.max_drop}
+    return {what for what, limit in limits.items() if limit is not None}
 
 
 def _or_note(what: str, measure: Callable[[], T], otherwise: T, notes: list[str]) -> T:
     try:
         return measure()
     except Exception as error:  # the user's eval_fn and batches raise whatever they like; the model is not lost for it
-        notes.append(f"{what} could not be measured: {_one_line(error)}")
+        notes.append(f"{what} could not be measured: {one_line(error)}")
         return otherwise
 
 
 def _metric(
-    dense: nn.Module, compressed: nn.Module, eval_fn: Callable[[nn.Module], float] | None
+    dense: nn.Module,
+    compressed: nn.Module,
+    eval_fn: Callable[[nn.Module], float] | None,
+    dense_metric: float | None,
 ) -> tuple[float, float] | None:
     if eval_fn is None:
         return None
-    with inference(dense), inference(compressed):
-        return float(eval_fn(dense)), float(eval_fn(compressed))
+    before = metric(dense, eval_fn) if dense_metric is None else dense_metric
+    return before, metric(compressed, eval_fn)
 
 
-def _one_line(error: BaseException) -> str:
+def metric(model: nn.Module, eval_fn: Callable[[nn.Module], Any]) -> float:
+    """What eval_fn says of a model in evaluation mode: a number, also as a NumPy scalar or a tensor of one element.
+
+    Raises: TypeError when it answers with something else, ValueError when the number is not finite; whatever eval_fn
+        raises.
+    """
+    with inference(model):
+        answer = eval_fn(model)
+    is_single = (isinstance(answer, Tensor) and answer.numel() == 1) or getattr(answer, "size", 0) == 1
+    value = answer.item() if is_single else answer
+    if not isinstance(value, int | float):
+        raise TypeError(
+            f"eval_fn answered with {type(answer).__name__}: expected one number, higher is better (a float, a NumPy "
+            "scalar or a tensor of one element)"
+        )
+    if not math.isfinite(value):
+        raise ValueError(f"eval_fn answered with {value}: expected a finite number, higher is better")
+    return float(value)
+
+
+def one_line(error: BaseException) -> str:
     lines = str(error).strip().splitlines() or ["no message"]
     return f"{type(error).__name__}: {lines[0][:200]}"
 
@@ -465,20 +484,48 @@ def _verdicts(dense: Figures, compressed: Figures, agreed: Mapping[str, float]) 
         )
 
 
-def _limits_broken(target: Target, stored: Cost, saved_bytes: int) -> Iterator[str]:
-    """One line a limit that does not hold; where the file is limited, the file itself is what counts."""
-    limits = target.limits()
-    if target.file_bytes is not None:
-        limits.pop("size_bytes", None)  # the layers' part of the file, less a reserve
-        if saved_bytes > target.file_bytes:
-            yield (
-                f"budget not met: the saved file takes {saved_bytes:,} bytes, at most {target.file_bytes:,} were "
-                "asked for"
-            )
-    for name, limit in limits.items():
-        got = getattr(stored, name)
-        if got > limit:
-            yield f"budget not met: the sketchable layers hold {got:,} {name}, at most {limit:,} were asked for"
+def _limits(
+    target: Target, stored: Cost, dense: Figures, compressed: Figures, metrics: tuple[float, float] | None
+) -> Iterator[LimitReport]:
+    """Every limit beside what the compressed model needs; where the file is limited, the file itself is what counts."""
+
+    def limit(name: str, at_most: float | None, got: float | None, unit: str) -> Iterator[LimitReport]:
+        if at_most is not None:
+            yield LimitReport(name, at_most, got, unit, met=got is not None and got <= at_most)
+
+    yield from limit("sketchable weights", target.params, stored.params, "numbers")
+    yield from limit("operations of the sketchable layers", target.flops, stored.flops, "FLOPs")
+    if target.file_bytes is not None:  # the layers' part of the file is a limit for allocators, less a reserve
+        yield from limit("saved file", target.file_bytes, compressed.size_bytes, "bytes")
+    else:
+        yield from limit("bytes of the sketchable layers", target.size_bytes, stored.size_bytes, "bytes")
+    latency = target.model_latency_ms
+    if target.latency_share is not None and dense.latency_ms is not None:  # of the dense model in the same run
+        latency = target.latency_share * dense.latency_ms
+    yield from limit("latency", latency, compressed.latency_ms, "ms")
+    yield from limit("peak memory", target.peak_memory_bytes, compressed.peak_memory_bytes, "bytes")
+    if target.max_drop is not None:
+        drop = None if metrics is None else metrics[0] - metrics[1]
+        met = metrics is not None and target.allows_drop(*metrics)
+        yield LimitReport("drop of eval_fn", target.max_drop, drop, "", met)
+
+
+# What a missed limit reads like, by its name.
+_SAID = {
+    "sketchable weights": "the sketchable layers hold {got:,} params, at most {limit:,} were asked for",
+    "operations of the sketchable layers": "the sketchable layers need {got:,} flops, at most {limit:,} were asked for",
+    "saved file": "the saved file takes {got:,} bytes, at most {limit:,} were asked for",
+    "bytes of the sketchable layers": "the sketchable layers hold {got:,} size_bytes, at most {limit:,} were asked for",
+    "latency": "one run of the example inputs takes {got:.4g} ms, at most {limit:.4g} were asked for",
+    "peak memory": "one run of the example inputs needs {got:,} bytes, at most {limit:,} were asked for",
+    "drop of eval_fn": "eval_fn falls by {got:.4g}, at most {limit:.4g} was asked for",
+}
+
+
+def _missed(limit: LimitReport) -> str:
+    if limit.got is None:
+        return f"budget not met: the {limit.name} could not be measured"
+    return "budget not met: " + _SAID[limit.name].format(got=limit.got, limit=limit.limit)
 
 
 def environment(model: nn.Module, seed: int) -> dict[str, str]:

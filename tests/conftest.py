@@ -5,6 +5,8 @@ import os
 # Before anything imports transformers: weights come from installed packages only.
 os.environ["HF_HUB_OFFLINE"] = "1"
 
+from importlib import import_module
+
 import pytest
 import torch
 
@@ -12,3 +14,9 @@ import torch
 @pytest.fixture(autouse=True)
 def _same_random_numbers():
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _short_healing(monkeypatch):
+    """Healing of a test model ends after a few steps, unless a test says how many."""
+    monkeypatch.setattr(import_module("panther.heal"), "EPOCHS", 2)  # the name panther.heal is the function

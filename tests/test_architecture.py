@@ -14,10 +14,26 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "panther"
 
 NOUNS = {"errors", "spec", "chains"}
-STAGES = {"capture", "measure", "decompose", "importance", "allocate", "replace", "verify"}
+STAGES = {"capture", "measure", "decompose", "importance", "allocate", "replace", "heal", "pack", "verify"}
 
 # Nouns and helpers that several stages share.
-HELPERS = {"batches", "factors", "progress", "build_info", "gradients", "sizes"}
+HELPERS = {
+    "batches",
+    "factors",
+    "progress",
+    "build_info",
+    "gradients",
+    "sizes",
+    "answers",
+    "batchnorm",
+    "healers",
+    "subclasses",
+    "followers",
+    "latency",
+    "limits",
+    "selection",
+    "request",
+}
 
 # The registry in each family's __init__.py.
 FAMILIES = {
@@ -44,7 +60,14 @@ ALLOWED = {
     "allocators": {*NOUNS},
     "factors": {"nn", "sketches", *NOUNS},
     "report": {*NOUNS},
-    "compress": {*STAGES, *HELPERS, *NOUNS, "allocators", "nn", "ops", "sketches", "converters"},
+    "healers": {*NOUNS, "answers", "batches", "factors", "nn", "progress", "sketches"},
+    "limits": {*NOUNS},
+    "selection": {*NOUNS},
+    "latency": {*NOUNS, "factors", "progress"},
+    "request": {*NOUNS, "allocators", "batches", "progress"},
+    "prepared": {*STAGES, *HELPERS, *NOUNS, "nn"},
+    "solve": {*STAGES, *HELPERS, *NOUNS, "prepared", "allocators"},
+    "compress": {*STAGES, *HELPERS, *NOUNS, "prepared", "solve", "allocators", "nn", "ops", "sketches", "converters"},
     "converters": {*NOUNS, "batches", "nn", "ops"},
 }
 
@@ -109,14 +132,14 @@ def test_a_part_knows_only_the_parts_below_it(owner):
 
 @pytest.mark.parametrize("stage", sorted(STAGES))
 def test_stages_never_import_each_other_or_what_is_above_them(stage):
-    unknown = {*STAGES, "compress", "convert", "converters", "report"}
+    unknown = {*STAGES, "prepared", "solve", "compress", "convert", "converters", "report"}
     assert not known_parts(f"panther.{stage}") & unknown
 
 
 @pytest.mark.parametrize("helper", sorted(HELPERS))
 def test_helpers_know_no_stage(helper):
     for name in modules_of(helper):
-        assert not known_parts(name) & {*STAGES, "compress", "convert", "converters"}, name
+        assert not known_parts(name) & {*STAGES, "prepared", "solve", "compress", "convert", "converters"}, name
 
 
 def test_nobody_imports_the_command_line():
@@ -128,7 +151,7 @@ def test_a_stage_is_one_file():
         assert (PACKAGE / f"{stage}.py").is_file()
 
 
-@pytest.mark.parametrize("owner", ["errors", "spec", "chains", "allocators", "progress"])
+@pytest.mark.parametrize("owner", ["errors", "spec", "chains", "allocators", "progress", "limits"])
 def test_what_needs_no_tensors_imports_no_torch(owner):
     for name in modules_of(owner):
         assert not {full for full in imports(name) if full.split(".")[0] in ("torch", "numpy")}, name

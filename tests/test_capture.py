@@ -15,11 +15,10 @@ from torch.nn.utils import parametrizations, prune
 from panther.batches import Call, as_call
 from panther.capture import WAYS, capture
 from panther.errors import CaptureError
-from panther.nn import LAYERS
+from panther.nn import SKETCHED
 from panther.nn.surgery import put_layers, with_layers
 from panther.sizes import file_bytes
 
-SKETCHED = {layer.DENSE: layer for layer in LAYERS.values()}
 UNUSED = "not used when the model runs on the example inputs"
 COMPUTED = "its weight is computed from others (weight norm, a parametrisation or pruning)"
 

@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from panther import chains
 from panther.batches import Call
 from panther.capture import capture
-from panther.nn import LAYERS
+from panther.nn import PIVOTED, SKETCHED, SKLinear, SKPivotedLinear
 from panther.ops import REFERENCES
 from panther.spec import Cost, LayerSpec
 
@@ -22,7 +22,6 @@ from panther.spec import Cost, LayerSpec
 pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths:UserWarning")
 
 CONVOLVE = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
-SKETCHED = {layer.DENSE: layer for layer in LAYERS.values()}
 
 # Odd sizes, so that a swapped axis or a forgotten stride changes a shape.
 CONVS = {
@@ -171,6 +170,53 @@ def test_the_cost_of_a_linear_chain_is_what_torch_counts():
     assert cost.flops == 2 * 14 * 5 * 64
 
 
+@pytest.mark.parametrize(("name", "scheme"), [case for case in CASES if chains.PIVOTS[case[1]]])
+def test_the_cost_of_a_pivoted_chain_is_what_its_layer_holds_and_torch_counts(name, scheme):
+    conv, x, spec = made(name)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # as above
+        sketched = SKETCHED[type(conv)].from_dense(conv, rank=ranks_of(scheme), scheme=scheme)
+    layer = PIVOTED[type(sketched)].from_sketched(sketched)
+    held = sum(p.numel() for n, p in layer.named_parameters() if n != "offset")
+    sides = {chains.COLUMNS: spec.in_features, chains.ROWS: spec.out_features}
+    order = sum(sides[side] for side in chains.PIVOTS[scheme])
+    cost = chains.chain_cost(scheme, spec, ranks_of(scheme), 2, chains.PIVOTED)
+    assert cost == Cost(held + order, counted(layer, x), 2 * held + 4 * order)
+    assert [None if w is None else w.numel() for w in (layer.down, layer.up)] == [
+        link.params or None
+        for link in chains.pivoted(chains.links(scheme, spec, ranks_of(scheme)), chains.PIVOTS[scheme])[
+            :: len(layer.ranks)
+        ]
+    ]
+
+
+@pytest.mark.parametrize("side", [chains.ROWS, chains.COLUMNS])
+@pytest.mark.parametrize(("inputs", "outputs"), [(24, 40), (40, 24), (30, 30)])
+def test_a_pivoted_linear_chain_costs_the_rank_squared_less_and_an_order_on_its_smaller_side(inputs, outputs, side):
+    x = torch.randn(2, 7, inputs)
+    dense = nn.Linear(inputs, outputs)
+    (spec,) = capture(dense, Call((x,))).layers
+    layer = SKPivotedLinear.from_sketched(SKLinear.from_dense(dense, rank=5), side=side)
+    cost = chains.chain_cost("linear", spec, (5,), 4, chains.PIVOTED)
+    weights = 5 * (inputs + outputs - 5)
+    order = min(inputs, outputs)
+    assert cost == Cost(weights + order, 2 * 14 * weights, 4 * (weights + order))
+    assert weights == sum(p.numel() for n, p in layer.named_parameters() if n != "offset")
+    assert counted(layer, x) == cost.flops
+
+
+@pytest.mark.parametrize(("scheme", "ranks"), [("output_channel", (11,)), ("input_channel", (7,)), ("tucker2", (7, 4))])
+def test_more_pivots_than_channels_are_refused(scheme, ranks):
+    spec = made("conv2d")[2]
+    with pytest.raises(ValueError, match=f"rank {ranks[0]} has no pivots among {ranks[0] - 1} (inputs|outputs)"):
+        chains.pivoted(chains.links(scheme, spec, ranks), chains.PIVOTS[scheme])
+
+
+def test_every_scheme_says_where_its_pivots_are_and_only_spatial_has_none():
+    assert set(chains.PIVOTS) == {chains.LINEAR, *chains.CONV_SCHEMES}
+    assert [s for s in chains.PIVOTS if chains.packings_for(s) != chains.PACKINGS] == ["spatial"]
+
+
 def test_several_calls_and_a_missing_batch_dimension_are_counted():
     conv = nn.Conv2d(6, 6, 3, padding=1)
     sketched = SKETCHED[nn.Conv2d].from_dense(conv, rank=2, scheme="input_channel")
@@ -194,6 +240,22 @@ def test_break_even_is_where_the_chain_holds_as_much_as_the_layer(name, scheme):
     assert even * per_rank == pytest.approx(spec.params)
     for rank in range(1, 40):
         assert (chains.chain_cost(scheme, spec, (rank,), 4).params < spec.params) == (rank < even)
+
+
+@pytest.mark.parametrize(("name", "scheme"), [case for case in CASES if case[1] != "tucker2"])
+def test_the_rank_limit_is_the_first_rank_at_which_no_packing_is_smaller(name, scheme):
+    spec = made(name)[2]
+    limit = chains.rank_limit(scheme, spec)
+    assert limit >= math.ceil(chains.break_even(scheme, spec))
+    full = min(link.params for link in chains.links(scheme, spec, (1,)))
+    for rank in range(1, full + 1):
+        assert (chains.smallest_params(scheme, spec, (rank,)) < spec.params) == (rank < limit)
+
+
+def test_a_square_layer_has_pivoted_ranks_up_to_nearly_its_width():
+    spec = LayerSpec("a", "linear", 384, 384, rows=1)
+    # (384 - r)^2 > 384 leaves more than the order of its channels.
+    assert chains.rank_limit("linear", spec) == 384 - math.isqrt(384)
 
 
 @pytest.mark.parametrize(("features", "step"), [(32, 8), (31, 1), (512, 8), (8, 1), (2, 1)])

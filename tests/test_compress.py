@@ -1,8 +1,10 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
+import inspect
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,12 +14,13 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import panther
-from panther import chains
+from panther import chains, prepared, verify
 from panther import compress as compress_function
 from panther.allocators import Options
 from panther.allocators.base import total
+from panther.batches import as_call
 from panther.errors import PantherError
-from panther.nn import SKConv2d, SKLinear
+from panther.nn import SketchedLayer, SKPivotedLinear
 from panther.spec import Choice, Plan, Target
 
 CLASSES = 5
@@ -119,11 +122,15 @@ def snapshot(model: nn.Module) -> dict[str, Tensor]:
 
 
 def sketchable_params(result: panther.Result, dense: nn.Module) -> int:
-    """Numbers that the sketchable layers hold now, biases that were there before left out, counted in the model."""
+    """Numbers that the sketchable layers hold now, biases that were there before left out, counted in the model.
+
+    The orders of pivoted channels are among them where they are still stored.
+    """
     counted = 0
     for choice in result.plan.choices:
         layer, before = result.model.get_submodule(choice.layer), dense.get_submodule(choice.layer)
-        counted += sum(p.numel() for name, p in layer.named_parameters() if name != "bias" or before.bias is None)
+        is_bias = getattr(layer, "BIAS", "bias")
+        counted += sum(t.numel() for name, t in layer.state_dict().items() if name != is_bias or before.bias is None)
     return counted
 
 
@@ -148,9 +155,14 @@ def test_a_fraction_of_the_sketchable_weights_remains(
 ) -> None:
     model = request.getfixturevalue(name)
     result = compress(model, kept, search=search)
-    dense = sum(spec.params for spec in panther.analyze(model, IMAGES[:4] if name == "cnn" else IDS[:4]).sketchable)
+    specs = {s.name: s for s in panther.analyze(model, IMAGES[:4] if name == "cnn" else IDS[:4]).sketchable}
+    dense = sum(spec.params for spec in specs.values())
     assert result.budget_met and result.target.params == int(kept * dense)
-    assert sketchable_params(result, model) == result.plan.cost.params <= kept * dense
+    # Neighbours may have taken over what the plan counts for the order of channels.
+    pivoted = [specs[c.layer] for c in result.plan.sketched if c.packing == chains.PIVOTED]
+    orders = sum(spec.in_features + spec.out_features for spec in pivoted)
+    counted = sketchable_params(result, model)
+    assert result.plan.cost.params - orders <= counted <= result.plan.cost.params <= kept * dense
     if search == "uniform":
         assert result.plan.cost.params >= 0.75 * kept * dense
     else:  # ranks come in steps, so that a budget may not be used up: nothing that still fits would lose less
@@ -185,7 +197,7 @@ def test_a_budget_on_flops_holds(cnn: Cnn) -> None:
     capture = panther.analyze(cnn, IMAGES[:4])
     specs = {spec.name: spec for spec in capture.sketchable}
     flops = sum(
-        specs[c.layer].flops if c.is_dense else chains.chain_cost(c.scheme, specs[c.layer], c.ranks, 4).flops
+        specs[c.layer].flops if c.is_dense else chains.chain_cost(c.scheme, specs[c.layer], c.ranks, 4, c.packing).flops
         for c in result.plan.choices
     )
     assert result.budget_met and flops <= 0.4 * sum(spec.flops for spec in specs.values())
@@ -221,6 +233,277 @@ def test_a_budget_that_cannot_be_met_gives_the_smallest_model_and_says_so(cnn: C
 def test_keeping_everything_leaves_everything_dense(cnn: Cnn) -> None:
     result = compress(cnn, 1.0)
     assert result.plan.sketched == () and torch.equal(result.model(IMAGES), cnn(IMAGES))
+
+
+# Budgets that only the whole model can be held against
+
+
+def held(model: nn.Module, budget: Any = 0.5, **options: Any) -> panther.Result:
+    """Without healing, which changes what is measured here only by chance."""
+    return compress(model, budget, **{"search": "uniform", "heal": "none", **options})
+
+
+def weights_of(module: nn.Module) -> int:
+    return sum(p.numel() for p in module.parameters())
+
+
+class Clock:
+    """A machine on which a model takes a microsecond a number and `rest` milliseconds; layers, when they run by
+    themselves, promise `promise` times of what they save."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, *, promise: float = 1.0, rest: float = 3.0) -> None:
+        self.promise, self.rest = promise, rest
+        self.layers_timed = self.models_timed = 0
+        monkeypatch.setattr(prepared, "medians_in_turn", self.layers)
+        monkeypatch.setattr(prepared, "latencies", lambda models, call: [self.of(m) for m in models])
+        for module in (prepared, verify):
+            monkeypatch.setattr(module, "measure_latency", self.pair)
+
+    def of(self, model: nn.Module) -> float:
+        return self.rest + weights_of(model) * 1e-3
+
+    def pair(self, dense: nn.Module, compressed: nn.Module, call: Any) -> tuple[float, float]:
+        self.models_timed += 1
+        return self.of(dense), self.of(compressed)
+
+    def layers(self, runs: Sequence[Callable[[], object]], *, seconds: float) -> list[float]:
+        self.layers_timed += 1
+        layers = [inspect.getclosurevars(once).nonlocals["layer"] for once in runs]
+        return [self.promise * weights_of(layer) * 1e-6 for layer in layers]
+
+
+@pytest.mark.parametrize("search", ["uniform", "sensitivity"])
+@pytest.mark.parametrize("name", ["cnn", "text"])
+def test_a_budget_on_the_latency_holds_for_the_whole_model(
+    name: str, search: str, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, clock = request.getfixturevalue(name), Clock(monkeypatch)
+    whole = clock.of(model)
+    for budget, limit in (("75%", 0.75 * whole), (0.7 * whole, 0.7 * whole)):
+        result = held(model, {"latency_ms": budget}, search=search)
+        assert result.budget_met and clock.of(result.model) <= limit
+        assert result.report.compressed.latency_ms == clock.of(result.model)  # measured, though verify=False
+        (found,) = result.report.limits
+        assert (found.name, found.met, found.got) == ("latency", True, clock.of(result.model))
+        assert found.limit == pytest.approx(limit)
+        assert clock.of(result.model) >= 0.8 * limit
+
+
+@pytest.mark.parametrize("promise", [1.6, 0.6])
+def test_layers_that_save_other_than_they_promise_are_corrected_on_the_whole_model(
+    text: Text, promise: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = Clock(monkeypatch, promise=promise)
+    limit = 0.6 * clock.of(text)
+    result = held(text, {"latency_ms": "60%"})
+    assert result.budget_met and 0.9 * limit <= clock.of(result.model) <= limit
+    assert clock.models_timed > 2
+
+
+def test_a_latency_out_of_reach_gives_the_nearest_model_and_says_so(
+    text: Text, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = Clock(monkeypatch, rest=100.0)
+    result = held(text, {"latency_ms": 50.0})
+    assert not result.budget_met
+    assert any("budget not met: one run of the example inputs takes 1" in note for note in result.report.notes)
+    assert clock.of(result.model) < 0.7 * clock.of(text) and result.model(IDS).isfinite().all()
+
+
+def test_layers_that_no_rank_makes_faster_stay_dense_with_that_reason(
+    text: Text, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = Clock(monkeypatch)
+
+    def slow_when_wide(runs: Sequence[Callable[[], object]], *, seconds: float) -> list[float]:
+        times = clock.layers(runs, seconds=seconds)
+        dense = inspect.getclosurevars(runs[0]).nonlocals["layer"]
+        return [times[0], *(t + 1.0 for t in times[1:])] if dense.in_features == 256 else times
+
+    monkeypatch.setattr(prepared, "medians_in_turn", slow_when_wide)
+    result = held(text, {"latency_ms": "75%"})
+    rows = {row.name: row for row in result.report.layers}
+    for i in (0, 1):
+        assert rows[f"blocks.{i}.fc2"].scheme == "dense"
+        assert "no rank is faster than the dense layer here" in rows[f"blocks.{i}.fc2"].reason
+        assert rows[f"blocks.{i}.fc1"].scheme == "linear"
+
+
+def test_layers_are_timed_once_for_all_budgets_on_the_latency_and_for_no_other(
+    text: Text, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = Clock(monkeypatch)
+    result = held(text, 0.5)
+    assert clock.layers_timed == clock.models_timed == 0
+    for budget in ("80%", "60%"):
+        assert result.resolve({"latency_ms": budget}).budget_met
+    assert clock.layers_timed == 3  # layers of equal shapes together: fc1, fc2, mix
+    assert result.resolve(0.5).plan == result.plan
+
+
+def test_real_time_can_be_a_budget(cnn: Cnn) -> None:
+    result = held(cnn, {"latency_ms": 1e4})
+    assert result.budget_met and "time layers" in result.report.seconds
+    assert result.report.target.startswith("run in at most 1e+04 of ")
+
+
+@pytest.mark.parametrize("budget", ["80%", 0.25])
+def test_a_budget_on_memory_holds_for_the_peak_of_the_whole_model(text: Text, budget: Any) -> None:
+    call = as_call(IDS[:4])
+    before = verify.peak_memory(text, call)
+    result = held(text, {"peak_memory_mb": budget})
+    peak = verify.peak_memory(result.model, call)
+    limit = 0.8 * before if budget == "80%" else 250_000
+    assert result.budget_met and 0.9 * limit <= peak <= limit < before
+    assert result.report.compressed.peak_memory_bytes == peak
+
+
+def test_all_limits_hold_together(text: Text, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Clock(monkeypatch)
+    budget = {"params": 0.6, "flops": 0.7, "size_mb": 0.3, "latency_ms": "80%", "peak_memory_mb": 0.3, "max_drop": 1.0}
+    result = held(text, budget, eval_fn=lambda model: 0.5)
+    assert result.budget_met and [limit.met for limit in result.report.limits] == [True] * 6
+    assert result.plan.cost.params <= 0.6 * 2 * (2 * 64 * 256 + 64 * 64)
+    assert clock.of(result.model) <= 0.8 * clock.of(text)
+    assert result.report.compressed.size_bytes <= 300_000
+
+
+class Quality:
+    """eval_fn: how near a model's answers are to the dense one's, 1 where they are equal."""
+
+    def __init__(self, model: nn.Module, inputs: Tensor) -> None:
+        self.inputs, self.calls = inputs, 0
+        with torch.no_grad():
+            self.answer = model(inputs)
+
+    def __call__(self, model: nn.Module) -> Tensor:
+        self.calls += 1
+        return 1 - (model(self.inputs) - self.answer).norm() / self.answer.norm()
+
+
+@pytest.mark.parametrize("max_drop", [0.0005, 0.002])
+def test_a_drop_alone_gives_the_smallest_model_that_holds_it(text: Text, max_drop: float) -> None:
+    quality = Quality(text, IDS)
+    result = held(text, {"max_drop": max_drop}, eval_fn=quality, search="sensitivity")
+    assert result.budget_met and quality(result.model) >= 1 - max_drop - 1e-6
+    assert quality.calls <= 11  # the dense model, eight of the search, the answer, and the line above
+    dense = 2 * (2 * 64 * 256 + 64 * 64)
+    smaller = result.resolve({"params": int(result.plan.cost.params - 0.05 * dense)})
+    assert quality(smaller.model) < 1 - max_drop
+    metric = result.report.metric
+    assert metric is not None and metric[0] == 1.0 and result.report.limits[0].got == metric[0] - metric[1]
+    assert result.plan.budget == f"max_drop={max_drop}"
+
+
+def test_a_drop_that_no_smaller_model_holds_leaves_everything_dense(text: Text) -> None:
+    result = held(text, {"max_drop": 0.0}, eval_fn=Quality(text, IDS))
+    assert result.budget_met and result.plan.sketched == ()
+    assert any(note.startswith("everything stays dense: no smaller model") for note in result.report.notes)
+
+
+def test_a_drop_beside_another_limit_only_says_whether_it_holds(text: Text) -> None:
+    quality = Quality(text, IDS)
+    result = held(text, {"params": 0.3, "max_drop": 0.001}, eval_fn=quality)
+    assert not result.budget_met and quality.calls == 2
+    assert result.plan.choices == held(text, 0.3).plan.choices
+    assert [limit.met for limit in result.report.limits] == [True, False]
+    assert any("budget not met: eval_fn falls by 0." in note for note in result.report.notes)
+
+
+@pytest.mark.parametrize(
+    ("answer", "words"),
+    [
+        (None, "TypeError: eval_fn answered with NoneType"),
+        (float("nan"), "ValueError: eval_fn answered with nan"),
+        (KeyError("top1"), "KeyError: 'top1'"),
+    ],
+)
+def test_a_drop_from_nothing_is_refused_before_any_work(cnn: Cnn, answer: Any, words: str) -> None:
+    def evaluate(model: nn.Module) -> Any:
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    def never() -> Iterator[Tensor]:
+        pytest.fail("the calibration data was walked")
+        yield IMAGES
+
+    with pytest.raises(ValueError, match=rf"max_drop needs what eval_fn says of the dense model: {words}"):
+        held(cnn, {"params": 0.5, "max_drop": 0.1}, eval_fn=evaluate, calib_data=never())
+
+
+@pytest.mark.parametrize("budget", [{"max_drop": 0.5}, {"params": 0.5, "max_drop": 0.5}])
+def test_an_eval_fn_that_fails_on_a_smaller_model_never_loses_the_run(cnn: Cnn, budget: dict[str, float]) -> None:
+    def evaluate(model: nn.Module) -> float:
+        if any(isinstance(m, SketchedLayer) for m in model.modules()):
+            raise RuntimeError("only dense layers are known here")
+        return 0.9
+
+    result = held(cnn, budget, eval_fn=evaluate)
+    assert result.budget_met == ("params" not in budget)  # alone, it leaves everything dense
+    assert any("RuntimeError: only dense layers are known here" in note for note in result.report.notes)
+    assert result.model(IMAGES).isfinite().all()
+
+
+def spoilt(_: prepared.Prepared, compressed: nn.Module, plan: Plan) -> SimpleNamespace:
+    """Stands for a healing that the metric does not like."""
+    with torch.no_grad():
+        for layer in compressed.modules():
+            if isinstance(layer, nn.LayerNorm):
+                layer.weight.mul_(-1)
+    return SimpleNamespace(notes=("healed",))
+
+
+@pytest.mark.parametrize("budget", [{"max_drop": 0.01}, {"params": 0.5, "max_drop": 0.01}])
+def test_healing_that_loses_more_than_max_drop_is_undone(
+    text: Text, budget: dict[str, float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(prepared.Prepared, "healed", spoilt)
+    quality = Quality(text, IDS)
+    result = held(text, budget, eval_fn=quality, heal="refit", search="sensitivity")
+    assert result.budget_met and quality(result.model) >= 0.99
+    notes = result.report.notes
+    assert any(note.startswith("healing was undone: eval_fn falls to ") for note in notes) and "healed" not in notes
+
+
+def test_healing_stays_where_the_drop_holds_or_holds_neither_way(text: Text, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(prepared.Prepared, "healed", spoilt)
+    for allowed in (10.0, 0.0):
+        budget = {"params": 0.5, "max_drop": allowed}
+        result = held(text, budget, eval_fn=Quality(text, IDS), heal="refit")
+        assert result.budget_met == (allowed > 0) and "healed" in result.report.notes
+
+
+def test_another_budget_with_a_drop_needs_an_eval_fn_too(cnn: Cnn) -> None:
+    with pytest.raises(ValueError, match=r"max_drop=0.1\) limits how far eval_fn falls.*pass eval_fn="):
+        held(cnn).resolve({"max_drop": 0.1})
+    result = held(cnn, eval_fn=lambda model: 0.9).resolve({"max_drop": 0.1})
+    assert result.budget_met and result.plan.cost.params < 0.25 * CNN_WEIGHTS
+
+
+def test_a_plan_is_held_against_every_limit(cnn: Cnn, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Clock(monkeypatch)
+    plan = held(cnn).plan
+    result = held(cnn, {"latency_ms": "1%", "max_drop": 0.1}, plan=plan, eval_fn=lambda model: 0.9)
+    assert result.plan == plan and clock.layers_timed == 0
+    assert [limit.met for limit in result.report.limits] == [False, True] and not result.budget_met
+
+
+@pytest.mark.parametrize(
+    ("budget", "words"),
+    [
+        ({"latency_ms": "50%"}, "target: run in at most "),
+        ({"peak_memory_mb": "90%"}, "target: need at most "),
+        ({"max_drop": 0.1}, "target: lose at most 0.1 of eval_fn, which stays at 0.8 or more of 0.9"),
+    ],
+)
+def test_the_first_line_says_what_the_whole_model_is_held_to(
+    cnn: Cnn, budget: dict[str, Any], words: str, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Clock(monkeypatch)
+    result = held(cnn, budget, eval_fn=lambda model: 0.9, progress=True)
+    assert capfd.readouterr().err.startswith(words)
+    assert f"target: {result.report.target}".startswith(words)
 
 
 # What it is worth
@@ -272,7 +555,7 @@ def test_class_signature_and_state_stay_and_the_model_is_unchanged(name: str, re
     model = request.getfixturevalue(name)
     model.train()
     before, modules = snapshot(model), dict(model.named_modules())
-    result = compress(model)
+    result = compress(model, heal="none")  # which leaves the other layers alone
     assert type(result.model) is type(model) and result.model is not model and result.model.training
     assert dict(model.named_modules()) == modules and model.training
     assert all(torch.equal(value, before[n]) for n, value in model.state_dict().items())
@@ -302,7 +585,8 @@ def test_inplace_changes_the_model_itself_to_the_same_numbers(cnn: Cnn) -> None:
     before = cnn.features[1]
     result = compress(cnn, inplace=True)
     assert result.model is cnn and same_bits(cnn, expected.model) and cnn.features[1] is before
-    assert any(isinstance(m, SKConv2d) for m in cnn.modules())
+    assert any(isinstance(m, SketchedLayer) for m in cnn.modules())
+    assert torch.equal(cnn(IMAGES), expected.model(IMAGES))
     with pytest.raises(RuntimeError, match=r"inplace=True gave up.*compress again"):
         result.resolve(0.3)
 
@@ -314,7 +598,7 @@ def test_inplace_a_layer_that_is_the_whole_model_is_refused_before_anything_is_d
     result = compress_function(
         layer, 0.5, example_inputs=torch.randn(2, 32), calib_data=[torch.randn(64, 32)], progress=False, verify=False
     )
-    assert isinstance(result.model, SKLinear) and type(layer) is nn.Linear
+    assert isinstance(result.model, SKPivotedLinear) and type(layer) is nn.Linear
 
 
 def test_a_device_gives_a_model_there_and_leaves_the_given_one(cnn: Cnn) -> None:
@@ -358,7 +642,7 @@ def test_an_edited_plan_is_followed(cnn: Cnn) -> None:
 
 def test_costs_and_errors_of_a_plan_are_worked_out_again_and_not_believed(cnn: Cnn) -> None:
     (kept, *_) = compress(cnn, 0.3).plan.sketched
-    lie = Choice(kept.layer, kept.scheme, kept.ranks, error=0.0)
+    lie = Choice(kept.layer, kept.scheme, kept.ranks, kept.packing, error=0.0)
     assert compress(cnn, plan=Plan((lie,))).plan[kept.layer] == kept
 
 
@@ -386,7 +670,7 @@ def test_resolving_does_not_measure_again(cnn: Cnn) -> None:
             walks.append(1)
             return super().__iter__()
 
-    result = compress(cnn, calib_data=Counted(images()))
+    result = compress(cnn, calib_data=Counted(images()), heal="none")  # healing would walk them, to train on
     before = len(walks)
     result.resolve(0.3)
     assert len(walks) == before
@@ -534,7 +818,7 @@ def test_the_report_has_a_row_for_each_layer_and_the_seconds_of_each_stage(cnn: 
     assert list(rows) == ["features.0", "features.3", "head"]
     for choice in result.plan.sketched:
         assert rows[choice.layer].ranks == choice.ranks and rows[choice.layer].error == choice.error
-    assert {"capture", "measure", "decompose", "importance", "allocate", "replace", "verify"} <= set(
+    assert {"capture", "measure", "decompose", "importance", "allocate", "replace and heal", "verify"} <= set(
         result.report.seconds
     )
     assert result.report.environment["seed"] == "11" and result.report.target == result.target.text
@@ -595,13 +879,12 @@ def test_saved_and_loaded_it_gives_equal_outputs(name: str, tmp_path: Path, requ
         ({"n_trials": 10}, ValueError, r"n_trials .*not part of this version: leave them out"),
         ({"timeout": 10.0}, ValueError, r"timeout .*not part of this version: leave them out"),
         ({"dtypes": ("float32", "int8")}, ValueError, r"dtypes=\('float32', 'int8'\): this version stores"),
-        ({"heal": "blocks"}, ValueError, r"heal='blocks' \(not part of this version\): expected one of none, auto"),
-        ({"heal": "distill"}, ValueError, r"not part of this version"),
-        ({"heal": "refit"}, ValueError, r"not part of this version"),
-        ({"heal": "magic"}, ValueError, r"heal='magic': expected one of none, auto"),
-        ({"checkpoint": "c.pt"}, ValueError, r"checkpoint= is not part of this version"),
-        ({"budget": {"latency_ms": 3.0}}, ValueError, r"latency_ms is not\s+supported yet"),
-        ({"budget": {"max_drop": 0.1}}, ValueError, r"max_drop is not\s+supported yet"),
+        ({"heal": "magic"}, ValueError, r"heal='magic': expected one of none, refit, blocks, distill, auto"),
+        ({"heal": 3}, TypeError, r"heal=3: expected one of none, refit"),
+        ({"budget": {"latency_ms": 0}}, ValueError, r"latency_ms=0\): expected milliseconds of one run"),
+        ({"budget": {"max_drop": 0.1}}, ValueError, r"max_drop=0.1\) limits how far eval_fn falls.*pass eval_fn="),
+        ({"budget": {"max_drop": -1}, "eval_fn": len}, ValueError, r"max_drop=-1\): expected by how much"),
+        ({"eval_fn": 0.5}, TypeError, r"eval_fn is float: expected a function of a model that gives one number"),
         ({"budget": {"parms": 0.5}}, ValueError, r"no field 'parms'.*did you mean 'params'"),
         ({"example_inputs": "x"}, TypeError, r"example_inputs is str: expected a tensor"),
         ({"calib_data": 3}, TypeError, r"calib_data is int: expected an iterable"),
@@ -622,8 +905,7 @@ def test_a_state_dict_is_not_a_model(cnn: Cnn) -> None:
         compress_function(cnn.state_dict(), 0.5, example_inputs=IMAGES[:4])  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("heal", ["none", "auto"])
-def test_both_ways_of_healing_correct_the_mean_output(heal: str) -> None:
+def test_the_mean_output_is_corrected_without_healing() -> None:
     model = nn.Sequential(nn.Linear(16, 16, bias=False))
     rows = torch.randn(300, 16) + 4
     result = compress_function(
@@ -631,11 +913,11 @@ def test_both_ways_of_healing_correct_the_mean_output(heal: str) -> None:
         0.4,
         example_inputs=rows[:2],
         calib_data=[rows[:150], rows[150:]],
-        heal=heal,
+        heal="none",
         progress=False,
         verify=False,
     )
-    assert isinstance(result.model[0], SKLinear)  # type: ignore[index]
+    assert isinstance(result.model[0], SketchedLayer)  # type: ignore[index]
     with torch.no_grad():
         off = (result.model(rows[:150]) - model(rows[:150])).mean(0)
     assert float(off.abs().max()) < 1e-4

@@ -21,6 +21,9 @@ def make():
     return torch.nn.Sequential(
         torch.nn.Linear(64, 256), torch.nn.ReLU(), torch.nn.Linear(256, 256), torch.nn.ReLU(), torch.nn.Linear(256, 10)
     )
+
+def evaluate(model):
+    return 1 - sum(p.numel() for p in model.parameters()) * 1e-9
 """
 # Set up a whole environment, which the tests run in; checked in another way (see .ci/run) or by hand.
 NOT_RUN = ("make ", "pip install")

@@ -16,7 +16,7 @@ import torch
 
 import models
 from benchmarks import fetch_data
-from models import crepe, ct2, data, demo, minilm, prompts, text, whisper
+from models import crepe, ct2, data, demo, efficientnet, minilm, photos, prompts, text, whisper
 from models.data import MissingDataError
 from models.recipe import Recipe
 from panther.spec import Figures
@@ -51,12 +51,12 @@ def tracker() -> torch.nn.Module:
 
 
 def test_every_recipe_is_a_module_with_build() -> None:
-    assert set(models.RECIPES.values()) == {"models.minilm", "models.crepe", "models.whisper"}
+    assert set(models.RECIPES.values()) == {"models.minilm", "models.crepe", "models.whisper", "models.efficientnet"}
     assert all(callable(sys.modules[module].build) for module in models.RECIPES.values())
 
 
 def test_an_unknown_recipe_is_refused_by_name() -> None:
-    with pytest.raises(ValueError, match="no recipe is called 'bert'; there are minilm, crepe, whisper"):
+    with pytest.raises(ValueError, match="no recipe is called 'bert'; there are minilm, crepe, whisper, efficientnet"):
         models.build("bert")
 
 
@@ -104,6 +104,14 @@ def test_calibration_and_held_out_sentences_share_no_document() -> None:
     origins = [{sentence.split()[-1] for sentence in side} for side in sides]
     assert not origins[0] & origins[1]
     assert [len(set(side)) for side in sides] == [30, 30]
+
+
+def test_there_are_twelve_thousand_calibration_sentences_in_brown() -> None:
+    documents = or_skip(text.brown_documents)
+    calibration, held_out = text.split_documents(documents, 12_000, 512, seed=0)
+    assert (len(set(calibration)), len(set(held_out))) == (12_000, 512)
+    assert held_out == text.split_documents(documents, 512, 512, seed=0)[1]
+    assert not set(calibration) & set(held_out)
 
 
 def test_a_sentence_of_both_halves_is_used_on_one_side_only() -> None:
@@ -245,6 +253,13 @@ def test_the_network_file_leaves_no_stand_in_behind(tracker: torch.nn.Module) ->
     assert type(tracker) is sys.modules["models.crepe_network"].Crepe
 
 
+def test_any_number_of_calibration_tones_can_be_had() -> None:
+    frames = crepe._calibration_frames(1500)
+    assert frames.shape == (1500, crepe.FRAME) and bool(frames.isfinite().all())
+    few = crepe._calibration_frames(20)
+    assert few.shape == (20, crepe.FRAME) and len({tuple(frame[:4].tolist()) for frame in frames}) == 1500
+
+
 def test_calibration_tones_are_never_checked_on() -> None:
     with pytest.raises(ValueError, match="none of them 1000003"):
         crepe.build(seeds=(crepe.CALIBRATION_SEED,))
@@ -380,6 +395,121 @@ def test_decoder_inputs_are_cut_to_the_shortest_of_their_batch() -> None:
     batches = whisper._batches(features, [[1, 2, 3, 4], [1, 2], [1, 2, 3, 4, 5], [1, 2, 3]], 2, seed=0)
     assert sorted(batch["decoder_input_ids"].shape for batch in batches) == [(2, 2), (2, 4)]
     assert sorted(batch["input_features"].flatten().tolist() for batch in batches) == [[0, 2], [1, 3]]
+
+
+def test_calibration_goes_on_with_other_prompts_and_never_says_what_is_held_out() -> None:
+    others = or_skip(prompts.other_prompts)
+    plain = prompts.spoken_prompts()
+    everything, held_out = prompts.split_prompts(len(plain) - 128 + len(others), 128, seed=0)
+    assert everything[:64] == prompts.split_prompts(64, 128, seed=0)[0]
+    assert len(everything) > 300
+    words = [tuple(prompts.spoken_words(prompt.text)) for prompt in everything]
+    assert len(set(words)) == len(words) and () not in words
+    assert not set(words) & {tuple(prompts.spoken_words(prompt.text)) for prompt in held_out}
+    with pytest.raises(ValueError, match="prompts were asked for, and there are"):
+        prompts.split_prompts(len(everything) + 1, 128, seed=0)
+
+
+@pytest.mark.parametrize("text", ["<beep ascending>", "[ascending tones]", "(2 seconds of silence)"])
+def test_tones_and_silence_are_no_prompts(text: str) -> None:
+    assert prompts._SOUND.search(text)
+    assert not prompts._SOUND.search("plus [+]") and not prompts._SOUND.search("Press 1 (one).")
+
+
+def test_what_the_dense_recogniser_hears_is_kept_on_disk(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    asked: list[int] = []
+
+    def transcribe(_model: Any, _listener: Any, features: torch.Tensor) -> list[list[int]]:
+        asked.append(len(features))
+        return [[int(value)] for value in features.flatten()]
+
+    monkeypatch.setattr(whisper, "transcribe", transcribe)
+
+    def heard(names: str, batch_size: int = 2, folder: Path = tmp_path) -> list[list[int]]:
+        features = torch.tensor([float(ord(name)) for name in names]).reshape(-1, 1, 1)
+        return whisper.remembered(list(names), features, None, None, batch_size, folder)  # type: ignore[arg-type]
+
+    assert heard("abc") == [[97], [98], [99]] and asked == [2, 1]
+    assert heard("cad") == [[99], [97], [100]] and asked == [2, 1, 1]
+    assert heard("dcba") == [[100], [99], [98], [97]] and asked == [2, 1, 1]
+    (file,) = (tmp_path / "heard").iterdir()
+    for damage in ("{", "[]", '{"a": [-1]}', '{"a": 5}', '{"a": ["x"]}'):
+        file.write_text(damage)
+        assert heard("a") == [[97]]
+    no_folder = tmp_path / "file"
+    no_folder.touch()
+    assert heard("a", folder=no_folder) == [[97]]
+
+
+# EfficientNet
+
+
+@pytest.fixture(scope="module")
+def classifier() -> Recipe:
+    recipe: Recipe = or_skip(lambda: efficientnet.build(calibration=20, batch_size=8))
+    return recipe
+
+
+def test_the_dense_classifier_names_most_photos_and_agrees_with_itself(classifier: Recipe) -> None:
+    figures = classifier.metrics(classifier.model)
+    assert figures["agreement"] == 1
+    assert figures["top1"] == pytest.approx(0.902, abs=0.009)  # one photo of 122
+    assert figures["agreement_low"] == pytest.approx(0.97, abs=0.001)
+    assert not classifier.model.training
+
+
+def test_the_photos_are_122_and_the_batches_as_asked_for(classifier: Recipe) -> None:
+    assert len(photos.NAMED) == sum(len(batch) for batch in classifier.held_out) == 122
+    assert [len(batch) for batch in classifier.batches] == [8, 8, 4]
+    assert classifier.example_inputs.shape == (8, 3, 224, 224)
+    assert "20 cuts of 200 other photographs" in classifier.notes
+
+
+def test_no_held_out_photo_is_calibrated_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = or_skip(lambda: data.debian_path(photos.STAMPS, photos.STAMPS_PACKAGE))
+    opened: list[Path] = []
+    really = photos._open
+    monkeypatch.setattr(photos, "_open", lambda path: opened.append(path) or really(path))
+    or_skip(lambda: photos.calibration_photos(1, seed=0))
+    used = {path.relative_to(folder).with_suffix("").as_posix() for path in opened if folder in path.parents}
+    assert len(used) > 150 and not used & set(photos.NAMED)
+    held_out = {(folder / f"{name}.png").read_bytes() for name in photos.NAMED}
+    assert not held_out & {path.read_bytes() for path in opened}
+
+
+def test_mirrored_named_stamps_are_left_out_of_calibration(tmp_path: Path) -> None:
+    for name in ("animals/birds/duck", "animals/birds/duck_mirror", "animals/birds/swan", "animals/cartoon/cat"):
+        path = tmp_path / f"{name}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    assert [path.name for path in photos.unnamed_stamps(tmp_path)] == ["swan.png"]
+
+
+def test_calibration_photos_depend_on_the_seed_alone() -> None:
+    first, sources = or_skip(lambda: photos.calibration_photos(6, seed=1))
+    assert first.shape == (6, 3, 224, 224) and sources == 200
+    assert torch.equal(first, photos.calibration_photos(6, seed=1)[0])
+    assert torch.equal(first[:4], photos.calibration_photos(4, seed=1)[0])
+    assert not torch.equal(first, photos.calibration_photos(6, seed=2)[0])
+    assert first.min() >= -127 / 128 and first.max() <= 1
+
+
+def test_a_stamp_lies_on_white_in_the_middle() -> None:
+    images, _ = or_skip(photos.named_photos)
+    border = torch.cat([images[..., :10, :].flatten(), images[..., -10:, :].flatten(), images[..., :10].flatten()])
+    assert bool((border == 1).all())  # (255 - 127) / 128
+
+
+@pytest.mark.parametrize(
+    ("hits", "count", "low", "high"), [(0, 10, 0.0, 0.278), (9, 10, 0.596, 0.982), (122, 122, 0.969, 1.0)]
+)
+def test_the_interval_is_wilsons(hits: int, count: int, low: float, high: float) -> None:
+    assert efficientnet.interval(hits, count) == pytest.approx((low, high), abs=1e-3)
+
+
+def test_a_classifier_without_calibration_is_refused() -> None:
+    with pytest.raises(ValueError, match="calibration=0: expected at least one image"):
+        efficientnet.build(calibration=0)
 
 
 # Data

@@ -13,7 +13,7 @@ from panther.converters import parity
 from panther.converters.inputs import dynamic_axes, flatten, named_outputs, other_sizes, resized, sizes
 from panther.converters.onnx import foreign_operators, write
 from panther.errors import ExportError
-from panther.nn import SKConv2d, SKLinear
+from panther.nn import SKConv2d, SKLinear, SKPivotedConv2d, SKPivotedLinear
 
 onnx = pytest.importorskip("onnx")
 onnxruntime = pytest.importorskip("onnxruntime")
@@ -115,6 +115,25 @@ def test_a_cnn_with_batch_norm_is_exported_from_a_batch_of_one(tmp_path, capfd):
     assert any("batches[1] was not checked" in note for note in result.notes)
     assert model.training and capfd.readouterr() == ("", "")
     assert [path.name for path in (tmp_path / "deep").iterdir()] == ["cnn.onnx"]
+
+
+@pytest.mark.parametrize("side", ["rows", "columns"])
+def test_a_pivoted_linear_layer_is_two_products_and_one_gather(side, tmp_path):
+    layer = SKPivotedLinear.from_sketched(SKLinear.from_dense(nn.Linear(24, 40), rank=7), side=side)
+    result = write(layer, tmp_path / "m.onnx", torch.randn(3, 5, 24))
+    assert result.ok
+    proto = onnx.load(result.path)
+    used = sorted(node.op_type for node in proto.graph.node if node.op_type in ("MatMul", "Gemm", "Concat", "Gather"))
+    assert used == (["Concat", "Gather", "MatMul", "MatMul"] if side == "rows" else ["Gather", "MatMul", "MatMul"])
+    assert foreign_operators(proto) == ()
+
+
+@pytest.mark.parametrize("scheme", ["output_channel", "input_channel", "tucker2"])
+def test_pivoted_convolutions_are_exported_from_a_batch_of_one(scheme, tmp_path):
+    whole = SKConv2d.from_dense(nn.Conv2d(12, 14, 3, padding=1, padding_mode="reflect"), rank=5, scheme=scheme)
+    model = nn.Sequential(SKPivotedConv2d.from_sketched(whole), nn.BatchNorm2d(14), nn.ReLU())
+    result = write(model, tmp_path / "m.onnx", torch.randn(1, 12, 8, 8))
+    assert result.ok and result.dynamic == ("batch",)
 
 
 class FixedBatch(nn.Module):

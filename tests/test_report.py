@@ -5,7 +5,7 @@ import pytest
 
 from panther.report import RENDERERS
 from panther.report.text import WIDTH, render
-from panther.spec import Cost, Figures, LayerReport, Report
+from panther.spec import Cost, Figures, LayerReport, LimitReport, Report
 
 ROW = LayerReport(
     "encoder.fc1", "linear", "384 -> 1536", "linear", (152,), 10, 0.495, 0.0312, Cost(10, 10**9), Cost(5, 5 * 10**8)
@@ -69,6 +69,27 @@ def test_a_model_that_is_not_faster_is_not_called_faster(latency: float, words: 
 
 def test_a_missed_budget_is_said_in_capitals() -> None:
     assert "budget met: NO" in render(replace(REPORT, budget_met=False))
+
+
+def test_every_limit_says_whether_it_is_met() -> None:
+    limits = (
+        LimitReport("sketchable weights", 5_400_000, 5_312_000, "numbers", met=True),
+        LimitReport("operations of the sketchable layers", 2 * 10**9, 10**9, "FLOPs", met=True),
+        LimitReport("saved file", 70_000_000, 68_000_000, "bytes", met=True),
+        LimitReport("latency", 12.0, 11.9, "ms", met=True),
+        LimitReport("peak memory", 80_000_000, None, "bytes", met=False),
+        LimitReport("drop of eval_fn", 0.01, 0.0123, "", met=False),
+    )
+    lines = render(replace(REPORT, budget_met=False, limits=limits)).splitlines()
+    assert lines[1:8] == [
+        "budget met: NO - this is the best that was found",
+        "  sketchable weights 5.312 of 5.4 M: met",
+        "  operations of the sketchable layers 1 of 2 GFLOPs: met",
+        "  saved file 68 of 70 MB: met",
+        "  latency 11.9 of 12 ms: met",
+        "  peak memory not measured of 80 MB: NOT met",
+        "  drop of eval_fn 0.0123 of 0.01: NOT met",
+    ]
 
 
 def test_what_was_not_measured_is_not_shown_as_a_number() -> None:

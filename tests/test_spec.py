@@ -11,7 +11,6 @@ import torch
 from panther.errors import PlanError
 from panther.spec import (
     BUDGET_FIELDS,
-    LATER_BUDGET_FIELDS,
     Budget,
     Capture,
     Choice,
@@ -19,6 +18,7 @@ from panther.spec import (
     Figures,
     LayerReport,
     LayerSpec,
+    LimitReport,
     Plan,
     Report,
     Target,
@@ -111,19 +111,21 @@ def test_a_dict_names_the_fields():
 def test_an_unknown_field_gets_the_nearest_name():
     with pytest.raises(ValueError, match=r"has no field 'parms' .*did you mean 'params'"):
         Budget.parse({"parms": 0.5})
-    with pytest.raises(ValueError, match=r"has no field 'zzz' \(it has params, flops, size_mb, of\)$"):
+    with pytest.raises(
+        ValueError,
+        match=r"has no field 'zzz' \(it has params, flops, size_mb, latency_ms, peak_memory_mb, max_drop, of\)$",
+    ):
         Budget.parse({"zzz": 0.5})
 
 
-@pytest.mark.parametrize("name", LATER_BUDGET_FIELDS)
-def test_fields_of_a_later_version_are_named_whichever_way_they_are_given(name):
+@pytest.mark.parametrize("name", BUDGET_FIELDS)
+def test_every_field_may_be_given_alone_or_be_none(name):
+    value = 0.5
     for give in (Budget.parse, lambda fields: Budget(**fields)):
-        with pytest.raises(ValueError, match=rf"Budget\({name}=\): this version holds budgets on params, flops"):
-            give({"params": 0.5, name: 5.0})
-
-
-def test_a_later_field_that_is_none_asks_for_nothing():
-    assert Budget(params=0.5, **dict.fromkeys(LATER_BUDGET_FIELDS)) == Budget(params=0.5)
+        budget = give({**dict.fromkeys(BUDGET_FIELDS), name: value})
+        assert getattr(budget, name) == value
+        assert [n for n in BUDGET_FIELDS if getattr(budget, n) is not None] == [name]
+        assert budget.limits_size == (name != "max_drop")
 
 
 @pytest.mark.parametrize("name", ["params", "flops"])
@@ -145,15 +147,56 @@ def test_a_count_or_fraction_out_of_range_names_what_was_given(value):
     assert str(value) in str(caught.value)
 
 
-@pytest.mark.parametrize(("value", "held"), [(20, 20.0), (0.5, 0.5), ("50%", "50%"), ("20", 20.0), (np.int64(3), 3.0)])
-def test_size_is_megabytes_or_a_percentage(value, held):
-    assert Budget(size_mb=value).size_mb == held
+AMOUNTS = {
+    "size_mb": r"megabytes \(10\^6 bytes\) of the saved file, as in size_mb=20.0",
+    "latency_ms": "milliseconds of one run of the example inputs, as in latency_ms=12.0",
+    "peak_memory_mb": r"megabytes \(10\^6 bytes\) of tensors alive at once .* as in peak_memory_mb=80.0",
+}
 
 
-@pytest.mark.parametrize("value", [0, -1, "0%", "101%", "abc", True, math.nan, math.inf, "big"])
-def test_an_impossible_size_is_refused(value):
-    with pytest.raises(ValueError, match=r"Budget\(size_mb=.*expected megabytes \(10\^6 bytes\)"):
-        Budget(size_mb=value)
+@pytest.mark.parametrize("name", AMOUNTS)
+@pytest.mark.parametrize(
+    ("value", "held"),
+    [
+        (20, 20.0),
+        (0.5, 0.5),
+        ("50%", "50%"),
+        (" 50% ", "50%"),
+        ("20", 20.0),
+        (np.int64(3), 3.0),
+        (torch.tensor(2.5), 2.5),
+        (1e9, 1e9),
+    ],
+)
+def test_sizes_times_and_memory_are_amounts_or_percentages(name, value, held):
+    budget = Budget(**{name: value})
+    assert getattr(budget, name) == held and budget == Budget.from_fields({name: value})
+
+
+@pytest.mark.parametrize("name", AMOUNTS)
+@pytest.mark.parametrize("value", [0, -1, "0%", "101%", "abc", True, math.nan, math.inf, "big", "-5%", "nan%", [1], ""])
+def test_an_impossible_amount_is_refused(name, value):
+    with pytest.raises(ValueError, match=rf"Budget\({name}=.*expected {AMOUNTS[name]}.*{name}=\"50%\"") as caught:
+        Budget(**{name: value})
+    assert repr(value) in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("value", "held"),
+    [(0, 0.0), (0.01, 0.01), (3, 3.0), ("0.02", 0.02), (np.float32(0.5), 0.5), (torch.tensor(1), 1.0)],
+)
+def test_a_drop_is_in_the_metrics_own_unit(value, held):
+    budget = Budget(max_drop=value)
+    assert budget.max_drop == held and type(budget.max_drop) is float
+
+
+@pytest.mark.parametrize("value", [-0.01, "1%", "abc", True, math.nan, math.inf, [0.1], "", (0.1,)])
+def test_an_impossible_drop_is_refused(value):
+    with pytest.raises(
+        ValueError, match=r"Budget\(max_drop=.*by how much eval_fn may fall.* as in max_drop=0.01"
+    ) as caught:
+        Budget(max_drop=value)
+    assert repr(value) in str(caught.value)
 
 
 def test_a_budget_must_hold_something_and_count_something_known():
@@ -168,7 +211,8 @@ def test_a_budget_must_hold_something_and_count_something_known():
 def test_a_budget_reads_back_as_it_was_written():
     assert str(Budget(params=0.5, size_mb="50%")) == "params=0.5, size_mb=50%"
     assert str(Budget(flops=7, of="model")) == "flops=7, of=model"
-    assert set(to_data(Budget(params=0.5))) == {"params", "flops", "size_mb", "of"}
+    assert str(Budget(latency_ms="50%", max_drop=0.01)) == "latency_ms=50%, max_drop=0.01"
+    assert set(to_data(Budget(params=0.5))) == {*BUDGET_FIELDS, "of"}
 
 
 # --- layers ----------------------------------------------------------------------------------------------------------
@@ -209,6 +253,7 @@ def test_a_fingerprint_depends_on_shapes_and_names_and_not_on_order_or_data():
 
 def test_costs_add_up():
     assert Cost(1, 2, 3) + Cost(10, 20, 30) == Cost(11, 22, 33)
+    assert Cost(latency_ms=0.25) + Cost(1, latency_ms=0.5) == Cost(1, 0, 0, 0.75)
 
 
 def test_a_target_holds_the_limits_that_were_given():
@@ -217,7 +262,29 @@ def test_a_target_holds_the_limits_that_were_given():
     assert target.is_met_by(Cost(10, 10**9, 0))
     assert not target.is_met_by(Cost(11, 0, 0))
     assert not target.is_met_by(Cost(10, 0, 1))
-    assert Target().is_met_by(Cost(10**9, 10**9, 10**9))
+    assert Target().is_met_by(Cost(10**9, 10**9, 10**9, 1e9))
+
+
+def test_the_tighter_of_two_limits_on_bytes_counts():
+    assert Target(size_bytes=10, weight_bytes=7).limits() == {"size_bytes": 7}
+    assert Target(size_bytes=6, weight_bytes=7).limits() == {"size_bytes": 6}
+    assert Target(weight_bytes=7).limits() == {"size_bytes": 7}
+
+
+def test_what_only_the_whole_tells_is_no_limit_on_the_layers():
+    target = Target(file_bytes=1, model_latency_ms=1.0, latency_share=0.5, peak_memory_bytes=1, max_drop=0.0)
+    assert target.limits() == {}
+    assert Target(latency_ms=1.5).limits() == {"latency_ms": 1.5}
+    assert Target(latency_ms=1.5).is_met_by(Cost(latency_ms=1.5))
+    assert not Target(latency_ms=1.5).is_met_by(Cost(latency_ms=1.75))
+
+
+def test_a_drop_is_compared_as_people_do():
+    target = Target(max_drop=0.01)
+    assert target.allows_drop(0.9, 0.89)  # 0.010000000000000009 in binary
+    assert target.allows_drop(0.9, 0.95) and not target.allows_drop(0.9, 0.8899)
+    assert not target.allows_drop(0.9, math.nan)
+    assert Target(max_drop=0.0).allows_drop(1e12 + 0.1, 1e12 + 0.1) and Target().allows_drop(1.0, -1.0)
 
 
 # --- plans -----------------------------------------------------------------------------------------------------------
@@ -228,6 +295,7 @@ def plan_of(*choices, capture=None):
 
 
 SKETCHED = Choice("a", "linear", (16,), error=0.125, cost=Cost(1, 2, 4))
+TIMED = Choice("b", "linear", (8,), cost=Cost(1, 2, 4, 0.1))
 TUCKER = Choice("c", "tucker2", (8, 24), error=0.5, cost=Cost(3, 4, 12))
 DENSE = Choice("d", cost=Cost(5, 6, 20), reason="no rank pays")
 
@@ -238,6 +306,7 @@ def test_a_plan_survives_json_exactly():
     assert again == plan
     assert again["c"].ranks == (8, 24) and isinstance(again["c"].cost, Cost)
     assert again.to_json() == plan.to_json()
+    assert Plan.from_json(plan_of(TIMED).to_json())["b"].cost.latency_ms == 0.1
 
 
 def test_an_edited_plan_is_read_as_edited():
@@ -331,19 +400,24 @@ def test_a_plan_for_other_shapes_shows_both_fingerprints():
 def test_a_report_goes_to_json_as_plain_data():
     row = LayerReport("a", "linear", "4 -> 8", "linear", (2,), 1, 0.5, 0.25, Cost(1, 2, 3), Cost(1, 1, 1))
     figures = Figures(params=10, size_bytes=40, flops=7)
-    report = Report("keep half", True, "torch.fx", (row,), figures, figures, {"cosine": 0.9}, metric=(0.5, 0.25))
+    limit = LimitReport("latency", 12.0, 11.5, "ms", met=True)
+    report = Report(
+        "keep half", True, "torch.fx", (row,), figures, figures, {"cosine": 0.9}, metric=(0.5, 0.25), limits=(limit,)
+    )
     data = json.loads(report.to_json())
     assert data["layers"][0]["ranks"] == [2] and data["layers"][0]["after"] == {
         "params": 1,
         "flops": 1,
         "size_bytes": 1,
+        "latency_ms": 0.0,
     }
+    assert data["limits"] == [{"name": "latency", "limit": 12.0, "got": 11.5, "unit": "ms", "met": True}]
     assert data["agreement"] == {"cosine": 0.9} and data["metric"] == [0.5, 0.25]
     assert data["dense"]["latency_ms"] is None and data["budget_met"] is True
 
 
 def test_to_data_leaves_plain_values_and_makes_keys_text():
     assert to_data({1: (2, [Cost(1)]), "x": None}) == {
-        "1": [2, [{"params": 1, "flops": 0, "size_bytes": 0}]],
+        "1": [2, [{"params": 1, "flops": 0, "size_bytes": 0, "latency_ms": 0.0}]],
         "x": None,
     }

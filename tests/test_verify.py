@@ -5,6 +5,7 @@ import os
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -334,6 +335,121 @@ def test_a_limit_on_the_file_is_judged_by_the_file(pair: tuple[Pixels, Pixels, C
     missed = whole(pair, measure=False, target=Target(size_bytes=10**9, file_bytes=size - 1))
     assert not missed.budget_met
     assert f"budget not met: the saved file takes {size:,} bytes, at most {size - 1:,} were asked for" in missed.notes
+
+
+def limits_of(report: Report) -> dict[str, tuple[float, float | None, bool]]:
+    return {limit.name: (limit.limit, limit.got, limit.met) for limit in report.limits}
+
+
+def test_each_limit_is_reported_beside_what_the_model_needs(pair: tuple[Pixels, Pixels, Capture, Call]) -> None:
+    report = whole(pair, measure=False, target=Target(params=10**6, flops=1, file_bytes=10**9))
+    stored, size = sum(row.after.params for row in report.layers), file_bytes(pair[1])
+    flops = sum(row.after.flops for row in report.layers)
+    assert limits_of(report) == {
+        "sketchable weights": (10**6, stored, True),
+        "operations of the sketchable layers": (1, flops, False),
+        "saved file": (10**9, size, True),
+    }
+    assert not report.budget_met and sum("budget not met" in note for note in report.notes) == 1
+    assert f"budget not met: the sketchable layers need {flops:,} flops, at most 1 were asked for" in report.notes
+
+
+@pytest.mark.parametrize(
+    ("target", "met"),
+    [
+        (Target(model_latency_ms=11.0), True),
+        (Target(model_latency_ms=9.0, latency_ms=1e9), False),  # the limit on the layers is for allocators
+        (Target(model_latency_ms=9.0, latency_share=0.6), True),  # the machine is slower than it was
+        (Target(model_latency_ms=11.0, latency_share=0.4), False),
+    ],
+)
+def test_a_limit_on_the_latency_is_judged_by_the_whole_model(
+    pair: tuple[Pixels, Pixels, Capture, Call], monkeypatch: pytest.MonkeyPatch, target: Target, met: bool
+) -> None:
+    monkeypatch.setattr(stage, "measure_latency", lambda *_: (20.0, 10.0))
+    report = whole(pair, measure=False, target=target)
+    assert report.budget_met == met
+    limit = 20.0 * target.latency_share if target.latency_share else target.model_latency_ms
+    assert limits_of(report) == {"latency": (limit, 10.0, met)}
+    assert met or any(f"one run of the example inputs takes 10 ms, at most {limit:g} were" in n for n in report.notes)
+
+
+def test_a_limit_on_memory_is_judged_by_the_whole_model(pair: tuple[Pixels, Pixels, Capture, Call]) -> None:
+    peak = stage.peak_memory(pair[1], pair[3])
+    assert whole(pair, measure=False, target=Target(peak_memory_bytes=peak, weight_bytes=1)).budget_met
+    missed = whole(pair, measure=False, target=Target(peak_memory_bytes=peak - 1))
+    assert limits_of(missed) == {"peak memory": (peak - 1, peak, False)}
+
+
+def test_what_is_limited_is_measured_where_nothing_else_is(pair: tuple[Pixels, Pixels, Capture, Call]) -> None:
+    asked: list[nn.Module] = []
+
+    def evaluate(model: nn.Module) -> float:
+        asked.append(model)
+        return 0.9
+
+    report = whole(pair, measure=False, target=Target(max_drop=0.0), eval_fn=evaluate)
+    assert asked == [pair[0], pair[1]] and report.metric == (0.9, 0.9) and report.budget_met
+    assert report.compressed.latency_ms is report.compressed.peak_memory_bytes is None and report.agreement == {}
+
+
+def test_a_known_figure_of_the_dense_model_is_not_asked_for_again(pair: tuple[Pixels, Pixels, Capture, Call]) -> None:
+    asked: list[nn.Module] = []
+
+    def evaluate(model: nn.Module) -> float:
+        asked.append(model)
+        return 0.8
+
+    report = whole(pair, measure=False, target=Target(max_drop=0.05), eval_fn=evaluate, dense_metric=0.9)
+    assert asked == [pair[1]] and report.metric == (0.9, 0.8)
+    assert not report.budget_met
+    assert any("eval_fn falls by 0.1, at most 0.05 was asked for" in note for note in report.notes)
+
+
+def test_what_could_not_be_measured_is_not_met_and_says_so(pair: tuple[Pixels, Pixels, Capture, Call]) -> None:
+    def broken(model: nn.Module) -> float:
+        raise KeyError("accuracy")
+
+    report = whole(pair, measure=False, target=Target(max_drop=0.5), eval_fn=broken)
+    assert not report.budget_met and limits_of(report) == {"drop of eval_fn": (0.5, None, False)}
+    assert "budget not met: the drop of eval_fn could not be measured" in report.notes
+    assert any(note.startswith("eval_fn could not be measured: KeyError") for note in report.notes)
+
+
+@pytest.mark.parametrize(
+    "answer", [1, 1.0, np.float32(1), np.int64(1), np.array(1.0), np.array([1.0]), torch.tensor(1), torch.ones(1, 1)]
+)
+def test_a_metric_may_be_any_single_number(answer: Any) -> None:
+    got = stage.metric(nn.Linear(2, 2), lambda model: answer)
+    assert type(got) is float and got == 1.0
+
+
+@pytest.mark.parametrize(
+    ("answer", "error", "words"),
+    [
+        (None, TypeError, "eval_fn answered with NoneType: expected one number, higher is better"),
+        ("0.5", TypeError, "eval_fn answered with str"),
+        (np.ones(2), TypeError, "eval_fn answered with ndarray"),
+        ({"accuracy": 0.5}, TypeError, "eval_fn answered with dict"),
+        (torch.ones(2), TypeError, "eval_fn answered with Tensor"),
+        (math.nan, ValueError, "eval_fn answered with nan: expected a finite number"),
+        (torch.tensor(math.inf), ValueError, "eval_fn answered with inf"),
+    ],
+)
+def test_a_metric_that_is_no_number_is_refused(answer: Any, error: type[Exception], words: str) -> None:
+    with pytest.raises(error, match=words):
+        stage.metric(nn.Linear(2, 2), lambda model: answer)
+
+
+def test_a_metric_sees_a_model_in_evaluation_mode_and_leaves_it_as_it_was() -> None:
+    model = nn.Sequential(nn.Linear(2, 2), nn.Dropout())
+    assert stage.metric(model, lambda m: float(m.training or torch.is_grad_enabled())) == 0.0
+    assert model.training and model[1].training
+
+
+def test_any_number_of_models_are_timed_in_turn() -> None:
+    taken = stage.latencies([nn.Linear(2, 2) for _ in range(3)], as_call(torch.ones(1, 2)), seconds=0.0)
+    assert len(taken) == 3 and all(milliseconds > 0 for milliseconds in taken)
 
 
 def test_a_bias_that_the_dense_layer_did_not_have_is_counted(pair: tuple[Pixels, Pixels, Capture, Call]) -> None:

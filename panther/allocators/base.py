@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import fields
 from typing import Protocol
 
 from panther.spec import Choice, Cost, Target
@@ -12,6 +13,8 @@ from panther.spec import Choice, Cost, Target
 Options = Mapping[str, Sequence[Choice]]  # layer -> choices in rising size, dense last
 Divergence = Callable[[str, float], float]  # layer, its error -> what that does to the output
 Evaluate = Callable[[Sequence[Choice]], float]  # choices -> measured divergence of the whole model
+
+SMALLEST = 1e-9  # what limits and costs of zero or less are divided as; milliseconds are well above
 
 
 class Allocator(Protocol):
@@ -32,20 +35,23 @@ def exchanged(whole: Cost, old: Cost, new: Cost) -> Cost:
         whole.params - old.params + new.params,
         whole.flops - old.flops + new.flops,
         whole.size_bytes - old.size_bytes + new.size_bytes,
+        whole.latency_ms - old.latency_ms + new.latency_ms,
     )
 
 
 def share(cost: Cost, dense: Cost, target: Target) -> float:
     """The largest share of the dense cost, over the limits that the target sets (1 when it sets none)."""
-    shares = [getattr(cost, name) / max(1, getattr(dense, name)) for name in target.limits()]
-    return max(shares, default=1.0)
+    return max((_part(getattr(cost, name), getattr(dense, name)) for name in target.limits()), default=1.0)
 
 
 def price(cost: Cost, target: Target, weights: Mapping[str, float]) -> float:
     """One number for a cost: each limited quantity as a share of its limit, weighted."""
-    return sum(
-        (weights[name] * int(getattr(cost, name)) / max(1, limit) for name, limit in target.limits().items()), 0.0
-    )
+    return sum((weights[name] * _part(getattr(cost, name), limit) for name, limit in target.limits().items()), 0.0)
+
+
+def _part(amount: float, whole: float) -> float:
+    """amount / whole; of nothing, or of less, any amount is a very large part."""
+    return amount / max(whole, SMALLEST)
 
 
 def is_less(loss: float, than: float) -> bool:
@@ -74,7 +80,8 @@ def convex(options: Options, target: Target, loss: Callable[[Choice], float]) ->
     """The choices of least total loss within the limits, up to one hull step a layer.
 
     Starts with the cheapest of each layer and takes hull steps in falling gain per price while they fit; with several
-    limits the price is re-weighted towards the one that binds.
+    limits the price is re-weighted towards the one that binds. Where no price leads within the limits, single
+    exchanges do as far as they can.
     """
     limits = target.limits()
     weights = {name: 1.0 / len(limits) for name in limits}
@@ -83,10 +90,52 @@ def convex(options: Options, target: Target, loss: Callable[[Choice], float]) ->
         chosen = _greedy(options, target, weights, loss)
         plans.append(chosen)
         used = total(chosen)
-        weights = {n: weights[n] * (getattr(used, n) / max(1, limit)) ** 2 for n, limit in limits.items()}
+        weights = {n: weights[n] * _part(getattr(used, n), limit) ** 2 for n, limit in limits.items()}
         norm = sum(weights.values()) or 1.0
         weights = {n: w / norm for n, w in weights.items()}
-    return min(plans, key=lambda plan: (not target.is_met_by(total(plan)), sum(loss(c) for c in plan)))
+    within = [plan for plan in plans if target.is_met_by(total(plan))]
+    if within:
+        return min(within, key=lambda plan: sum(loss(c) for c in plan))
+    nearest = min(plans, key=lambda plan: excess(total(plan), target))
+    if not target.is_met_by(_least(options)):
+        return nearest
+    return _fill(_nearer(nearest, options, target), options, target, loss)
+
+
+def _least(options: Options) -> Cost:
+    """What no plan can be below, each kind of cost by itself."""
+    kinds = [field.name for field in fields(Cost)]
+    return total(
+        [
+            Choice("", cost=Cost(**{kind: min(getattr(c.cost, kind) for c in choices) for kind in kinds}))
+            for choices in options.values()
+        ]
+    )
+
+
+def excess(cost: Cost, target: Target) -> tuple[float, float]:
+    """How far beyond its limits a cost is: the worst of them, then all together, as parts of the limits."""
+    parts = [_part(getattr(cost, name), limit) for name, limit in target.limits().items()]
+    return max(parts), sum(parts)
+
+
+def _nearer(plan: Sequence[Choice], options: Options, target: Target) -> list[Choice]:
+    """The plan after the exchanges of one layer's choice that bring it nearest to the limits, until it is within."""
+    current = {c.layer: c for c in plan}
+    used = total(plan)
+    while not target.is_met_by(used):
+        moves = [
+            (excess(exchanged(used, current[layer].cost, option.cost), target), layer, place)
+            for layer, choices in options.items()
+            for place, option in enumerate(choices)
+        ]
+        least, layer, place = min(moves)
+        if least >= excess(used, target):
+            break
+        option = options[layer][place]
+        used = exchanged(used, current[layer].cost, option.cost)
+        current[layer] = option
+    return [current[layer] for layer in options]
 
 
 def _greedy(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from panther.allocators.base import Divergence, Evaluate, Options, convex, share, total
+from panther.allocators.base import Divergence, Evaluate, Options, convex, excess, share, total
 from panther.allocators.uniform import uniform
 from panther.spec import Choice, Target
 
@@ -18,18 +18,21 @@ def sensitivity(options: Options, target: Target, *, divergence: Divergence, eva
     """The plan of least predicted divergence within the limits, for several floors; the best on the model wins.
 
     The uniform plan is among those tried, so the answer is never worse on the samples that `evaluate` uses. Without
-    `evaluate` the middle floor is taken.
+    `evaluate` the middle floor is taken. A plan without floors is made where none with them is within the limits.
     """
     even = uniform(options, target, divergence=divergence, evaluate=None)
-    if evaluate is None:
-        return _planned(options, target, divergence, even, 0.5, 1.0)
-    plans = [even]
-    for floor in FLOORS:
-        for power in POWERS:
-            plan = _planned(options, target, divergence, even, floor, power)
-            if plan not in plans:
-                plans.append(plan)
-    return min(plans, key=lambda plan: (not target.is_met_by(total(plan)), evaluate(plan)))
+    tried = [(floor, power) for floor in FLOORS for power in POWERS] if evaluate is not None else [(0.5, 1.0)]
+    plans = [even] if evaluate is not None else []
+    for floor, power in tried:
+        plan = _planned(options, target, divergence, even, floor, power)
+        if plan not in plans:
+            plans.append(plan)
+    if not any(target.is_met_by(total(plan)) for plan in plans):
+        plans.append(_planned(options, target, divergence, even, 0.0, 1.0))
+    within = [plan for plan in plans if target.is_met_by(total(plan))]
+    if not within:
+        return min(plans, key=lambda plan: excess(total(plan), target))
+    return within[0] if evaluate is None else min(within, key=evaluate)
 
 
 def _planned(

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import warnings
 from bisect import bisect_right
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Self, TypeVar, cast
 
@@ -85,6 +85,8 @@ class SketchedLayer(nn.Module):
 
     DENSE: ClassVar[type[nn.Module]]
     DEFAULT_SCHEME: ClassVar[str]
+    PACKING: ClassVar[str] = chains.TWO_GEMM
+    BIAS: ClassVar[str] = "bias"  # the name of the parameter that is added to the outputs
 
     scheme: str
     ranks: tuple[int, ...]  # one; two for Tucker-2
@@ -95,6 +97,8 @@ class SketchedLayer(nn.Module):
     up: nn.Parameter
     bias: nn.Parameter | None
     _active_terms: int
+    _shape: Shape
+    _links: tuple[chains.Link, ...]
 
     @classmethod
     def _bare(cls) -> Self:
@@ -119,9 +123,14 @@ class SketchedLayer(nn.Module):
         self.rank = max(self.ranks)
         self.num_terms = self._active_terms = math.ceil(self.rank / (2 * low_rank))
         for name, link in zip(self._weight_names, chain, strict=True):
-            self.register_parameter(name, nn.Parameter(torch.zeros(link.weight_shape, device=device, dtype=dtype)))
+            zeros = nn.Parameter(torch.zeros(link.weight_shape, device=device, dtype=dtype)) if link.params else None
+            self.register_parameter(name, zeros)
         zeros = nn.Parameter(torch.zeros(shape.out_features, device=device, dtype=dtype)) if bias else None
-        self.register_parameter("bias", zeros)
+        self.register_parameter(self.BIAS, zeros)
+
+    def _chain(self, scheme: str, shape: chains.Geometry, ranks: Sequence[int]) -> tuple[chains.Link, ...]:
+        """The links whose weights this layer stores."""
+        return chains.links(scheme, shape, ranks)
 
     @property
     def _weight_names(self) -> tuple[str, ...]:
@@ -203,10 +212,11 @@ class SketchedLayer(nn.Module):
 
     def _fill(self, dense: Dense) -> Dense:
         """Give a dense layer without weights those that this layer amounts to."""
-        trainable = any(weight.requires_grad for name, weight in self.named_parameters() if name != "bias")
+        trainable = any(weight.requires_grad for name, weight in self.named_parameters() if name != self.BIAS)
         dense.weight = nn.Parameter(self._compose().detach(), requires_grad=trainable)
         if self.bias is not None:
-            dense.bias = nn.Parameter(self.bias.detach().clone(), requires_grad=self.bias.requires_grad)
+            trainable = getattr(self, self.BIAS).requires_grad
+            dense.bias = nn.Parameter(self.bias.detach().clone(), requires_grad=trainable)
         return dense.train(self.training)
 
     def to_dense(self) -> nn.Module:
@@ -295,7 +305,7 @@ class SketchedLayer(nn.Module):
         if held <= dense:
             return
         name, dense_name = type(self).__name__, f"nn.{self.DENSE.__name__}"
-        pays = largest_rank_that_pays(self.scheme, self._shape)
+        pays = largest_rank_that_pays(self.scheme, self._shape, self._chain)
         way_out = f"It pays up to rank {pays}, that is num_terms*low_rank <= {pays // 2}." if pays else "No rank pays."
         if pays == 1:
             way_out = "It pays at rank 1 only, which is less than one term: from_dense(rank=1)."
@@ -336,11 +346,13 @@ class SketchedLayer(nn.Module):
         return text + ("" if self.bias is not None else ", bias=False")
 
 
-def largest_rank_that_pays(scheme: str, shape: Shape) -> int:
+def largest_rank_that_pays(
+    scheme: str, shape: Shape, chain: Callable[..., Sequence[chains.Link]] = chains.links
+) -> int:
     """The largest rank at which a chain holds no more weights than the dense layer; 0 when there is none."""
 
     def held(rank: int) -> int:
-        return sum(link.params for link in chains.links(scheme, shape, ranks_for(scheme, shape, rank)))
+        return sum(link.params for link in chain(scheme, shape, ranks_for(scheme, shape, rank)))
 
     # A rank above the full one never pays, and there a Tucker-2 chain no longer grows.
     return bisect_right(range(1, max(full_ranks(scheme, shape)) + 1), shape.params, key=held)

@@ -48,6 +48,7 @@ class SketchedConv(SketchedLayer):
     DIMS: ClassVar[int]
     CONVOLVE: ClassVar[Callable[..., Tensor]]
 
+    _padded_first: tuple[int, ...]
     core: nn.Parameter  # Tucker-2's middle link; the others have none
 
     def __init__(
@@ -112,7 +113,7 @@ class SketchedConv(SketchedLayer):
         # Modes other than zeros pad the input once, before the chain; its links then pad nothing.
         self._padded_first = () if padding_mode == "zeros" else _pad_amounts(shape)
         inner = shape if padding_mode == "zeros" else replace(shape, padding=(0,) * self.DIMS)
-        chain = chains.links(scheme, inner, ranks)
+        chain = self._chain(scheme, inner, ranks)
         self._allocate(shape, chain, low_rank=low_rank, bias=bias, device=device, dtype=dtype)
 
     @property
@@ -123,10 +124,11 @@ class SketchedConv(SketchedLayer):
     def out_features(self) -> int:
         return self.out_channels
 
+    def _padded(self, x: Tensor) -> Tensor:
+        return F.pad(x, self._padded_first, mode=self.padding_mode) if self._padded_first else x
+
     def forward(self, x: Tensor) -> Tensor:
-        if self._padded_first:
-            x = F.pad(x, self._padded_first, mode=self.padding_mode)
-        last = self._links[-1]
+        x, last = self._padded(x), self._links[-1]
         for link, weight in zip(self._links, self.active_weights(), strict=True):
             bias = self.bias if link is last else None
             x = self.CONVOLVE(x, weight, bias, link.stride, link.padding, link.dilation)
@@ -136,8 +138,16 @@ class SketchedConv(SketchedLayer):
     def _shape_of(cls, layer: nn.Module) -> Shape:
         conv = cast(nn.Conv2d, layer)  # any of the three: they have the same fields
         _check_groups(cls.__name__, conv.groups)
-        sizes = (conv.kernel_size, conv.stride, conv.padding, conv.dilation)
-        return Shape(conv.in_channels, conv.out_channels, *sizes)
+        padding = conv.padding if isinstance(conv.padding, str) else tuple(conv.padding)
+        # as tuples: a subclass may hold them as lists
+        return Shape(
+            conv.in_channels,
+            conv.out_channels,
+            tuple(conv.kernel_size),
+            tuple(conv.stride),
+            padding,
+            tuple(conv.dilation),
+        )
 
     @classmethod
     def _like(cls, layer: nn.Module, scheme: str, ranks: Sequence[int], *, low_rank: int, bias: bool) -> Self:
@@ -172,9 +182,9 @@ class SketchedConv(SketchedLayer):
         }
 
     @classmethod
-    def from_config(cls, config: Mapping[str, Any]) -> Self:
-        read, dims = Config(cls.__name__, config, CONFIG_KEYS), cls.DIMS
-        in_words = isinstance(read.data["padding"], str)
+    def _read_geometry(cls, read: Config) -> tuple[Shape, str]:
+        """The shape that a config describes, and its padding mode."""
+        dims, in_words = cls.DIMS, isinstance(read.data["padding"], str)
         shape = Shape(
             read.integer("in_channels"),
             read.integer("out_channels"),
@@ -183,11 +193,17 @@ class SketchedConv(SketchedLayer):
             read.word("padding", PADDING_WORDS) if in_words else read.integers("padding", dims, low=0),
             read.integers("dilation", dims),
         )
+        return shape, read.word("padding_mode", PADDING_MODES)
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any]) -> Self:
+        read = Config(cls.__name__, config, CONFIG_KEYS)
+        shape, mode = cls._read_geometry(read)
         scheme = read.word("scheme", chains.CONV_SCHEMES)
         ranks = read.integers("ranks", 2 if scheme == "tucker2" else 1, high=MAX_SIZE)
         read.check_numbers(sum(link.params for link in chains.links(scheme, shape, ranks)))
         new, low_rank = cls._bare(), read.integer("low_rank")
-        mode, bias, dtype = read.word("padding_mode", PADDING_MODES), read.flag("bias"), read.dtype()
+        bias, dtype = read.flag("bias"), read.dtype()
         new._build(shape, mode, scheme, ranks, low_rank=low_rank, bias=bias, dtype=dtype)
         return new._read_active_terms(read)
 

@@ -60,15 +60,26 @@ def put_layers(model: nn.Module, layers: Mapping[str, nn.Module]) -> None:
 def inherit(layer: nn.Module, dense: nn.Module) -> None:
     """Take over what was attached to the dense layer: hooks, training flag, and attributes that its class has not.
 
-    The values of attributes are shared, not copied. Names that the new layer has already keep their own.
+    The values of attributes are shared, not copied; so are modules in it that hold no numbers (a subclass's padding).
+    Names that the new layer has already keep their own.
     """
     for name in _HOOKS:
         setattr(layer, name, copy.copy(getattr(dense, name)))
     layer.train(dense.training)
     of_its_class = {name for kind in type(dense).__mro__ for name in getattr(kind, "__annotations__", ())}
-    for name, value in vars(dense).items():
+    parts = {name: part for name, part in dense.named_children() if not part.state_dict()}
+    for name, value in {**vars(dense), **parts}.items():
         if name not in of_its_class and not hasattr(layer, name):
             vars(layer)[name] = value  # past nn.Module, which would register a module that is only referred to
+
+
+def as_plain(module: nn.Module, kind: type[nn.Module]) -> nn.Module:
+    """The module as a plain layer of the class that it derives from, with the same parameters: what `kind` would do."""
+    if type(module) is kind:
+        return module
+    plain = kind.__new__(kind)
+    vars(plain).update(vars(module))
+    return plain
 
 
 def keep_unfused(model: nn.Module, layers: Iterable[nn.Module]) -> None:

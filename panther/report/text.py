@@ -9,7 +9,8 @@ from rich import box
 from rich.console import Console, RenderableType
 from rich.table import Table
 
-from panther.spec import Figures, LayerReport, Report
+from panther.chains import PIVOTED
+from panther.spec import Figures, Healed, LayerReport, LimitReport, Report
 
 WIDTH = 110
 
@@ -33,6 +34,7 @@ def _parts(report: Report) -> Iterator[RenderableType]:
     dense = [row for row in report.layers if row.scheme == "dense"]
     yield f"target: {report.target}" if report.target else "target: none"
     yield "budget met: " + ("yes" if report.budget_met else "NO - this is the best that was found")
+    yield from map(_limit, report.limits)
     yield f"{len(sketched)} of {len(report.layers)} dense layers are sketched (found by {report.capture_way})"
     yield ""
     if sketched:
@@ -57,6 +59,17 @@ def _parts(report: Report) -> Iterator[RenderableType]:
         yield f"note: {note}"
 
 
+# Divisor and name of the units that people write.
+_UNITS = {"numbers": (1e6, " M"), "FLOPs": (1e9, " GFLOPs"), "bytes": (1e6, " MB")}
+
+
+def _limit(limit: LimitReport) -> str:
+    """ "  latency 11.9 of 12 ms: met"."""
+    divisor, unit = _UNITS.get(limit.unit, (1.0, f" {limit.unit}".rstrip()))
+    got = "not measured" if limit.got is None else f"{limit.got / divisor:.4g}"
+    return f"  {limit.name} {got} of {limit.limit / divisor:.4g}{unit}: {'met' if limit.met else 'NOT met'}"
+
+
 def _table(*columns: str, right: tuple[str, ...] = ()) -> Table:
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, padding=(0, 0, 0, 1))
     for column in columns:
@@ -71,7 +84,7 @@ def _sketched(rows: Sequence[LayerReport]) -> Table:
         table.add_row(
             row.name,
             row.shape,
-            row.scheme,
+            f"{row.scheme}, {row.packing}" if row.packing == PIVOTED else row.scheme,
             f"{100 * row.kept:.1f} %",
             " x ".join(map(str, row.ranks)),
             str(row.terms),
@@ -142,6 +155,25 @@ def _quality(report: Report) -> Iterator[str]:
         )
     else:
         yield "agreement with the dense model: not measured"
+    if report.healing is not None:
+        yield _healing(report.healing)
     if report.metric is not None:
         dense, compressed = report.metric
         yield f"eval_fn: dense {dense:.4f}, compressed {compressed:.4f} ({compressed - dense:+.4f})"
+
+
+def _healing(healed: Healed) -> str:
+    """ "healed 112 s: refit .371 -> .311, distill -> .158 of the held-out loss; 840 steps"."""
+    reached = {stage: figure for _, stage, figure in healed.history if stage != "before"}  # the last of each stage
+    before = f"{_figure(healed.before)} -> "
+    parts = [
+        f"{stage} {before if i == 0 else '-> '}{_figure(figure)}" for i, (stage, figure) in enumerate(reached.items())
+    ]
+    steps = f"; {healed.steps:,} steps" if healed.steps else ""
+    said = ", ".join(parts) or f"nothing was done at {_figure(healed.before)}"
+    return f"healed {healed.seconds:.0f} s: {said} of the held-out loss{steps}"
+
+
+def _figure(loss: float) -> str:
+    """Three places, or two digits of what is smaller; 1 is the loss of a constant answer."""
+    return f"{loss:.3f}".removeprefix("0") if loss >= 0.01 else f"{loss:.2g}"

@@ -8,6 +8,7 @@ from typing import Protocol, cast
 
 import torch
 from torch import Tensor
+from torch.linalg import LinAlgError  # type: ignore[attr-defined]  # it is not in torch's list of names
 
 # Added to the covariance, relative to its mean diagonal: directions the calibration data never showed still count
 # for a little, so that other inputs are not lost entirely.
@@ -127,14 +128,19 @@ def output_covariance(matrix: Tensor, seen: Seen) -> Tensor:
 
 
 def with_ridge(matrix: Tensor, ridge: float) -> Tensor:
-    """The Cholesky factor of a positive matrix after `ridge` times its mean diagonal was added."""
-    scale = float(matrix.diagonal().mean())
+    """The Cholesky factor of a positive matrix after `ridge` times its mean diagonal (1 where it is zero) was added.
+
+    Raises: torch.linalg.LinAlgError for a matrix that is not finite.
+    """
+    if not bool(torch.isfinite(matrix).all()):
+        raise LinAlgError("a matrix of products holds NaN or Inf")
+    scale = float(matrix.diagonal().mean()) or 1.0
     identity = torch.eye(matrix.shape[0], dtype=matrix.dtype)
     while True:  # rounding can leave a covariance slightly indefinite; a ridge of its mean diagonal always ends this
         factor, failed = torch.linalg.cholesky_ex(matrix + ridge * scale * identity)
         if not int(failed):
             return cast(Tensor, factor)
-        ridge *= 10
+        ridge = max(10 * ridge, 1e-15)
 
 
 def _output_operator(matrix: Tensor, seen: Seen) -> Operator:

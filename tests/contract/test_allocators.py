@@ -6,17 +6,20 @@ Small problems are compared with the best of all plans, found by trying each.
 from __future__ import annotations
 
 import itertools
+import math
 import random
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import pytest
 
+from panther import chains
 from panther.allocators import ALLOCATORS, Allocator, Options
 from panther.allocators.base import Divergence, Evaluate, convex, lower_hull, share, total
-from panther.spec import Choice, Cost, Target
+from panther.spec import Choice, Cost, LayerSpec, Target
 
 ROUNDING = 1e-9
+TICK = 2.0**-16  # of milliseconds: sums are exact
 
 
 def evenly(options: Options, target: Target, *, divergence: Divergence, evaluate: Evaluate | None) -> list[Choice]:
@@ -36,12 +39,24 @@ def evenly(options: Options, target: Target, *, divergence: Divergence, evaluate
 EVERY: dict[str, Allocator] = {**ALLOCATORS, "a user's own": evenly}
 every_allocator = pytest.mark.parametrize("name", EVERY)
 BUDGETS = (0.2, 0.3, 0.4, 0.5, 0.6, 0.75, 0.9, 1.0)
-LIMITS = (("params",), ("flops",), ("size_bytes",), ("params", "flops"), ("params", "flops", "size_bytes"))
+LIMITS = (
+    ("params",),
+    ("flops",),
+    ("size_bytes",),
+    ("latency_ms",),
+    ("params", "flops"),
+    ("params", "latency_ms"),
+    ("params", "flops", "size_bytes"),
+)
 every_limit = pytest.mark.parametrize("limited", LIMITS, ids=" and ".join)
 
 
 class Problem:
-    """Random layers of one to two schemes each, with convex errors and flops that do not follow the params."""
+    """Random layers of one to two schemes each, with convex errors, and flops and times that do not follow the params.
+
+    Times are below a millisecond in sum, have a part that no rank saves, and are noisy, as measured ones are; what is
+    not faster than the dense layer is no option.
+    """
 
     def __init__(self, layers: int, ranks: int, seed: int) -> None:
         rng = random.Random(seed)
@@ -51,20 +66,24 @@ class Problem:
 
     @staticmethod
     def _layer(name: str, ranks: int, rng: random.Random) -> list[Choice]:
-        dense = Cost(rng.randint(300, 4000), rng.randint(300, 4000), 0)
+        dense = Cost(rng.randint(300, 4000), rng.randint(300, 4000), 0, rng.randint(2**9, 2**12) * TICK)
         choices = []
         for scheme in rng.choice((["one"], ["one", "other"])):
-            power, work = rng.uniform(1, 4), rng.uniform(0.6, 1.3)
+            power, work, slow, base = rng.uniform(1, 4), rng.uniform(0.6, 1.3), rng.uniform(0.5, 1.2), rng.random() / 10
             for rank in range(1, ranks + 1):
                 part = rank / (ranks + 1)
-                cost = Cost(int(part * dense.params), int(part * dense.flops * work), 4 * int(part * dense.params))
-                choices.append(Choice(name, scheme, (rank,), error=(1 - part) ** power, cost=cost))
+                time = dense.latency_ms * (base + (1 - base) * part * slow) * rng.uniform(0.95, 1.05)
+                params = int(part * dense.params)
+                cost = Cost(params, int(part * dense.flops * work), 4 * params, round(time / TICK) * TICK)
+                if cost.latency_ms < dense.latency_ms:
+                    choices.append(Choice(name, scheme, (rank,), error=(1 - part) ** power, cost=cost))
         choices.sort(key=lambda c: (c.cost.params, c.error))
-        whole = Cost(dense.params, dense.flops, 4 * dense.params)
+        whole = Cost(dense.params, dense.flops, 4 * dense.params, dense.latency_ms)
         return [*choices, Choice(name, packing="dense", cost=whole)]
 
     def target(self, kept: float, limited: Sequence[str]) -> Target:
-        return Target(**{name: int(kept * getattr(self.dense, name)) for name in limited})
+        limits = {name: kept * getattr(self.dense, name) for name in limited}
+        return Target(**{name: limit if name == "latency_ms" else int(limit) for name, limit in limits.items()})
 
     def divergence(self, layer: str, error: float) -> float:
         return self.weights[layer] * error
@@ -363,6 +382,108 @@ def test_convex_on_many_layers_is_as_good_as_exact_dynamic_programming(kept: flo
     assert got <= best_by_programming(problem, target.params, step=20) * 1.02
 
 
+# Pivoted layers cost r * (m + n - r): less and less for each further rank, so their curves are not convex.
+
+
+def with_pivots(layers: int, seed: int) -> tuple[Options, Callable[[Choice], float]]:
+    """Linear layers at every rank in both packings, at their true cost; equal ranks lose the same."""
+    rng, options, weights = random.Random(seed), {}, {}
+    for layer in range(layers):
+        spec = LayerSpec(f"layer{layer}", "linear", rng.randint(8, 24), rng.randint(8, 24), rows=rng.randint(1, 9))
+        power, least = rng.uniform(0.5, 3), min(spec.in_features, spec.out_features)
+        choices = [
+            Choice(spec.name, "linear", (rank,), packing, error=(1 - rank / least) ** power, cost=cost)
+            for rank in range(1, least)
+            for packing in chains.PACKINGS
+            if (cost := chains.chain_cost("linear", spec, (rank,), 4, packing)).params < spec.params
+        ]
+        choices.sort(key=lambda c: (c.cost.params, c.error))
+        options[spec.name] = [*choices, Choice(spec.name, packing="dense", cost=chains.dense_cost(spec, 4))]
+        weights[spec.name] = rng.uniform(0.1, 5)
+    return options, lambda choice: weights[choice.layer] * choice.error
+
+
+def least_loss(options: Options, loss: Callable[[Choice], float], limit: int) -> float:
+    """The least loss of all plans within a limit on params, by dynamic programming over every number of params."""
+    least = [0.0] * (limit + 1)
+    for choices in options.values():
+        bundles = [(c.cost.params, loss(c)) for c in choices]
+        least = [
+            min((least[left - size] + lost for size, lost in bundles if size <= left), default=math.inf)
+            for left in range(limit + 1)
+        ]
+    return least[limit]
+
+
+@pytest.mark.parametrize("seed", range(15))
+def test_convex_with_pivoted_options_is_within_one_hull_step_of_exact_dynamic_programming(seed: int) -> None:
+    options, loss = with_pivots(4, seed)
+    dense = total([choices[-1] for choices in options.values()]).params
+    for kept in (0.3, 0.5, 0.7, 0.9):
+        limit = int(kept * dense)
+        plan = convex(options, Target(params=limit), loss)
+        hulls = [lower_hull([(c.cost.params, loss(c), c) for c in choices]) for choices in options.values()]
+        step = max(low[1] - high[1] for hull in hulls for low, high in itertools.pairwise(hull))
+        best = least_loss(options, loss, limit)
+        assert best - ROUNDING <= sum(map(loss, plan)) <= best + step
+        assert total(plan).params <= limit
+
+
+@pytest.mark.parametrize("name", ALLOCATORS)
+def test_with_pivoted_options_every_limit_holds(name: str) -> None:
+    for seed in range(6):
+        options, _ = with_pivots(4, seed)
+        dense = total([choices[-1] for choices in options.values()])
+        for kept in (0.3, 0.5, 0.8):
+            target = Target(params=int(kept * dense.params), flops=int(kept * dense.flops))
+            given: dict[str, Any] = {"divergence": lambda layer, error: error, "evaluate": None}
+            assert target.is_met_by(total(ALLOCATORS[name](options, target, **given)))
+
+
+def sensitivity_of(options: Options, target: Target, loss: Callable[[Choice], float]) -> list[Choice]:
+    return ALLOCATORS["sensitivity"](
+        options,
+        target,
+        divergence=lambda layer, error: loss(Choice(layer, error=error)),
+        evaluate=lambda plan: sum(map(loss, plan)),
+    )
+
+
+def test_pivots_are_used_and_never_cost_accuracy_at_equal_params() -> None:
+    packings = set()
+    for seed in range(6):
+        options, loss = with_pivots(4, seed)
+        without = {n: [c for c in choices if c.packing != chains.PIVOTED] for n, choices in options.items()}
+        dense = total([choices[-1] for choices in options.values()])
+        for kept in (0.5, 0.8):
+            target = Target(params=int(kept * dense.params))
+            lost = []
+            for given in (options, without):
+                plan = sensitivity_of(given, target, loss)
+                assert target.is_met_by(total(plan))
+                lost.append(sum(map(loss, plan)))
+                packings |= {choice.packing for choice in plan}
+            assert lost[0] <= lost[1] + ROUNDING, (seed, kept)
+    assert chains.PIVOTED in packings
+
+
+@pytest.mark.parametrize("name", ALLOCATORS)
+def test_two_products_are_chosen_where_pivots_take_longer(name: str) -> None:
+    slow, fast = Cost(60, 60, 240, 5 * TICK), Cost(80, 80, 320, 3 * TICK)
+    options = {
+        "a": [
+            Choice("a", "linear", (4,), chains.PIVOTED, error=0.1, cost=slow),
+            Choice("a", "linear", (4,), chains.TWO_GEMM, error=0.1, cost=fast),
+            Choice("a", packing="dense", cost=Cost(100, 100, 400, 6 * TICK)),
+        ]
+    }
+    given: dict[str, Any] = {"divergence": lambda _, error: error, "evaluate": None}
+    (choice,) = ALLOCATORS[name](options, Target(latency_ms=4 * TICK), **given)
+    assert choice.packing == chains.TWO_GEMM
+    (choice,) = ALLOCATORS[name](options, Target(params=70), **given)
+    assert choice.packing == chains.PIVOTED
+
+
 TIES: dict[str, Callable[[], list[Choice]]] = {
     "all lose the same": lambda: [Choice("a", "one", (r,), error=0.5, cost=Cost(r, r, r)) for r in (1, 2, 3)],
     "all cost the same": lambda: [Choice("a", "one", (r,), error=1 / r, cost=Cost(2, 2, 2)) for r in (1, 2, 3)],
@@ -375,3 +496,93 @@ def test_ties_are_no_trouble(name: str, choices: Callable[[], list[Choice]]) -> 
     options = {"a": [*choices(), Choice("a", cost=Cost(10, 10, 10))]}
     (choice,) = EVERY[name](options, Target(params=5), divergence=lambda _, error: error, evaluate=None)
     assert choice.cost.params <= 5
+
+
+# Several limits at once
+
+
+SEVERAL = (("params", "latency_ms"), ("params", "flops", "latency_ms"))
+
+
+def smallest(problem: Problem, target: Target) -> list[Choice]:
+    """Of each layer the option with the smallest share of what is limited."""
+    return [
+        min(choices, key=lambda c, dense=choices[-1].cost: share(c.cost, dense, target))
+        for choices in problem.options.values()
+    ]
+
+
+@pytest.mark.parametrize("name", ALLOCATORS)
+@pytest.mark.parametrize("limited", SEVERAL, ids=" and ".join)
+def test_limits_that_the_smallest_plan_holds_are_held(name: str, limited: Sequence[str]) -> None:
+    held = 0
+    for seed in range(25):
+        problem, rng = Problem(3, 5, seed), random.Random(seed)
+        target = random_target(problem, limited, rng)
+        if target.is_met_by(total(smallest(problem, target))):
+            held += 1
+            assert target.is_met_by(total(problem.solve(name, target))), seed
+    assert held > 10
+
+
+def random_target(problem: Problem, limited: Sequence[str], rng: random.Random) -> Target:
+    limits = {n: rng.uniform(0.1, 0.7) * getattr(problem.dense, n) for n in limited}
+    return Target(**{n: limit if n == "latency_ms" else int(limit) for n, limit in limits.items()})
+
+
+@pytest.mark.parametrize("tight", [True, False], ids=["tight", "loose"])
+@pytest.mark.parametrize("limited", SEVERAL, ids=" and ".join)
+def test_convex_finds_a_plan_within_several_limits_wherever_there_is_one_and_a_good_one(
+    limited: Sequence[str], tight: bool
+) -> None:
+    lost = []
+    for seed in range(30):
+        problem, rng = Problem(3, 5, seed), random.Random(seed)
+        target = just_enough(problem, limited, rng) if tight else random_target(problem, limited, rng)
+        best = min((problem.evaluate(plan) for plan in problem.plans(target)), default=None)
+        if best is not None:
+            plan = convex(problem.options, target, problem.loss)
+            assert target.is_met_by(total(plan)), seed
+            lost.append((problem.evaluate(plan) - best) / sum(problem.weights.values()))
+    # Of all that can be lost, the plan loses at most a fifth more than the best one, and a hundredth on average.
+    assert len(lost) > 15 and max(lost) < 0.2 and sum(lost) / len(lost) < 0.01
+
+
+def just_enough(problem: Problem, limited: Sequence[str], rng: random.Random) -> Target:
+    """Limits that a small plan drawn at random just holds: few others do."""
+    drawn = [[rng.choice(choices) for choices in problem.options.values()] for _ in range(12)]
+    target = Target(**dict.fromkeys(limited, 1))
+    small = total(min(drawn, key=lambda plan: share(total(plan), problem.dense, target)))
+    return Target(**{n: getattr(small, n) for n in limited})
+
+
+def test_convex_leaves_the_straight_prices_where_only_an_exchange_leads_within_the_limits() -> None:
+    """No weighting of the two costs picks "middle": it lies above the line between the others."""
+    options = {
+        name: [
+            Choice(name, "small", (1,), error=0.3, cost=Cost(1, 9)),
+            Choice(name, "middle", (1,), error=0.3, cost=Cost(6, 6)),
+            Choice(name, "fast", (1,), error=0.3, cost=Cost(9, 1)),
+            Choice(name, cost=Cost(20, 20)),
+        ]
+        for name in ("a", "b", "c")
+    }
+    target = Target(params=16, flops=16)
+    plan = convex(options, target, lambda c: c.error)
+    assert target.is_met_by(total(plan))
+
+
+@every_allocator
+def test_milliseconds_below_one_are_told_apart(name: str) -> None:
+    options = {
+        layer: [
+            *(
+                Choice(layer, "one", (r,), error=1 / r, cost=Cost(100 * r, 100 * r, 400 * r, r * TICK))
+                for r in (1, 2, 3, 4)
+            ),
+            Choice(layer, cost=Cost(600, 600, 2400, 6 * TICK)),
+        ]
+        for layer in ("a", "b")
+    }
+    plan = EVERY[name](options, Target(latency_ms=6 * TICK), divergence=lambda _, e: e, evaluate=None)
+    assert total(plan).latency_ms == 6 * TICK

@@ -1,0 +1,430 @@
+"""heal(): a compressed model made better without labels, and never worse.
+
+The ways are in panther.healers. Each leaves the student as it was unless the student's answers to held-out inputs came
+nearer to the dense model's.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import math
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from panther.answers import is_classifier, last_dense_call
+from panther.batches import Calibration, Call, as_call, calibration, float_outputs, inference, run
+from panther.batchnorm import reestimate
+from panther.errors import LoadError
+from panther.healers import Limits, distill, heal_blocks, refit
+from panther.healers.blocks import HealedBlock, find_blocks, trainable
+from panther.healers.checkpoint import Checkpoint, Saved
+from panther.healers.lockstep import LeftStepError
+from panther.healers.losses import answer_loss
+from panther.healers.terms import reorder
+from panther.healers.training import Progressed
+from panther.progress import Progress
+from panther.spec import Heal, Healed, LayerSpec
+
+REFIT_CALLS = 64  # batches that are held at one depth of both models
+EPOCHS = 60  # at most: small calibration sets are learnt by heart after that
+MOST_THREADS = 512  # of one model: each batch that is held in the middle of it has one
+HELD_BYTES = 1_500_000_000  # of activations at one depth, in all batches together; also of their inputs
+STAGES = ("refit done", "blocks", "blocks done", "distill", "distill done")  # of a checkpoint, in order
+PROGRESS = ("step", "seconds", "rate", "halvings", "first", "best", "checks", "left_out")  # of a run that is saved
+REORDER_SLACK = 0.01  # what new rounding of re-ordered factors may cost, as a share of the held-out loss
+SAMPLED = 1000  # numbers of a tensor that tell it from another
+
+
+def heal(
+    teacher: nn.Module,
+    student: nn.Module,
+    calib_data: Any,
+    example_inputs: Any,
+    settings: Heal | str = "auto",
+    *,
+    layers: Sequence[LayerSpec] = (),
+    sensitivities: Mapping[str, Tensor] | None = None,
+    relu_after: Mapping[str, str] | None = None,
+    seed: int = 0,
+    checkpoint: str | Path | None = None,
+    identity: Mapping[str, Any] | None = None,
+    progress: bool | Progress = False,
+) -> Healed:
+    """Bring the student's answers nearer to the teacher's on unlabelled inputs; the student is changed in place.
+
+    calib_data, example_inputs: as for panther.compress. The last tenth of the data is held out and decides what stays.
+    layers: the sketched layers that refit may solve again, in execution order (panther.compress gives them); with none,
+        as for a student that panther did not make, refit is left out.
+    relu_after: of these layers, those whose output goes into a ReLU only, with the name of the BatchNorm between ("":
+        none).
+    checkpoint: a file that a killed run goes on from, given the same arguments; it is removed at the end.
+    identity: what else must be the same for that.
+
+    Raises: ValueError or TypeError for bad settings, CalibrationError for unusable data, LoadError for a checkpoint of
+    another run. Ctrl-C ends the healing and keeps the best state so far, as well as the checkpoint; what else goes
+    wrong on the way is undone, and said in the notes.
+    """
+    wanted = Heal.parse(settings)
+    data = (
+        calib_data if isinstance(calib_data, Calibration) else calibration(calib_data, as_call(example_inputs), teacher)
+    )
+    shown = progress if isinstance(progress, Progress) else Progress(progress)
+    with _without_caches(teacher), _without_caches(student):
+        healer = _Healer(teacher, student, data, wanted, seed, shown)
+        if checkpoint is not None:
+            healer.checkpoint = Checkpoint(Path(checkpoint), {**healer.identity(), **(identity or {})})
+        return healer.run(layers, sensitivities or {}, relu_after or {})
+
+
+@dataclass
+class _Healer:
+    """One healing: both models, the data, and what happened so far."""
+
+    teacher: nn.Module
+    student: nn.Module
+    data: Calibration
+    settings: Heal
+    seed: int
+    progress: Progress
+    checkpoint: Checkpoint | None = None
+    start: float = field(default_factory=time.perf_counter)
+    history: list[tuple[float, str, float]] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    steps: int = 0
+    interrupted: bool = False
+    kept: list[Tensor] = field(default_factory=list)  # the student at the end of the last stage
+    reached: float = math.nan  # and its held-out loss
+
+    def __post_init__(self) -> None:
+        self.calls = list(_fitting(self.data, HELD_BYTES))
+        if len(self.calls) < len(self.data):
+            self.notes.append(
+                f"healing saw {len(self.calls)} of {len(self.data)} batches: more would not fit in memory"
+            )
+        self.held_out = list(self.data.held_out)
+        with torch.no_grad(), inference(self.teacher), last_dense_call(self.teacher) as last:
+            answer = run(self.teacher, self.held_out[0])
+            self.is_comparable = bool(float_outputs(answer))
+            self.classifies = is_classifier(answer, last)
+
+    def identity(self) -> dict[str, Any]:
+        """What a checkpoint must have been made with to go on from it."""
+        shapes = repr([tuple(p.shape) for p in trainable(self.student)]).encode()
+        inputs = [tensor for call in [*self.calls[:1], *self.held_out] for tensor in call.tensors()]
+        return {
+            **dataclasses.asdict(self.settings),
+            "seed": self.seed,
+            "batches": len(self.calls),
+            "inputs": _fingerprint(inputs),
+            "weights of the dense model": _fingerprint(self.teacher.parameters()),
+            "shapes": hashlib.sha256(shapes).hexdigest()[:16],
+        }
+
+    def run(self, layers: Sequence[LayerSpec], sensitivities: Mapping[str, Tensor], gates: Mapping[str, str]) -> Healed:
+        mode = self.settings.mode
+        saved = None if self.checkpoint is None else self.checkpoint.saved
+        if self.checkpoint is not None and saved is not None:
+            self._go_on_from(saved, self.checkpoint.path)
+        else:
+            self.reached, self.kept = self.figure(), _state(self.student)
+            self._note("before", self.reached)
+        stage = "" if saved is None else str(saved.facts["stage"])
+        if mode != "none" and self._can_heal():
+            if not _is_past(stage, "refit"):
+                self._kept_if_better("refit", lambda: self._refit(layers, sensitivities, gates))
+            share = {"blocks": (1.0, 0.0), "distill": (0.0, 1.0), "auto": (0.25, 0.75)}.get(mode, (0.0, 0.0))
+            if share[0] and not self.interrupted and not _is_past(stage, "blocks"):
+                self._kept_if_better("blocks", lambda: self._blocks(share[0], saved if stage == "blocks" else None))
+            if share[1] and not self.interrupted and not _is_past(stage, "distill"):
+                self._kept_if_better("distill", lambda: self._distill(share[1], saved if stage == "distill" else None))
+            self._reorder()
+        if self.checkpoint is not None:
+            self.notes.extend([self.checkpoint.problem] if self.checkpoint.problem else [])
+            if not self.interrupted:
+                self.checkpoint.remove()
+        return Healed(
+            time.perf_counter() - self.start,
+            self.steps,
+            self.history[0][2],
+            self.reached,
+            tuple(self.history),
+            tuple(self.notes),
+        )
+
+    def _can_heal(self) -> bool:
+        """Whether there is something to judge by; a note where there is not."""
+        if not self.is_comparable:
+            self.notes.append("nothing was healed: the model's outputs hold no floating-point numbers to compare")
+        elif not math.isfinite(self.reached):
+            self.notes.append("nothing was healed: the answers to held-out inputs are not finite, or there are none")
+        return self.is_comparable and math.isfinite(self.reached)
+
+    def _go_on_from(self, saved: Saved, path: Path) -> None:
+        """Be where the run was that wrote a checkpoint.
+
+        Raises: LoadError when it does not hold what such a run writes.
+        """
+        try:
+            facts, tensors = saved.facts, saved.tensors
+            stage, self.kept, self.reached = str(facts["stage"]), tensors["kept"], float(facts["reached"])
+            self.history = [(float(seconds), str(name), float(figure)) for seconds, name, figure in facts["history"]]
+            self.notes, self.steps = [str(note) for note in facts["notes"]], int(facts["steps"])
+            self.start = time.perf_counter() - float(facts["seconds"])
+            own, given = _state(self.student), tensors["student"] if stage == "blocks" else self.kept
+            fits = all(_shapes(part) == _shapes(own) for part in (self.kept, given))
+        except (KeyError, TypeError, ValueError) as error:
+            raise LoadError(f"{path} is damaged ({error!r}): delete it to begin anew") from error
+        if not fits or not self.history or stage not in STAGES:
+            raise LoadError(f"{path} is damaged, or of another student: delete it to begin anew")
+        _write(self.student, given)
+        self.progress.say(f"healing goes on from {path} ({stage})")
+
+    @torch.no_grad()
+    def figure(self) -> float:
+        """The loss of the student's answers to the held-out calls; NaN when it does not run on one."""
+        lost = 0.0
+        try:
+            with inference(self.teacher), inference(self.student):
+                for call in self.held_out:
+                    answer, target = run(self.student, call), run(self.teacher, call)
+                    lost += float(answer_loss(answer, target, call, classifies=self.classifies))
+        except Exception as error:  # a user's model may raise anything
+            self.notes.append(f"the compressed model does not run on a held-out batch: {_one_line(error)}")
+            return math.nan
+        return lost / max(1, len(self.held_out))
+
+    def _note(self, stage: str, figure: float) -> None:
+        self.history.append((time.perf_counter() - self.start, stage, figure))
+
+    def _kept_if_better(self, stage: str, work: Callable[[], None]) -> None:
+        """Do something to the student, and undo it where its held-out answers got worse (or broke)."""
+        before = self.reached
+        try:
+            work()
+        except KeyboardInterrupt:
+            self.interrupted = True
+            self.notes.append(f"{stage}: interrupted; the best state so far was kept")
+        except LeftStepError as error:
+            self.notes.append(f"{stage} ended early: {error}")
+        except Exception as error:  # a user's module may raise anything when it runs alone, or backwards
+            self.notes.append(f"{stage} failed and was undone: {_one_line(error)}")
+            _write(self.student, self.kept)
+        after = self.figure()
+        if after <= before:  # not so for NaN
+            self.kept, self.reached = _state(self.student), after
+        else:
+            _write(self.student, self.kept)
+            self.notes.append(f"{stage} made held-out answers worse ({before:.4g} -> {after:.4g}) and was undone")
+        self._note(stage, self.reached)
+        self.progress.say(f"{stage}: held-out loss {before:.4g} -> {self.reached:.4g}")
+        if not self.interrupted:
+            self._save(f"{stage} done")
+
+    def _reorder(self) -> None:
+        """Put the most important terms first again, where rounding allows it."""
+        reorder(self.student, self._held_at_once(REFIT_CALLS))
+        if not self.figure() <= self.reached * (1 + REORDER_SLACK) + 1e-12:
+            _write(self.student, self.kept)
+            self.notes.append(
+                "the terms of healed layers keep their order: a new one would cost accuracy in this dtype"
+            )
+
+    def _refit(
+        self, layers: Sequence[LayerSpec], sensitivities: Mapping[str, Tensor], gates: Mapping[str, str]
+    ) -> None:
+        if not layers:
+            return
+        calls = self._held_at_once(REFIT_CALLS)
+        done = refit(
+            self.teacher,
+            self.student,
+            calls,
+            layers,
+            sensitivities,
+            relu_after=gates,
+            seed=self.seed,
+            progress=self.progress,
+        )
+        if done.kept:
+            some = "; ".join(f"{name}: {why}" for name, why in list(done.kept.items())[:3])
+            self.notes.append(f"refit left {len(done.kept)} of {len(layers)} layers as they were ({some})")
+        found = reestimate(self.student, calls, dense=self.teacher, held_out=self.held_out, progress=self.progress)
+        if found.norms:
+            self.notes.append(f"the statistics of {len(found.norms)} BatchNorm layers were corrected")
+
+    def _held_at_once(self, most: int) -> list[Call]:
+        """As many calls as may be held at one depth of the models, in activations of their largest module output."""
+        largest = _largest_activation(self.student, self.calls[0])
+        fits = max(2, int(HELD_BYTES / max(1, 3 * largest)))
+        return self.calls[: min(most, fits)]
+
+    def _blocks(self, share: float, saved: Saved | None) -> None:
+        calls = self._held_at_once(MOST_THREADS - len(self.held_out))
+        done = [] if saved is None else [str(name) for name in saved.facts["blocks"]]
+
+        def after(block: HealedBlock) -> None:
+            done.append(block.name)
+            self.steps += block.steps
+            self._save("blocks", student=_state(self.student), blocks=list(done))
+
+        with self.progress.bar("healing blocks") as bar:
+            heal_blocks(
+                self.teacher,
+                self.student,
+                [*calls, *self.held_out],
+                len(self.held_out),
+                self._limits(share),
+                seed=self.seed,
+                skip=tuple(done),
+                done=after,
+                show=lambda name, part, best: bar(part, f"{name}: held-out {best:.4g}"),
+            )
+        left = [name for name in find_blocks(self.student) if name not in done]
+        if left:
+            self.notes.append(f"blocks left {', '.join(left)} as they were: they run more than once, or never")
+
+    def _distill(self, share: float, saved: Saved | None) -> None:
+        now, so_far = Progressed(), self.steps
+        if saved is not None:
+            run_ = saved.facts["run"]
+            now = Progressed(**run_, best_state=saved.tensors["best"], now=saved.tensors["now"])
+            so_far -= now.step
+
+        def save(now: Progressed) -> None:
+            self._note("distill", now.best)
+            self.steps = so_far + now.step
+            facts = {name: getattr(now, name) for name in PROGRESS}
+            self._save("distill", run=facts, best=now.best_state, now=now.now)
+
+        try:
+            with self.progress.bar("distilling") as bar, inference(self.teacher), inference(self.student):
+                distill(
+                    self.teacher,
+                    self.student,
+                    self.calls,
+                    self.held_out,
+                    self._limits(share),
+                    seed=self.seed,
+                    went_on=now,
+                    save=save,
+                    show=lambda part, best: bar(part, f"held-out {best:.4g}"),
+                )
+        finally:
+            self.steps = so_far + now.step
+
+    def _limits(self, share: float) -> Limits:
+        wanted = self.settings.steps
+        steps = EPOCHS * len(self.calls) if wanted is None else max(1, round(wanted * share))
+        return Limits(self.settings.time_limit * share, steps, self.settings.learning_rate)
+
+    def _save(
+        self,
+        stage: str,
+        *,
+        student: Sequence[Tensor] = (),
+        best: Sequence[Tensor] = (),
+        now: Sequence[Tensor] = (),
+        **facts: Any,
+    ) -> None:
+        if self.checkpoint is None or self.checkpoint.problem:
+            return
+        common = {
+            "stage": stage,
+            "reached": self.reached,
+            "history": self.history,
+            "notes": self.notes,
+            "steps": self.steps,
+            "seconds": time.perf_counter() - self.start,
+        }
+        self.checkpoint.save({**common, **facts}, {"kept": self.kept, "student": student, "best": best, "now": now})
+
+
+def _changing(student: nn.Module) -> list[Tensor]:
+    """Everything that healing may change."""
+    return [*trainable(student), *student.buffers()]
+
+
+def _state(student: nn.Module) -> list[Tensor]:
+    return [tensor.detach().clone() for tensor in _changing(student)]
+
+
+@torch.no_grad()
+def _write(student: nn.Module, state: Sequence[Tensor]) -> None:
+    for tensor, value in zip(_changing(student), state, strict=True):
+        tensor.copy_(value)
+
+
+def _largest_activation(model: nn.Module, call: Call) -> int:
+    """Bytes of the largest output of any module in one call."""
+    largest = 0
+
+    def see(_module: nn.Module, _args: Any, output: Any) -> None:
+        nonlocal largest
+        if isinstance(output, Tensor):
+            largest = max(largest, output.numel() * output.element_size())
+
+    hooks = [module.register_forward_hook(see) for module in model.modules()]
+    try:
+        with inference(model):
+            run(model, call)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return largest
+
+
+def _is_past(saved: str, stage: str) -> bool:
+    """Whether a run that was saved at one place ("" for a new one) is through with a stage."""
+    return bool(saved) and STAGES.index(saved) >= STAGES.index(f"{stage} done")
+
+
+def _shapes(tensors: Sequence[Tensor]) -> list[torch.Size]:
+    return [tensor.shape for tensor in tensors]
+
+
+def _one_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines() or ["no message"]
+    return f"{type(error).__name__}: {lines[0][:200]}"
+
+
+def _fitting(calls: Iterable[Call], size_bytes: int) -> Iterator[Call]:
+    """The first calls whose inputs take about so much memory together; at least one."""
+    held = 0
+    for call in calls:
+        yield call
+        held += sum(t.numel() * t.element_size() for t in call.tensors())
+        if held >= size_bytes:
+            return
+
+
+def _fingerprint(tensors: Iterable[Tensor]) -> str:
+    """A few numbers of each tensor, as one that other tensors do not have."""
+    digest = hashlib.sha256()
+    for tensor in tensors:
+        flat = tensor.detach().flatten()
+        some = flat[:: max(1, len(flat) // SAMPLED)].cpu().contiguous()
+        digest.update(repr((tuple(tensor.shape), tensor.dtype)).encode())
+        digest.update(some.view(torch.uint8).numpy().tobytes() if len(some) else b"")
+    return digest.hexdigest()[:16]
+
+
+@contextlib.contextmanager
+def _without_caches(model: nn.Module) -> Iterator[None]:
+    """Hugging Face's decoders keep no keys and values: each block would add to them whenever it runs."""
+    found = [getattr(module, "config", None) for module in model.modules()]
+    configs: list[Any] = [config for config in found if getattr(config, "use_cache", False) is True]
+    for config in configs:
+        config.use_cache = False
+    try:
+        yield
+    finally:
+        for config in configs:
+            config.use_cache = True

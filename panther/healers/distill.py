@@ -1,0 +1,154 @@
+"""The whole student trained to give the teacher's answers on unlabelled inputs.
+
+Besides the answers, what comes out of each block counts: errors are corrected where they arise, and every block has a
+gradient of its own. A block whose output another block changes in place is left out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from panther.answers import is_classifier, last_dense_call
+from panther.batches import Call, device_of, float_outputs, run
+from panther.healers.blocks import find_blocks, gradients_for, has_module, trainable
+from panther.healers.losses import answer_loss, tensor_loss
+from panther.healers.training import Limits, Progressed, Task, train
+
+HIDDEN_SHARE = 1.0  # weight of the mean loss of the blocks' outputs, beside the answers' 1
+CACHED_BYTES = 1_000_000_000  # of the teacher's answers, which are the same in every epoch
+
+
+@dataclass(frozen=True)
+class _Answers:
+    """What one model says to one call."""
+
+    output: Any
+    hidden: dict[str, list[Tensor]]
+
+    @property
+    def size_bytes(self) -> int:
+        tensors = [*float_outputs(self.output), *(t for part in self.hidden.values() for t in part)]
+        return sum(t.numel() * t.element_size() for t in tensors)
+
+
+class _Watched:
+    """A model and the outputs of some of its modules."""
+
+    def __init__(self, model: nn.Module, names: Sequence[str]) -> None:
+        self.model, self.names = model, names
+        self.hidden: dict[str, list[Tensor]] = {}
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        hooks = [
+            self.model.get_submodule(name).register_forward_hook(
+                lambda _m, _a, output, name=name: self.hidden.update({name: float_outputs(output)})
+            )
+            for name in self.names
+        ]
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def answer(self, call: Call) -> _Answers:
+        self.hidden = {}
+        output = run(self.model, call)
+        hidden, self.hidden = self.hidden, {}
+        if isinstance(output, Mapping):  # without caches of keys and values, which are of no use here
+            output = {name: part for name, part in output.items() if float_outputs(part)}
+        return _Answers(output, hidden)
+
+
+def distill(
+    teacher: nn.Module,
+    student: nn.Module,
+    calls: Sequence[Call],
+    held_out: Sequence[Call],
+    limits: Limits,
+    *,
+    seed: int = 0,
+    went_on: Progressed | None = None,
+    save: Callable[[Progressed], None] | None = None,
+    show: Callable[[float, float], None] | None = None,
+) -> Progressed:
+    """Train the student in place; it ends in its best state on the held-out calls, which may be the one it came with.
+
+    Works with any student of the teacher's call signature; one without sketched layers learns from the answers alone.
+    Both models are used in evaluation mode: dropout is off and the statistics of a BatchNorm stay as they are.
+
+    Cost: a forward and a backward pass of the student a step, and one forward pass of the teacher over all calls
+    (again in every epoch where its answers would take more than CACHED_BYTES).
+    """
+    names = [n for n in find_blocks(student) if n and has_module(teacher, n)]
+    dense, own = _Watched(teacher, names), _Watched(student, names)
+    classifies = _classifies(teacher, held_out[0] if held_out else calls[0])
+    cache = _Cache(dense, calls)
+    checked = _Cache(dense, held_out)
+
+    def loss(index: int) -> Tensor:
+        call = calls[index].to(device_of(student))
+        return _loss(own.answer(call), cache.answer(index), call, classifies)
+
+    @torch.no_grad()
+    def figure() -> float:
+        lost = 0.0
+        for index, call in enumerate(held_out):
+            answer = run(student, call)
+            lost += float(answer_loss(answer, checked.answer(index).output, call, classifies=classifies))
+        return lost / max(1, len(held_out))
+
+    parameters = trainable(student)
+    with gradients_for(student, parameters), dense.watching(), own.watching():
+        return train(
+            Task(parameters, loss, len(calls), figure),
+            limits,
+            seed=seed,
+            went_on=went_on,
+            save=save,
+            show=show,
+        )
+
+
+@torch.no_grad()
+def _classifies(teacher: nn.Module, call: Call) -> bool:
+    with last_dense_call(teacher) as last:
+        return is_classifier(run(teacher, call), last)
+
+
+def _loss(got: _Answers, wanted: _Answers, call: Call, classifies: bool) -> Tensor:
+    loss = answer_loss(got.output, wanted.output, call, classifies=classifies)
+    masks = call.masks()
+    parts = [
+        tensor_loss(y, z, masks)
+        for name, targets in wanted.hidden.items()
+        for y, z in zip(got.hidden.get(name, []), targets, strict=False)
+        if y.shape == z.shape and y.requires_grad
+    ]
+    return loss + HIDDEN_SHARE * torch.stack(parts).mean() if parts else loss
+
+
+class _Cache:
+    """The teacher's answers by call, kept as far as memory allows."""
+
+    def __init__(self, teacher: _Watched, calls: Sequence[Call]) -> None:
+        self.teacher, self.calls = teacher, calls
+        self.kept: dict[int, _Answers] = {}
+        self.size_bytes = 0
+
+    @torch.no_grad()
+    def answer(self, index: int) -> _Answers:
+        if index in self.kept:
+            return self.kept[index]
+        found = self.teacher.answer(self.calls[index])
+        if self.size_bytes + found.size_bytes <= CACHED_BYTES:
+            self.kept[index] = found
+            self.size_bytes += found.size_bytes
+        return found

@@ -1,0 +1,466 @@
+"""The sketched layers solved again in execution order, each on the inputs that it really gets: no gradient steps.
+
+A layer behind other sketched layers sees inputs that differ from those it was decomposed for. Both models walk through
+the same calibration calls in lockstep; at each sketched layer the best factors for the student's own inputs are
+computed in closed form and put in before the walk goes on. Cost: a forward pass of each model and the products of rows.
+
+Notation: x (rows, n) what the dense layer gets, h (rows, n) what the sketched one gets, both less their means; W (m, n)
+the dense weight; G (m, m) how strongly the model's output reacts to each direction of the layer's output.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.linalg import LinAlgError  # type: ignore[attr-defined]  # it is not in torch's list of names
+
+from panther.batches import Call, masked_rows
+from panther.factors import dense_weight
+from panther.healers.lockstep import Arrival, LeftStepError, Lockstep, in_precision
+from panther.nn import SketchedLayer
+from panther.progress import Progress
+from panther.sketches import with_ridge
+from panther.spec import LayerSpec
+
+# The target mixes what the dense layer makes of the student's input with what it makes of its own: the second part
+# undoes errors of earlier layers. On MiniLM at half the FLOPs, 512 texts, cosine: 0 .899, 0.25 .912, 0.5 .914, 1 .899.
+ANCHOR = 0.5
+# Of the mean variance of an input, towards the dense weight. Same setting: 0.001 .9147, 0.01 .9150, 0.03 .9156.
+RIDGE = 0.03
+SENSITIVITY_RIDGE = 0.2
+HELD_OUT_EVERY = 8  # one call in so many is not fitted to, and decides whether the new factors stay
+ROWS_PER_FEATURE = 64  # rows that are fitted to: more change nothing
+MOST_FEATURES = 4096  # a Gram matrix of more costs more than it gives
+MOST_NUMBERS = 100_000_000  # in the rows that the last link of a convolution is fitted to
+RELU_ROUNDS = 3  # of solving and setting the target anew
+
+
+@dataclass(frozen=True)
+class Refitted:
+    """Which layers took new factors, and why others did not."""
+
+    accepted: tuple[str, ...]
+    kept: Mapping[str, str]  # layer -> reason
+
+
+@dataclass
+class _Products:
+    """Sums over rows of both models' inputs: means and products, shifted by the first rows' mean."""
+
+    rows: int = 0
+    shift: tuple[Tensor, Tensor] = (torch.zeros(0), torch.zeros(0))
+    totals: list[Tensor] = field(default_factory=list)
+    own: Tensor = field(default_factory=lambda: torch.zeros((), dtype=torch.float64))  # sum of h h^T
+    cross: Tensor = field(default_factory=lambda: torch.zeros((), dtype=torch.float64))  # sum of x h^T
+
+    def add(self, x: Tensor, h: Tensor) -> None:
+        if not len(h):
+            return
+        if not self.rows:
+            self.shift = x.mean(0), h.mean(0)
+            self.totals = [torch.zeros(t.shape[1], dtype=torch.float64) for t in (x, h)]
+        x, h = x - self.shift[0], h - self.shift[1]
+        self.rows += len(h)
+        self.totals = [total + rows.sum(0).double() for total, rows in zip(self.totals, (x, h), strict=True)]
+        self.own = self.own + (h.T @ h).double()
+        self.cross = self.cross + (x.T @ h).double()
+
+    def means(self) -> tuple[Tensor, Tensor]:
+        mean_x, mean_h = (t / self.rows + s for t, s in zip(self.totals, self.shift, strict=True))
+        return mean_x, mean_h
+
+    def covariances(self) -> tuple[Tensor, Tensor]:
+        """E[h h^T] and E[x h^T] about the means."""
+        x, h = (t / self.rows for t in self.totals)
+        return self.own / self.rows - torch.outer(h, h), self.cross / self.rows - torch.outer(x, h)
+
+
+def refit(
+    teacher: nn.Module,
+    student: nn.Module,
+    calls: Sequence[Call],
+    specs: Sequence[LayerSpec],
+    sensitivities: Mapping[str, Tensor],
+    *,
+    relu_after: Mapping[str, str] | None = None,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> Refitted:
+    """Better factors for every sketched layer of the student, in place.
+
+    calls: all of them are held at one depth of both models at once.
+    specs: the sketched layers, in execution order.
+    sensitivities: G by layer ((n, n) W^T G W where m > n), as panther.sketches.Seen has it; a layer without one weighs
+        all outputs alike.
+    relu_after: layers whose output goes into a ReLU only, which has to be right only where that lets it pass; with the
+        name of the BatchNorm between, or "".
+
+    Raises: LeftStepError when the calls run through different layers, or through one twice.
+    Source: sequential reduced-rank regression as in AA-SVD; the nonlinear target of Zhang et al., TPAMI 38 (2016).
+    """
+    fitted = [s for s in specs if s.calls == 1]
+    kept = {s.name: "it runs more than once in a forward pass" for s in specs if s.calls != 1}
+    accepted: list[str] = []
+    names = [spec.name for spec in fitted]
+    by_name, norms = {spec.name: spec for spec in fitted}, relu_after or {}
+    with (
+        torch.no_grad(),
+        (progress or Progress(False)).bar("refitting") as bar,
+        Lockstep(teacher, calls, names) as dense,
+        Lockstep(student, calls, names) as own,
+    ):
+        while (name := own.advance()) is not None:
+            if dense.advance() != name:
+                raise LeftStepError("the two models run their layers in different orders")
+            if name in accepted or name in kept:  # the second inputs would undo what the first ones gave
+                raise LeftStepError(f"{name} runs more than once in some batches")
+            bar(len({*accepted, *kept}) / len(specs), name)
+            gate = gate_of(teacher, norms[name], by_name[name]) if name in norms else None
+            layer = _Layer(by_name[name], teacher, student, sensitivities.get(name), gate, seed)
+            reason = _refit_layer(layer, calls, dense.arrivals, own.arrivals)
+            if reason is None:
+                accepted.append(name)
+            else:
+                kept[name] = reason
+    return Refitted(tuple(accepted), kept)
+
+
+@dataclass(frozen=True)
+class Gate:
+    """What a ReLU behind a layer lets pass: outputs above their threshold, or below it where the sign is -1."""
+
+    threshold: Tensor  # (m,), float64
+    sign: Tensor  # (m,)
+
+    def passed(self, rows: Tensor) -> Tensor:
+        """What is left of (rows, m), in the layer's own units and counted from the threshold."""
+        threshold, sign = self.threshold.to(rows), self.sign.to(rows)
+        return sign * (sign * (rows - threshold)).relu()
+
+    def wanted(self, target: Tensor, got: Tensor) -> Tensor:
+        """What the output should be: the target where that passes, else anything that does not, best what it is.
+
+        Source: Zhang, Zou, He, Sun, TPAMI 38 (2016), with the penalty at infinity.
+        """
+        threshold, sign = self.threshold.to(target), self.sign.to(target)
+        passes = [sign * (rows - threshold) > 0 for rows in (target, got)]
+        return torch.where(passes[0], target, torch.where(passes[1], threshold, got))
+
+
+NEVER = 1e30  # a threshold that nothing reaches, and float32 can hold
+
+
+def gate_of(model: nn.Module, norm: str, spec: LayerSpec) -> Gate:
+    """The gate of a ReLU behind a layer, or behind the BatchNorm of this name behind it (in evaluation mode).
+
+    That is open where weight * (y - mean) / sqrt(variance + eps) + bias > 0.
+    """
+    if not norm:
+        zeros = torch.zeros(spec.out_features, dtype=torch.float64)
+        return Gate(zeros, torch.ones_like(zeros))
+    module: Any = model.get_submodule(norm)
+    mean, spread = module.running_mean.double().cpu(), (module.running_var.double().cpu() + module.eps).sqrt()
+    weight, bias = (
+        torch.full_like(mean, otherwise) if given is None else given.detach().double().cpu()
+        for given, otherwise in ((module.weight, 1.0), (module.bias, 0.0))
+    )
+    threshold = torch.where(weight != 0, mean - bias * spread / weight, NEVER).clamp(-NEVER, NEVER)
+    return Gate(threshold, torch.where(weight < 0, -1.0, 1.0))
+
+
+@dataclass(frozen=True)
+class _Layer:
+    """One layer in both models, and what is known of it."""
+
+    spec: LayerSpec
+    teacher: nn.Module
+    student: nn.Module
+    sensitivity: Tensor | None
+    gate: Gate | None
+    seed: int
+
+    @property
+    def dense(self) -> nn.Module:
+        return self.teacher.get_submodule(self.spec.name)
+
+    @property
+    def sketched(self) -> SketchedLayer:
+        return cast(SketchedLayer, self.student.get_submodule(self.spec.name))
+
+    @property
+    def is_pointwise(self) -> bool:
+        """Whether the layer multiplies one matrix with every row of its input."""
+        return self.spec.kind == "linear" or (
+            math.prod(self.spec.kernel_size) == 1
+            and not any(self.spec.padding if not isinstance(self.spec.padding, str) else ())
+        )
+
+
+def _refit_layer(layer: _Layer, calls: Sequence[Call], dense: Sequence[Arrival], own: Sequence[Arrival]) -> str | None:
+    """New factors for one layer; the reason when it keeps those it has."""
+    solvers = [_solve_pointwise] if layer.is_pointwise else []
+    if layer.gate is not None or not layer.is_pointwise:
+        solvers.append(_solve_last_link)
+    checked = [i for i in range(len(calls)) if i % HELD_OUT_EVERY == HELD_OUT_EVERY - 1] if len(calls) > 1 else [0]
+    checked = checked or [len(calls) - 1]
+    fitted = [i for i in range(len(calls)) if i not in checked] or checked
+    pairs, checks = ([(calls[i], dense[i], own[i]) for i in part] for part in (fitted, checked))
+    old = _held_out_error(layer, checks)
+    reasons = []
+    for solve in solvers:
+        reason, old = _improve(layer, solve, pairs, checks, old)
+        reasons.append(reason)
+    return None if None in reasons else reasons[-1]
+
+
+def _improve(
+    layer: _Layer, solve: Callable[..., str | None], pairs: Sequence[_Pair], checks: Sequence[_Pair], old: float
+) -> tuple[str | None, float]:
+    """Let one solver try: the reason when its factors were not taken, and the held-out error, which was `old`."""
+    before = _state(layer.sketched)
+    try:
+        reason = solve(layer, pairs)
+    except LinAlgError as error:
+        reason = f"its inputs are degenerate ({str(error).splitlines()[0][:80]})"
+    if reason is not None:
+        _restore(layer.sketched, before)
+        return reason, old
+    new = _held_out_error(layer, checks)
+    if not new < old:  # also NaN
+        _restore(layer.sketched, before)
+        return f"new factors did not help on held-out batches ({old:.3g} -> {new:.3g})", old
+    return None, new
+
+
+def _state(layer: nn.Module) -> list[Tensor]:
+    return [p.detach().clone() for p in layer.parameters()]
+
+
+def _restore(layer: nn.Module, state: Sequence[Tensor]) -> None:
+    for parameter, value in zip(layer.parameters(), state, strict=True):
+        parameter.data.copy_(value)
+
+
+_Pair = tuple[Call, Arrival, Arrival]  # a call, and what the layer gets in both models
+
+
+def _held_out_error(layer: _Layer, pairs: Sequence[_Pair]) -> float:
+    """||y - y'||^2 of both layers' outputs, in the directions that the model's output reacts to."""
+    factor = None
+    if layer.sensitivity is not None and layer.sensitivity.shape[0] == layer.spec.out_features:
+        factor = with_ridge(layer.sensitivity.double(), SENSITIVITY_RIDGE).float()
+    lost = 0.0
+    for call, x, h in pairs:
+        outputs = (_channels_last(layer, y) for y in (x.run(layer.dense), h.run(layer.sketched)))
+        target, got = (masked_rows(y.float().cpu(), _cpu_masks(call)) for y in outputs)
+        if layer.gate is not None:
+            target, got = layer.gate.passed(target), layer.gate.passed(got)
+        error = (got - target).float()
+        lost += float((error if factor is None else error @ factor).square().sum())
+    return lost
+
+
+def _cpu_masks(call: Call) -> dict[tuple[int, ...], Tensor]:
+    return {shape: mask.cpu() for shape, mask in call.masks().items()}
+
+
+def _channels_last(layer: _Layer, tensor: Tensor) -> Tensor:
+    return tensor if layer.spec.kind == "linear" else tensor.movedim(-1 - len(layer.spec.kernel_size), -1)
+
+
+def _rows(layer: _Layer, call: Call, *tensors: Tensor, enough: int) -> list[Tensor]:
+    """Tensors with the features last as (rows, features) in float32 on the CPU: the same random rows of each."""
+    masks = _cpu_masks(call) if layer.spec.kind == "linear" else {}
+    rows = [masked_rows(tensor.float().cpu(), masks) for tensor in tensors]
+    if len(rows[0]) > enough:
+        generator = torch.Generator().manual_seed(layer.seed)
+        chosen = torch.randperm(len(rows[0]), generator=generator)[:enough]
+        rows = [r[chosen] for r in rows]
+    return rows
+
+
+# --- one matrix for every row: reduced-rank regression ---------------------------------------------------------------
+
+
+def _solve_pointwise(layer: _Layer, pairs: Sequence[_Pair]) -> str | None:
+    n = layer.spec.fan_in
+    if n > MOST_FEATURES:
+        return f"{n} inputs are too many for a regression"
+    products = _Products()
+    enough = max(64, math.ceil(ROWS_PER_FEATURE * n / len(pairs)))
+    for call, x, h in pairs:
+        both = (_channels_last(layer, _read(layer, arrival.first)) for arrival in (x, h))
+        products.add(*_rows(layer, call, *both, enough=enough))
+    if products.rows == 0:
+        return "no row of the calibration data reaches it"
+    weight = dense_weight(layer.dense).flatten(1).double().cpu()
+    rank = layer.sketched.rank
+    up, down = regression(weight, *products.covariances(), layer.sensitivity, rank)
+    mean_x, mean_h = products.means()
+    bias = weight @ mean_x - up @ (down @ mean_h)
+    own = getattr(layer.dense, "bias", None)
+    return _put(layer, (down, up), bias if own is None else bias + own.detach().double().cpu())
+
+
+def _read(layer: _Layer, given: Tensor) -> Tensor:
+    """The positions of the input that a pointwise layer reads: a stride leaves others out."""
+    if layer.spec.kind == "linear":
+        return given
+    read: tuple[Any, ...] = (..., *(slice(None, None, step) for step in layer.spec.stride))
+    return given[read]
+
+
+def regression(
+    weight: Tensor, own: Tensor, cross: Tensor, sensitivity: Tensor | None, rank: int
+) -> tuple[Tensor, Tensor]:
+    """The factors of least ||G^1/2 (W ((1 - a) h + a x) - up down h)||^2, ridged towards W; a is ANCHOR.
+
+    Shapes: weight (m, n), own = E[h h^T] (n, n), cross = E[x h^T] (n, n) -> up (m, rank), down (rank, n); float64.
+    Raises: torch.linalg.LinAlgError when the products are not finite.
+    """
+    m, n = weight.shape
+    scale = float(own.diagonal().mean())
+    ridge = RIDGE * (scale if scale > 0 else 1.0) * torch.eye(n, dtype=torch.float64)
+    target = (1 - ANCHOR) * own + ANCHOR * cross + ridge  # W target = E[y h^T], ridged
+    lower = with_ridge(own + ridge, 0.0)
+    if m <= n:
+        metric = None if sensitivity is None else with_ridge(sensitivity.double(), SENSITIVITY_RIDGE)
+        left, right = _truncated(weight @ target, lower, metric, rank)
+        return left, right
+    gram = weight.T @ weight
+    known = gram if sensitivity is None else (sensitivity.double() + SENSITIVITY_RIDGE * gram) / (1 + SENSITIVITY_RIDGE)
+    left, right = _truncated(target, lower, with_ridge(known, 1e-6), rank)
+    return weight @ left, right
+
+
+def _truncated(target: Tensor, lower: Tensor, metric: Tensor | None, rank: int) -> tuple[Tensor, Tensor]:
+    """left right of this rank, nearest to target (L L^T)^-1 in the norms of metric K K^T and L L^T."""
+    whitened = torch.linalg.solve_triangular(lower, target.T, upper=False).T
+    if metric is not None:
+        whitened = metric.T @ whitened
+    u, s, vh = _leading(whitened, rank)
+    left = u * s.sqrt()
+    right = s.sqrt()[:, None] * torch.linalg.solve_triangular(lower.T, vh.T, upper=True).T
+    if metric is not None:
+        left = torch.linalg.solve_triangular(metric.T, left, upper=True)
+    return left, right
+
+
+def _leading(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The leading singular triplets, from an eigendecomposition of the smaller side: several times faster."""
+    m, n = matrix.shape
+    if m > n:
+        v, s, ut = _leading(matrix.T, rank)
+        return ut.T, s, v.T
+    values, vectors = torch.linalg.eigh(matrix @ matrix.T)
+    u = vectors.flip(1)[:, :rank]
+    s = values.flip(0)[:rank].clamp_min(0).sqrt()
+    vh = (u.T @ matrix) / s.clamp_min(float(s.max()) * 1e-7 + 1e-300)[:, None]
+    return u, s, vh
+
+
+# --- convolutions: the last link of the chain, by least squares ------------------------------------------------------
+
+
+def _solve_last_link(layer: _Layer, pairs: Sequence[_Pair]) -> str | None:
+    sketched = layer.sketched
+    link = sketched._links[-1]
+    features = link.in_channels * math.prod(link.kernel_size)
+    if features > MOST_FEATURES:
+        return f"the {features} inputs of its last link are too many for a regression"
+    if getattr(sketched, "padding_mode", "zeros") != "zeros":
+        return f"its padding mode is {getattr(sketched, 'padding_mode', '')!r}"
+    m = layer.spec.out_features
+    rows = min(ROWS_PER_FEATURE * features, MOST_NUMBERS // (features + m))
+    enough = max(64, math.ceil(rows / len(pairs)))
+    gathered = [_link_rows(layer, call, x, h, enough) for call, x, h in pairs]
+    inputs, targets = (torch.cat(part) for part in zip(*gathered, strict=True))
+    if not len(inputs):
+        return "no row of the calibration data reaches it"
+    mean_in = inputs.mean(0, dtype=torch.float64)
+    centred = inputs.sub_(mean_in)
+    gram = (centred.T @ centred).double() / len(centred)
+    weight = sketched.up.detach().flatten(1).double().cpu()
+    scale = float(gram.diagonal().mean()) or 1.0
+    lower = with_ridge(gram + RIDGE * scale * torch.eye(features, dtype=torch.float64), 0.0)
+    wanted = targets
+    for _ in range(RELU_ROUNDS):
+        mean_out = wanted.mean(0, dtype=torch.float64)
+        cross = (wanted.sub(mean_out.float()).T @ centred).double() / len(centred) + RIDGE * scale * weight
+        weight = torch.cholesky_solve(cross.T, lower).T
+        bias = mean_out - weight @ mean_in
+        if layer.gate is None:
+            break
+        wanted = layer.gate.wanted(targets, centred @ weight.T.float() + mean_out.float())
+    kept = [getattr(sketched, name).detach() for name in sketched._weight_names[:-1]]
+    return _put(layer, (*kept, weight.reshape(m, *link.weight_shape[1:])), bias)
+
+
+def _link_rows(layer: _Layer, call: Call, x: Arrival, h: Arrival, enough: int) -> tuple[Tensor, Tensor]:
+    """What the last link gets in the student, (rows, channels * kernel), and what should come out of it (rows, m)."""
+    sketched, dims = layer.sketched, len(layer.spec.kernel_size)
+    with in_precision(h.precision):
+        target = (1 - ANCHOR) * layer.dense(h.first) + ANCHOR * layer.dense(x.first)
+        inner = h.first
+        if layer.spec.kind == "linear":
+            inner = nn.functional.linear(inner, sketched.down)
+            inputs, targets = _rows(layer, call, inner, target, enough=enough)
+            return inputs, targets
+        inner, target = (t.unsqueeze(0) if t.dim() == dims + 1 else t for t in (inner, target))
+        for link, weight in list(zip(sketched._links, sketched.active_weights(), strict=True))[:-1]:
+            inner = cast(Any, sketched).CONVOLVE(inner, weight, None, link.stride, link.padding, link.dilation)
+    patches = _patches(inner, sketched._links[-1])
+    places = _places(patches.shape[: 1 + dims], layer.seed, enough, inner.device)
+    return patches[places].flatten(1).float().cpu(), target.movedim(1, -1)[places].float().cpu()
+
+
+def _places(sizes: Sequence[int], seed: int, most: int, device: torch.device) -> tuple[Tensor, ...]:
+    """Random places in an array of these sizes, the same every time; all of them where there are few."""
+    count = math.prod(sizes)
+    chosen = torch.randperm(count, generator=torch.Generator().manual_seed(seed))[:most]
+    return torch.unravel_index(chosen.to(device), tuple(sizes))
+
+
+def _patches(inner: Tensor, link: Any) -> Tensor:
+    """(N, channels, *positions) as a view (N, *output positions, channels, *kernel): what the kernel lies on."""
+    kernel, dims = link.kernel_size, len(link.kernel_size)
+    views = nn.functional.pad(inner, _amounts(link))
+    for axis in range(dims):  # one more dimension a kernel axis, at the end
+        span = link.dilation[axis] * (kernel[axis] - 1) + 1
+        views = views.unfold(2 + axis, span, link.stride[axis])[..., :: link.dilation[axis]]
+    return views.permute(0, *range(2, 2 + dims), 1, *range(2 + dims, 2 + 2 * dims))
+
+
+def _amounts(link: Any) -> list[int]:
+    """What F.pad must add, last axis first."""
+    amounts: list[int] = []
+    for axis in reversed(range(len(link.kernel_size))):
+        span = link.dilation[axis] * (link.kernel_size[axis] - 1)
+        if isinstance(link.padding, str):
+            whole = span if link.padding == "same" else 0
+            amounts += [whole // 2, whole - whole // 2]
+        else:
+            amounts += [link.padding[axis]] * 2
+    return amounts
+
+
+# --- putting the solution in ------------------------------------------------------------------------------------------
+
+
+def _put(layer: _Layer, weights: Sequence[Tensor], bias: Tensor) -> str | None:
+    """Write the links' weights and the bias into the sketched layer; the reason when they are unusable."""
+    sketched = layer.sketched
+    if not all(bool(torch.isfinite(t).all()) for t in (*weights, bias)):
+        return "the regression gave values that are not finite"
+    if sketched.bias is None:
+        return "it has no bias to correct"
+    for name, weight in zip(sketched._weight_names, weights, strict=True):
+        target = getattr(sketched, name)
+        target.data.copy_(weight.reshape(target.shape))
+    sketched.bias.data.copy_(bias)
+    return None

@@ -1,0 +1,177 @@
+"""Limits that only the whole model can be held against: its latency, its peak memory, the drop of a metric.
+
+Plans are made from what single layers cost. Here they are solved for, built and measured again until the whole model
+says that it is within. No torch in here: solving, building and measuring are given as functions.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from dataclasses import replace as changed
+from typing import Any, NamedTuple
+
+from panther.spec import Cost, Measured, Plan, Target
+
+ROUNDS = 3  # of correction after the first plan
+AIM = 0.02  # more than what is missing is asked for, by this part: medians repeat within 2-3 %
+ROOM = 0.05  # a model this far below its limit is given more
+EFFECTS = (0.25, 4.0)  # what one predicted millisecond or byte may turn out to save: beyond it is noise
+NOISE = 0.1  # of max_drop: what a smaller model may be better by without being worth a note
+SOLVES = 8  # halvings of the kept fraction: steps of 0.4 % of the weights
+
+
+class _Kind(NamedTuple):
+    """Something measured of the whole, by the names that it has everywhere."""
+
+    measured: str  # field of Measured
+    whole: str  # limit in a Target
+    inside: str  # limit on the layers in a Target, which follows from it
+    cost: str  # field of Cost that this one bounds
+
+
+_KINDS = (
+    _Kind("latency_ms", "model_latency_ms", "latency_ms", "latency_ms"),
+    _Kind("peak_memory_bytes", "peak_memory_bytes", "weight_bytes", "size_bytes"),
+)
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """A plan, the limits on the layers that it was made for, and what its whole model then needs."""
+
+    plan: Plan
+    target: Target
+    measured: Measured
+
+    def worst(self) -> float:
+        """The largest part of a limit on the whole that is used; above 1 it is missed."""
+        pairs = [(getattr(self.measured, kind.measured), getattr(self.target, kind.whole)) for kind in _KINDS]
+        return max((got / limit for got, limit in pairs if got is not None and limit is not None), default=0.0)
+
+
+def held_by_the_whole(
+    target: Target,
+    dense: Measured,
+    layers: Cost,
+    solve: Callable[[Target], Plan],
+    measure: Callable[[Plan], Measured],
+) -> tuple[Plan, Target]:
+    """The plan whose whole model holds the limits that are measured on it, and the limits on the layers behind it.
+
+    A first plan is solved for and its model measured. What a millisecond or byte that the layers were to save has
+    really saved then corrects their limits, at most ROUNDS times. Of the models within the limits the largest wins;
+    where none is, the nearest.
+
+    dense, layers: what the whole dense model needs, and its sketchable layers as predicted. Without a measured limit in
+    the target one plan is solved for and nothing is measured.
+    """
+    if all(getattr(target, kind.whole) is None for kind in _KINDS):
+        return solve(target), target
+    attempts: list[Attempt] = []
+    while len(attempts) <= ROUNDS:
+        plan = solve(target)
+        if any(plan.choices == attempt.plan.choices for attempt in attempts):
+            break
+        attempts.append(Attempt(plan, target, measure(plan)))
+        following = _corrected(attempts[-1], dense, layers)
+        if following == target:
+            break
+        target = following
+    within = [attempt for attempt in attempts if attempt.worst() <= 1]
+    best = max(within, key=lambda attempt: _predicted(attempt, layers), default=None) or min(
+        attempts, key=Attempt.worst
+    )
+    return best.plan, best.target
+
+
+def _predicted(attempt: Attempt, layers: Cost) -> float:
+    """How much of the dense layers the plan keeps, in the kinds of cost that were corrected."""
+    kinds = [kind.cost for kind in _KINDS if getattr(attempt.target, kind.whole) is not None]
+    return float(sum(getattr(attempt.plan.cost, kind) / max(getattr(layers, kind), 1e-9) for kind in kinds))
+
+
+def _corrected(attempt: Attempt, dense: Measured, layers: Cost) -> Target:
+    """The target whose limits on the layers would have made this model hold the limits on the whole."""
+    limits: dict[str, Any] = {}
+    for kind in _KINDS:
+        limit = getattr(attempt.target, kind.whole)
+        got, before = (getattr(measured, kind.measured) for measured in (attempt.measured, dense))
+        if limit is None or got is None or limit * (1 - ROOM) <= got <= limit:
+            continue
+        everything = getattr(layers, kind.cost)
+        predicted = everything - getattr(attempt.plan.cost, kind.cost)
+        effect = (before - got) / predicted if predicted > 0 else EFFECTS[1]
+        missing = (before - limit) * (1 + AIM)
+        limits[kind.inside] = everything - missing / min(max(effect, EFFECTS[0]), EFFECTS[1])
+    if "weight_bytes" in limits:
+        limits["weight_bytes"] = int(limits["weight_bytes"])
+    return changed(attempt.target, **limits)
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A plan and what eval_fn says of its model: NaN when it could not say."""
+
+    plan: Plan
+    metric: float
+
+
+def smallest_within_drop(
+    target: Target,
+    dense_metric: float,
+    dense_params: int,
+    solve: Callable[[int], Plan],
+    metric: Callable[[Plan], float],
+) -> tuple[Plan, tuple[str, ...]]:
+    """The plan of fewest weights whose model loses no more of the metric than the target allows, and notes.
+
+    Halves the kept fraction SOLVES times. `solve` makes the plan of at most so many weights, `metric` builds its model
+    and evaluates it: whoever heals models gives one that heals. That a larger model is better is taken for granted by
+    the search and not by the answer, which was evaluated. When no smaller model is within, everything stays dense.
+    """
+    trials: list[Trial] = []
+    best: Plan | None = None
+    low, high = 0.0, 1.0
+    for _ in range(SOLVES):
+        if low >= high:
+            break
+        middle = (low + high) / 2
+        plan = solve(int(middle * dense_params))
+        known = next((trial for trial in trials if trial.plan.choices == plan.choices), None)
+        trial = known or Trial(plan, metric(plan))
+        trials.extend([] if known else [trial])
+        kept = plan.cost.params / max(1, dense_params)
+        if target.allows_drop(dense_metric, trial.metric):
+            best, high = plan, min(middle, kept)
+            if kept > middle:  # the smallest plan that there is
+                break
+        else:
+            low = max(middle, kept)
+    if best is None:
+        return solve(dense_params), tuple(_nothing_smaller(trials, target, dense_metric, dense_params))
+    return best, tuple(_not_monotone(trials, target, dense_metric, dense_params))
+
+
+def _nothing_smaller(trials: Sequence[Trial], target: Target, dense_metric: float, dense_params: int) -> Iterator[str]:
+    largest = max(trials, key=lambda trial: trial.plan.cost.params)
+    kept = largest.plan.cost.params / max(1, dense_params)
+    yield (
+        f"everything stays dense: no smaller model is within max_drop={target.max_drop:g} (at {kept:.1%} of the "
+        f"weights eval_fn falls from {dense_metric:.4g} to {largest.metric:.4g})"
+    )
+
+
+def _not_monotone(trials: Sequence[Trial], target: Target, dense_metric: float, dense_params: int) -> Iterator[str]:
+    """A note when a model that lost too much has a smaller one that lost less: a yet smaller one might be within."""
+    ordered = sorted(trials, key=lambda trial: trial.plan.cost.params)
+    for small, large in itertools.pairwise(ordered):
+        is_better = small.metric - large.metric > NOISE * (target.max_drop or 0.0)
+        if is_better and not target.allows_drop(dense_metric, large.metric):
+            sizes = [f"{trial.plan.cost.params / max(1, dense_params):.1%}" for trial in (small, large)]
+            yield (
+                f"eval_fn is not better for larger models ({small.metric:.4g} at {sizes[0]} of the weights, "
+                f"{large.metric:.4g} at {sizes[1]}): a smaller model within max_drop may exist"
+            )
+            return

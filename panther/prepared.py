@@ -1,0 +1,187 @@
+"""All about a model that does not depend on the budget, each part measured once: another budget uses it again."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from dataclasses import replace as changed
+from functools import cached_property
+from typing import Any, cast
+
+from torch import nn
+
+from panther.batches import Calibration, inference, run
+from panther.errors import PantherError
+from panther.factors import Factors
+from panther.heal import heal
+from panther.importance import Importance, Reference, importance
+from panther.latency import with_latency
+from panther.pack import pack, packed
+from panther.replace import replace, sketched_layer
+from panther.request import Request
+from panther.spec import Budget, Capture, Choice, Cost, Healed, Measured, Plan
+from panther.verify import latencies, measure_latency, medians_in_turn, metric, one_line, peak_memory
+
+
+@dataclass(frozen=True)
+class Dense:
+    """The whole dense model in numbers, measured when a budget first asks for one."""
+
+    request: Request
+
+    @cached_property
+    def latency_ms(self) -> float:
+        return latencies([self.request.model], self.request.example)[0]
+
+    @cached_property
+    def peak_memory_bytes(self) -> int:
+        return peak_memory(self.request.model, self.request.example)
+
+    @cached_property
+    def metric(self) -> float:
+        """What eval_fn says.
+
+        Raises: ValueError when it fails or says anything but a finite number: then no drop from it can be limited.
+        """
+        try:
+            return metric(self.request.model, cast(Callable[[nn.Module], Any], self.request.eval_fn))
+        except Exception as error:
+            raise ValueError(f"max_drop needs what eval_fn says of the dense model: {one_line(error)}") from error
+
+    def measured(self, budget: Budget) -> Measured:
+        """What this budget needs to know."""
+        return Measured(
+            latency_ms=None if budget.latency_ms is None else self.latency_ms,
+            peak_memory_bytes=None if budget.peak_memory_mb is None else self.peak_memory_bytes,
+            metric=None if budget.max_drop is None else self.metric,
+        )
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What was captured, measured and decomposed, and what a search measures when it first asks for it."""
+
+    request: Request
+    dense: Dense
+    found: Capture
+    data: Calibration | None
+    factors: Mapping[str, Factors]
+    options: Mapping[str, Sequence[Choice]]
+    reference: Reference
+    dtype_bytes: Mapping[str, int]
+    seconds: dict[str, float]  # per stage
+    notes: tuple[str, ...]
+
+    @cached_property
+    def importances(self) -> Mapping[str, Importance]:
+        """Measured where the model answers with numbers; else every layer's error counts the same."""
+        if not self.reference.is_comparable:
+            return dict.fromkeys(self.options, Importance(1.0, 1.0))
+        with timed(self.seconds, "importance"):
+            return importance(self.reference, self.factors, self.options, progress=self.request.progress)
+
+    @cached_property
+    def timed_options(self) -> Mapping[str, Sequence[Choice]]:
+        """The options with their milliseconds, without those that are not faster than the dense layer."""
+        with timed(self.seconds, "time layers"):
+            return with_latency(
+                self.options,
+                self.factors,
+                build=self.layer,
+                medians=medians_in_turn,
+                progress=self.request.progress,
+            )
+
+    def options_for(self, budget: Budget) -> Mapping[str, Sequence[Choice]]:
+        return self.options if budget.latency_ms is None else self.timed_options
+
+    def divergence(self, choices: Sequence[Choice]) -> float:
+        """What a whole plan does to the model's output on the reference samples."""
+        return self.reference.divergence(self.factors, choices)
+
+    def layer(self, choice: Choice) -> nn.Module:
+        """One layer as it runs in the end."""
+        has_follower = any(pair.producer == choice.layer for pair in self.found.followers)
+        return packed(sketched_layer(self.factors[choice.layer], choice), choice, has_follower=has_follower)
+
+    def build(self, plan: Plan, notes: list[str] | None = None) -> nn.Module:
+        """The model of a plan, unhealed and run once: replaced, then packed.
+
+        Raises: PantherError when it does not run.
+        """
+        return self._packed(replace(self.request.model, self.factors, plan), plan, notes)
+
+    def build_healed(self, plan: Plan, notes: list[str]) -> tuple[nn.Module, Healed | None]:
+        """The same, healed before it is packed; None where that was not asked for, or there is nothing to heal with."""
+        compressed = replace(self.request.model, self.factors, plan)
+        if self.request.heal.mode == "none" or self.data is None or not plan.sketched:
+            return self._packed(compressed, plan, notes), None
+        self._refuse_broken(compressed)
+        healing = self.healed(compressed, plan)
+        notes.extend(healing.notes)
+        return self._packed(compressed, plan, notes), healing
+
+    def _packed(self, compressed: nn.Module, plan: Plan, notes: list[str] | None) -> nn.Module:
+        compressed = pack(compressed, plan, self.found.followers, notes=notes)
+        self._refuse_broken(compressed)
+        return compressed
+
+    def healed(self, compressed: nn.Module, plan: Plan) -> Healed:
+        """Heal the model of a plan in place, as the request says."""
+        sketched = {choice.layer for choice in plan.sketched}
+        seen = {name: factors.profile.seen.sensitivity for name, factors in self.factors.items()}
+        return heal(
+            self.request.model,
+            compressed,
+            self.data,
+            self.request.example,
+            self.request.heal,
+            layers=[spec for spec in self.found.sketchable if spec.name in sketched],
+            sensitivities={name: matrix for name, matrix in seen.items() if matrix is not None},
+            relu_after=dict(self.found.rectified),
+            seed=self.request.seed,
+            checkpoint=self.request.checkpoint,
+            identity={"plan": _unmeasured(plan).to_json()},
+            progress=self.request.progress,
+        )
+
+    def measured(self, plan: Plan, budget: Budget) -> Measured:
+        """What the whole model of a plan needs, as far as the budget limits it.
+
+        The dense model runs beside it: milliseconds are as of the speed that the machine had when that was measured
+        first.
+        """
+        model, example = self.build(plan), self.request.example
+        latency = None
+        if budget.latency_ms is not None:
+            before, after = measure_latency(self.request.model, model, example)
+            latency = after * self.dense.latency_ms / before
+        return Measured(latency, None if budget.peak_memory_mb is None else peak_memory(model, example))
+
+    def _refuse_broken(self, compressed: nn.Module) -> None:
+        """Raise PantherError when the model around the sketched layers needs what only the dense ones have."""
+        try:
+            with inference(compressed):
+                run(compressed, self.request.example)
+        except Exception as error:
+            raise PantherError(
+                f"the compressed model does not run ({one_line(error)}): it uses something that a sketched layer does "
+                "not have. Leave that layer out with exclude=[...]; the dense model is unchanged."
+            ) from error
+
+
+def _unmeasured(plan: Plan) -> Plan:
+    """What a plan decides, without figures that differ from run to run."""
+    return changed(plan, choices=tuple(changed(choice, error=0.0, cost=Cost()) for choice in plan.choices))
+
+
+@contextmanager
+def timed(seconds: dict[str, float], stage: str) -> Iterator[None]:
+    """Add what the block takes to the seconds of a stage."""
+    start = time.perf_counter()
+    try:
+        yield
+    finally:
+        seconds[stage] = seconds.get(stage, 0.0) + time.perf_counter() - start

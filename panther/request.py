@@ -1,0 +1,84 @@
+"""What compress was asked for: its arguments, checked before any work is done."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from panther.allocators import ALLOCATORS, Allocator
+from panther.batches import Call
+from panther.progress import Progress
+from panther.spec import Budget, Heal, Plan
+
+
+@dataclass(frozen=True)
+class Request:
+    """The arguments of compress in the form that the stages want them. `model` is on the device asked for."""
+
+    model: nn.Module
+    budget: Budget
+    example: Call
+    calib_data: Any
+    eval_fn: Callable[[nn.Module], Any] | None
+    include: Sequence[Any] | None
+    exclude: Sequence[Any] | None
+    plan: Plan | None
+    search: str | Allocator
+    heal: Heal
+    checkpoint: Path | None
+    seed: int
+    progress: Progress
+    verify: bool
+
+
+def check_arguments(
+    *,
+    model: nn.Module,
+    search: str | Allocator,
+    n_trials: int | None,
+    timeout: float | None,
+    dtypes: Sequence[str],
+    inplace: bool,
+) -> None:
+    """Raise TypeError or ValueError for an argument that cannot be honoured."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(
+            f"model is {type(model).__name__}: expected a torch.nn.Module (load a state_dict into one first)"
+        )
+    if isinstance(search, str) and search not in ALLOCATORS:
+        tuned = " The tuned search is not part of this version." if search == "tuned" else ""
+        raise ValueError(f"search={search!r}: expected one of {', '.join(ALLOCATORS)} or an allocator.{tuned}")
+    if n_trials is not None or timeout is not None:
+        raise ValueError(
+            'n_trials and timeout belong to search="tuned", which is not part of this version: leave them out'
+        )
+    if tuple(dtypes) != ("float32",):
+        raise ValueError(
+            f"dtypes={tuple(dtypes)}: this version stores factors in the layer's own dtype only; leave it out"
+        )
+    if inplace and next(model.children(), None) is None:
+        raise ValueError(
+            f"inplace=True: {type(model).__name__} is itself the layer, and cannot be another in its own place: "
+            "leave inplace out and use the model of the result"
+        )
+
+
+def parse_budget(budget: Any, eval_fn: Callable[[nn.Module], Any] | None) -> Budget:
+    """The Budget that the argument means.
+
+    Raises: ValueError or TypeError as Budget.parse; TypeError for an eval_fn that cannot be called, ValueError for a
+        limit on its drop without one.
+    """
+    wanted = Budget.parse(budget)
+    if eval_fn is not None and not callable(eval_fn):
+        raise TypeError(f"eval_fn is {type(eval_fn).__name__}: expected a function of a model that gives one number")
+    if wanted.max_drop is not None and eval_fn is None:
+        raise ValueError(
+            f"Budget(max_drop={wanted.max_drop:g}) limits how far eval_fn falls, and there is none: pass "
+            "eval_fn=your_function, which takes a model and gives one number, higher is better"
+        )
+    return wanted

@@ -1,0 +1,105 @@
+"""One budget's plan and model: what allocators, whole models and eval_fn have to say about it, in turn."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any, cast
+
+from torch import nn
+
+from panther.allocate import allocate, with_layer_latency
+from panther.allocators.base import total
+from panther.limits import held_by_the_whole, smallest_within_drop
+from panther.prepared import Prepared, timed
+from panther.spec import Budget, Healed, Measured, Plan, Target
+from panther.verify import metric, one_line
+
+
+def search_plan(
+    prepared: Prepared, budget: Budget, target: Target, notes: list[str]
+) -> tuple[Plan, Target, dict[str, float]]:
+    """The plan for a budget, the limits on the layers that it was made for, and the seconds of every stage so far.
+
+    What only the whole model tells is measured on unhealed models: healing changes neither sizes nor times, and is
+    undone where eval_fn falls further with it than is allowed (`finished_model`).
+    """
+    request, options = prepared.request, prepared.options_for(budget)
+    importances = prepared.importances if request.search != "uniform" else {}
+    seconds = dict(prepared.seconds)
+
+    def solve(wanted: Target) -> Plan:
+        with timed(seconds, "allocate"):
+            return allocate(
+                options,
+                wanted,
+                prepared.found,
+                search=request.search,
+                divergence=lambda layer, error: importances[layer].divergence(error),
+                evaluate=prepared.divergence if prepared.reference.is_comparable else None,
+                budget=str(budget),
+                seed=request.seed,
+            )
+
+    dense, layers = prepared.dense.measured(budget), total([choices[-1] for choices in options.values()])
+    if not budget.limits_size:
+        plan = _smallest(prepared, target, layers.params, solve, prepared.build, notes, seconds)
+        return plan, target, seconds
+
+    def measured(plan: Plan) -> Measured:
+        with timed(seconds, "measure the whole"):
+            return prepared.measured(plan, budget)
+
+    target = with_layer_latency(target, layers.latency_ms, dense.latency_ms or 0.0)
+    return *held_by_the_whole(target, dense, layers, solve, measured), seconds
+
+
+def _smallest(
+    prepared: Prepared,
+    target: Target,
+    dense_params: int,
+    solve: Callable[[Target], Plan],
+    build: Callable[[Plan], nn.Module],
+    notes: list[str],
+    seconds: dict[str, float],
+) -> Plan:
+    """The plan of fewest weights whose model, as `build` makes it, holds the target's max_drop."""
+
+    def evaluated(plan: Plan) -> float:
+        with timed(seconds, "evaluate"):
+            return _evaluated(prepared, build(plan), notes)
+
+    plan, said = smallest_within_drop(
+        target, prepared.dense.metric, dense_params, lambda params: solve(Target(params=params)), evaluated
+    )
+    notes.extend(said)
+    return plan
+
+
+def finished_model(prepared: Prepared, plan: Plan, target: Target, notes: list[str]) -> tuple[nn.Module, Healed | None]:
+    """The model of a plan, healed and packed, and what healing did.
+
+    It is unhealed where only that holds what eval_fn may fall by.
+
+    Healing brings the outputs nearer to the dense model's, and a metric need not follow.
+    """
+    said: list[str] = []
+    compressed, healing = prepared.build_healed(plan, said)
+    if healing is not None and target.max_drop is not None:
+        dense, healed = prepared.dense.metric, _evaluated(prepared, compressed, said)
+        if not target.allows_drop(dense, healed):
+            unhealed = prepared.build(plan)
+            if target.allows_drop(dense, _evaluated(prepared, unhealed, said)):
+                notes.append(f"healing was undone: eval_fn falls to {healed:.4g} with it, further than max_drop allows")
+                return unhealed, None
+    notes.extend(said)
+    return compressed, healing
+
+
+def _evaluated(prepared: Prepared, model: nn.Module, notes: list[str]) -> float:
+    """What eval_fn says of a model; NaN, and a note, where it fails."""
+    try:
+        return metric(model, cast(Callable[[nn.Module], Any], prepared.request.eval_fn))
+    except Exception as error:
+        notes.append(f"a model was taken as too bad, since eval_fn failed: {one_line(error)}")
+        return math.nan

@@ -1,0 +1,277 @@
+"""Both models of a healing walk in lockstep: all calls pause at the same places, and nothing is left behind."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import threading
+import weakref
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from panther.batches import Call
+from panther.healers.lockstep import Arrival, LeftStepError, Lockstep
+
+
+def chain(depth: int = 3, width: int = 8) -> nn.Sequential:
+    return nn.Sequential(*(nn.Linear(width, width) for _ in range(depth)))
+
+
+def calls(count: int = 3, width: int = 8) -> list[Call]:
+    return [Call((torch.randn(4 + index, width),)) for index in range(count)]
+
+
+def walk(model: nn.Module, given: list[Call], stops: list[str]) -> list[tuple[str, list[Arrival]]]:
+    seen = []
+    with Lockstep(model, given, stops) as steps:
+        while (name := steps.advance()) is not None:
+            seen.append((name, steps.arrivals))
+    return seen
+
+
+def hooks_of(model: nn.Module) -> int:
+    return sum(len(m._forward_pre_hooks) + len(m._forward_hooks) for m in model.modules())
+
+
+@pytest.fixture(autouse=True)
+def _no_thread_is_left():
+    before = threading.active_count()
+    yield
+    assert threading.active_count() == before
+
+
+def test_every_call_pauses_before_each_stop_in_the_order_of_execution() -> None:
+    model, given = chain(), calls()
+    seen = walk(model, given, ["2", "1"])
+    assert [name for name, _ in seen] == ["1", "2"]
+    with torch.no_grad():
+        for place, arrivals in enumerate(part for _, part in seen):
+            wanted = [model[: place + 1](call.args[0]) for call in given]
+            assert all(torch.equal(a.first, y) for a, y in zip(arrivals, wanted, strict=True))
+
+
+def test_what_is_changed_between_two_stops_is_what_the_calls_go_on_with() -> None:
+    model, given = chain(), calls()
+    with Lockstep(model, given, ["1", "2"]) as steps:
+        steps.advance()
+        with torch.no_grad():
+            model[1].weight.zero_()
+            model[1].bias.fill_(3.0)
+        steps.advance()
+        assert all(bool((arrival.first == 3.0).all()) for arrival in steps.arrivals)
+
+
+def test_the_caller_can_run_a_stop_itself() -> None:
+    model, given = chain(), calls(1)
+    with Lockstep(model, given, ["1"]) as steps:
+        steps.advance()
+        (arrival,) = steps.arrivals
+        assert torch.equal(arrival.run(model[1]), model[1](arrival.first))
+        assert steps.advance() is None
+
+
+class ByKeyword(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Bilinear(8, 8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        answer: Tensor = self.inner(x, input2=2 * x)
+        return answer
+
+
+def test_keyword_arguments_arrive() -> None:
+    given = calls(1)
+    ((_, (arrival,)),) = walk(ByKeyword(), given, ["inner"])
+    assert torch.equal(arrival.kwargs["input2"], 2 * given[0].args[0]) and arrival.first is arrival.args[0]
+
+
+class Swallows(nn.Module):
+    """Goes on whatever happens."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        with contextlib.suppress(BaseException):
+            x = self.a(x)
+        answer: Tensor = self.b(x)
+        return answer
+
+
+def test_a_model_that_swallows_every_exception_still_ends() -> None:
+    with Lockstep(Swallows(), calls(), ["a", "b"]) as steps:
+        assert steps.advance() == "a"
+
+
+class TwoPaths(nn.Module):
+    """Short inputs run through one layer, long ones through the other."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.short, self.long = nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        answer: Tensor = (self.short if len(x) < 6 else self.long)(x)
+        return answer
+
+
+def test_calls_that_part_ways_are_an_error_that_names_the_layers() -> None:
+    model = TwoPaths().train()
+    with (
+        pytest.raises(LeftStepError, match="run through different layers") as failed,
+        Lockstep(model, calls(), ["short", "long"]) as steps,
+    ):
+        steps.advance()
+    assert "short" in str(failed.value) and "long" in str(failed.value)
+    assert hooks_of(model) == 0 and model.training
+
+
+class Fails(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        if len(x) == 5:
+            raise KeyError("five")
+        return x
+
+
+def interrupted(model: nn.Module, error: type[BaseException]) -> None:
+    with Lockstep(model, calls(), ["1", "3"]) as steps:
+        steps.advance()
+        steps.advance()
+        raise error
+
+
+@pytest.mark.parametrize("error", [KeyError, KeyboardInterrupt, RuntimeError])
+def test_after_an_error_no_hook_is_left_and_flags_are_as_they_were(error: type[BaseException]) -> None:
+    model = nn.Sequential(nn.Linear(8, 8), nn.Dropout(), Fails() if error is KeyError else nn.Identity(), nn.ReLU())
+    model.train()
+    model[1].eval()
+    with pytest.raises(error):
+        interrupted(model, error)
+    assert hooks_of(model) == 0
+    assert [m.training for m in model.modules()] == [True, True, False, True, True]
+
+
+def test_a_stop_that_does_not_exist_leaves_nothing_behind() -> None:
+    model = chain().train()
+    with pytest.raises(AttributeError), Lockstep(model, calls(), ["0", "nowhere"]):
+        pass
+    assert hooks_of(model) == 0 and model.training and torch.is_grad_enabled()
+
+
+def test_when_threads_run_out_those_that_started_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    start, started = threading.Thread.start, []
+
+    def limited(self: threading.Thread) -> None:
+        started.append(self)
+        if len(started) > 2:
+            raise RuntimeError("can't start new thread")
+        start(self)
+
+    monkeypatch.setattr(threading.Thread, "start", limited)
+    model = chain().train()
+    with pytest.raises(RuntimeError, match="new thread"), Lockstep(model, calls(), ["1"]):
+        pass
+    assert hooks_of(model) == 0 and model.training and not any(thread.is_alive() for thread in started[:2])
+
+
+class Notes(nn.Module):
+    """Writes down in which modes it runs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(8, 8)
+        self.seen: list[tuple[bool, bool, torch.dtype]] = []
+        self.note: Callable[..., Any] = self.seen.append
+
+    def forward(self, x: Tensor) -> Tensor:
+        answer: Tensor = self.layer(x)
+        self.note((torch.is_grad_enabled(), self.training, answer.dtype))
+        return answer
+
+
+def test_calls_run_in_evaluation_mode_without_gradients_and_in_the_callers_autocast() -> None:
+    model = Notes().train()
+    seen: list[Any] = []
+    model.note = seen.append
+    walk(model, calls(2), ["layer"])
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        walk(model, calls(1), ["layer"])
+    assert seen == [(False, False, torch.float32)] * 2 + [(False, False, torch.bfloat16)]
+
+
+class Mixed(nn.Module):
+    """Runs its layer in bfloat16, whatever the caller does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            answer: Tensor = self.layer(x.bfloat16())
+        return answer
+
+
+def test_a_layer_run_alone_has_the_models_autocast() -> None:
+    model = Mixed()
+    ((_, arrivals),) = walk(model, calls(1), ["layer"])
+    assert arrivals[0].run(model.layer).dtype == torch.bfloat16
+    with torch.autocast("cpu", dtype=torch.float16):
+        assert arrivals[0].run(model.layer).dtype == torch.bfloat16
+    assert not torch.is_autocast_enabled("cpu")
+
+
+class Greedy(nn.Module):
+    """Changes everything that it is given."""
+
+    def forward(self, x: Tensor, parts: list[Tensor], cache: dict[str, Any]) -> Tensor:
+        parts[0] += 1
+        parts.append(x)
+        cache["steps"] = cache.get("steps", 0) + 1
+        return x.add_(1)
+
+
+def test_what_a_layer_does_to_its_inputs_stays_with_the_copy() -> None:
+    x, parts, cache = torch.zeros(2), [torch.zeros(2)], {"steps": 4, "lock": threading.Lock()}
+    arrival = Arrival((x, parts), {"cache": cache})
+    for _ in range(2):
+        assert torch.equal(arrival.run(Greedy()), torch.ones(2))
+    assert torch.equal(x, torch.zeros(2)) and cache["steps"] == 4
+    assert len(parts) == 1 and torch.equal(parts[0], torch.zeros(2))
+
+
+class Layer(nn.Module):
+    """Remembers, while they live, the tensors that it made."""
+
+    alive: ClassVar[weakref.WeakSet[Tensor]] = weakref.WeakSet()
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        answer: Tensor = self.layer(x)
+        self.alive.add(answer)
+        return answer
+
+
+@pytest.mark.parametrize("depth", [3, 12])
+def test_what_is_held_is_one_depth_of_the_model(depth: int) -> None:
+    gc.collect()
+    model, given = nn.Sequential(*(Layer() for _ in range(depth))), calls(5)
+    Layer.alive.clear()
+    most = 0
+    with Lockstep(model, given, [str(i) for i in range(depth)]) as steps:
+        while steps.advance() is not None:
+            most = max(most, len(Layer.alive))
+    assert most == len(given)
+
+
+def test_no_call_is_no_stop() -> None:
+    assert walk(chain(), [], ["1"]) == []
