@@ -267,3 +267,124 @@ def test_observation_sees_no_graph_and_finds_no_pair() -> None:
 
 def test_a_model_that_is_one_layer_has_no_pair() -> None:
     assert found(nn.Linear(12, 16), X) == ()
+
+
+# Layers that only a ReLU reads
+
+
+def rectified(model: nn.Module, x: Tensor, way: str = "torch.export") -> tuple[tuple[str, str], ...]:
+    return captured(model, x, way).rectified
+
+
+BEFORE_RELU: dict[str, Callable[[Any, Tensor], Any]] = {
+    "method": lambda m, h: h.relu(),
+    "function": lambda m, h: F.relu(h),
+    "torch's function": lambda m, h: torch.relu(h),
+    "function in place": lambda m, h: F.relu(h, inplace=True),
+    "method in place": lambda m, h: h.relu_(),
+    "module": lambda m, h: m.part(h),
+    "read twice behind it": lambda m, h: 2 * h.relu(),
+}
+NOT_BEFORE_RELU: dict[str, Callable[[Any, Tensor], Any]] = {
+    "relu6": lambda m, h: F.relu6(h),
+    "gelu": lambda m, h: F.gelu(h),
+    "leaky": lambda m, h: F.leaky_relu(h),
+    "scaled first": lambda m, h: (2 * h).relu(),
+    "read beside it": lambda m, h: h.relu() + h,
+    "read by its own gate": lambda m, h: h.relu() * h.sigmoid(),
+    "read before it in place": lambda m, h: h.abs() + h.relu_(),
+    "two relus": lambda m, h: h.relu() + F.relu(h - 0),
+    "layer norm": lambda m, h: F.layer_norm(h, (24,)).relu(),
+}
+
+
+@every_way
+@pytest.mark.parametrize("what", BEFORE_RELU.values(), ids=BEFORE_RELU)
+def test_a_layer_that_only_a_relu_reads_is_found(what: Any, way: str) -> None:
+    assert rectified(Between(what, part=nn.ReLU(inplace=True)), X, way) == (("fc1", ""),)
+
+
+@every_way
+@pytest.mark.parametrize("what", NOT_BEFORE_RELU.values(), ids=NOT_BEFORE_RELU)
+def test_a_layer_that_something_else_reads_is_not_found(what: Any, way: str) -> None:
+    assert rectified(Between(what), X, way) == ()
+
+
+@every_way
+@pytest.mark.parametrize("kind", [Residual, ReadsItself, Twice])
+def test_mixed_streams_and_layers_that_run_twice_are_not_found(kind: Any, way: str) -> None:
+    expected = (("fc1", ""),) if kind is Residual else ()  # what is added comes behind the ReLU
+    assert rectified(kind(None), X, way) == expected
+
+
+@every_way
+def test_an_answer_of_the_model_is_no_secret_of_a_relu(way: str) -> None:
+    assert rectified(TwoReaders(lambda m, h: h), X, way) == (("fc1", ""),)
+
+    class Returned(Between):
+        def forward(self, x: Tensor) -> Any:
+            h = self.fc1(x)
+            return self.fc2(h.relu()), h
+
+    assert rectified(Returned(None), X, way) == ()
+
+
+@every_way
+def test_a_batch_norm_in_evaluation_mode_may_lie_between_and_is_named(way: str) -> None:
+    assert rectified(cnn(nn.BatchNorm2d(24), nn.ReLU()), IMAGES, way) == (("0", "1"),)
+    assert rectified(cnn(nn.BatchNorm2d(24, affine=False), nn.ReLU(inplace=True)), IMAGES, way) == (("0", "1"),)
+    assert rectified(cnn(nn.ReLU(), nn.BatchNorm2d(24)), IMAGES, way) == (("0", ""),)
+    rows = nn.Sequential(nn.Linear(12, 24), nn.BatchNorm1d(24), nn.ReLU(), nn.Linear(24, 16))
+    assert rectified(rows, X, way) == (("0", "1"),)
+
+
+@every_way
+@pytest.mark.parametrize(
+    "between",
+    [
+        (nn.BatchNorm2d(24),),
+        (nn.BatchNorm2d(24), nn.ReLU6()),
+        (nn.BatchNorm2d(24), nn.BatchNorm2d(24), nn.ReLU()),
+        (nn.BatchNorm2d(24, track_running_stats=False), nn.ReLU()),
+        (nn.GroupNorm(3, 24), nn.ReLU()),
+        (nn.MaxPool2d(2), nn.ReLU()),
+    ],
+    ids=["no relu", "relu6", "two norms", "batch statistics", "group norm", "pooling"],
+)
+def test_whatever_else_lies_between_layer_and_relu_ends_the_search(between: tuple[nn.Module, ...], way: str) -> None:
+    assert rectified(cnn(*between), IMAGES, way) == ()
+
+
+@every_way
+def test_a_norm_along_another_axis_or_used_twice_is_not_taken_for_the_layers(way: str) -> None:
+    tokens = nn.Sequential(nn.Linear(12, 24), nn.BatchNorm1d(5), nn.ReLU(), nn.Linear(24, 16))
+    assert rectified(tokens, torch.randn(2, 5, 12), way) == ()
+    norm = nn.BatchNorm2d(24)
+    assert rectified(cnn(norm, nn.ReLU(), nn.Conv2d(24, 24, 1), norm, nn.ReLU()), IMAGES, way) == ()
+
+
+@every_way
+def test_a_residual_block_has_one_layer_that_only_its_relu_reads(way: str) -> None:
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv1, self.norm1 = nn.Conv2d(24, 24, 3, padding=1), nn.BatchNorm2d(24)
+            self.conv2, self.norm2 = nn.Conv2d(24, 24, 3, padding=1), nn.BatchNorm2d(24)
+            self.relu = nn.ReLU(inplace=True)
+
+        def forward(self, x: Tensor) -> Any:
+            return self.relu(self.norm2(self.conv2(self.relu(self.norm1(self.conv1(x))))) + x)
+
+    assert rectified(Block(), torch.randn(2, 24, 9, 9), way) == (("conv1", "norm1"),)
+
+
+@every_way
+@pytest.mark.parametrize("watched", ["0", "1"])
+def test_outputs_that_a_hook_sees_are_not_the_relus_alone(watched: str, way: str) -> None:
+    model = cnn(nn.BatchNorm2d(24), nn.ReLU())
+    model.get_submodule(watched).register_forward_hook(lambda *_: None)
+    assert rectified(model, IMAGES, way) == ()
+
+
+def test_observation_knows_of_no_relu() -> None:
+    assert rectified(Between(BEFORE_RELU["method"]), X, "observation") == ()

@@ -22,7 +22,8 @@ from panther.healers.losses import tensor_loss
 from panther.healers.training import Limits, Progressed, Task, train
 from panther.nn import SketchedLayer
 
-Containers = (nn.ModuleList, nn.Sequential, nn.ModuleDict)
+Lists = (nn.ModuleList, nn.ModuleDict)  # which never run themselves
+Containers = (*Lists, nn.Sequential)
 
 
 def find_blocks(model: nn.Module) -> list[str]:
@@ -42,7 +43,7 @@ def _blocks(module: nn.Module, name: str) -> Iterator[str]:
         path = f"{name}.{child_name}" if name else child_name
         if not _holds_sketched(child):
             continue
-        if isinstance(module, Containers) and not _holds_a_list(child):
+        if isinstance(module, Containers) and not isinstance(child, Lists) and not _holds_a_list(child):
             yield path
         else:
             yield from _blocks(child, path)

@@ -203,8 +203,8 @@ class _Layer:
 
 def _refit_layer(layer: _Layer, calls: Sequence[Call], dense: Sequence[Arrival], own: Sequence[Arrival]) -> str | None:
     """New factors for one layer; the reason when it keeps those it has."""
-    solvers = [_solve_pointwise] if layer.is_pointwise else []
-    if layer.gate is not None or not layer.is_pointwise:
+    solvers = [_solve_pointwise] if layer.is_pointwise and layer.spec.fan_in <= MOST_FEATURES else []
+    if layer.gate is not None or not solvers:
         solvers.append(_solve_last_link)
     checked = [i for i in range(len(calls)) if i % HELD_OUT_EVERY == HELD_OUT_EVERY - 1] if len(calls) > 1 else [0]
     checked = checked or [len(calls) - 1]
@@ -289,8 +289,6 @@ def _rows(layer: _Layer, call: Call, *tensors: Tensor, enough: int) -> list[Tens
 
 def _solve_pointwise(layer: _Layer, pairs: Sequence[_Pair]) -> str | None:
     n = layer.spec.fan_in
-    if n > MOST_FEATURES:
-        return f"{n} inputs are too many for a regression"
     products = _Products()
     enough = max(64, math.ceil(ROWS_PER_FEATURE * n / len(pairs)))
     for call, x, h in pairs:
@@ -333,7 +331,11 @@ def regression(
         left, right = _truncated(weight @ target, lower, metric, rank)
         return left, right
     gram = weight.T @ weight
-    known = gram if sensitivity is None else (sensitivity.double() + SENSITIVITY_RIDGE * gram) / (1 + SENSITIVITY_RIDGE)
+    known = gram
+    if sensitivity is not None:
+        seen = sensitivity.double()
+        seen = weight.T @ seen @ weight if len(seen) == m else seen  # a convolution's is (m, m) whatever its inputs
+        known = (seen + SENSITIVITY_RIDGE * gram) / (1 + SENSITIVITY_RIDGE)
     left, right = _truncated(target, lower, with_ridge(known, 1e-6), rank)
     return weight @ left, right
 
@@ -368,55 +370,87 @@ def _leading(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _solve_last_link(layer: _Layer, pairs: Sequence[_Pair]) -> str | None:
-    sketched = layer.sketched
-    link = sketched._links[-1]
-    features = link.in_channels * math.prod(link.kernel_size)
+    """A new last link for what the links before it give, ReLU or not.
+
+    One that sees too much for a regression is multiplied by a matrix (outputs, outputs) instead, the best there is.
+    """
+    sketched, m = layer.sketched, layer.spec.out_features
+    link, up = sketched._links[-1], sketched.up.detach().flatten(1).double().cpu()
+    sees_outputs = up.shape[1] > MOST_FEATURES or getattr(sketched, "padding_mode", "zeros") != "zeros"
+    start = torch.eye(m, dtype=torch.float64) if sees_outputs else up
+    features = start.shape[1]
     if features > MOST_FEATURES:
-        return f"the {features} inputs of its last link are too many for a regression"
-    if getattr(sketched, "padding_mode", "zeros") != "zeros":
-        return f"its padding mode is {getattr(sketched, 'padding_mode', '')!r}"
-    m = layer.spec.out_features
+        return f"its {features} outputs are too many for a regression"
     rows = min(ROWS_PER_FEATURE * features, MOST_NUMBERS // (features + m))
     enough = max(64, math.ceil(rows / len(pairs)))
-    gathered = [_link_rows(layer, call, x, h, enough) for call, x, h in pairs]
-    inputs, targets = (torch.cat(part) for part in zip(*gathered, strict=True))
+    rows_of = _output_rows if sees_outputs else _link_rows
+    inputs, targets = (
+        torch.cat(part) for part in zip(*(rows_of(layer, *pair, enough=enough) for pair in pairs), strict=True)
+    )
     if not len(inputs):
         return "no row of the calibration data reaches it"
-    mean_in = inputs.mean(0, dtype=torch.float64)
-    centred = inputs.sub_(mean_in)
-    gram = (centred.T @ centred).double() / len(centred)
-    weight = sketched.up.detach().flatten(1).double().cpu()
-    scale = float(gram.diagonal().mean()) or 1.0
-    lower = with_ridge(gram + RIDGE * scale * torch.eye(features, dtype=torch.float64), 0.0)
-    wanted = targets
-    for _ in range(RELU_ROUNDS):
-        mean_out = wanted.mean(0, dtype=torch.float64)
-        cross = (wanted.sub(mean_out.float()).T @ centred).double() / len(centred) + RIDGE * scale * weight
-        weight = torch.cholesky_solve(cross.T, lower).T
-        bias = mean_out - weight @ mean_in
-        if layer.gate is None:
-            break
-        wanted = layer.gate.wanted(targets, centred @ weight.T.float() + mean_out.float())
+    weight, bias = _least_squares(inputs, targets, start, layer.gate)
+    if sees_outputs:  # which have the bias in them already
+        bias = bias if sketched.bias is None else bias + weight @ sketched.bias.detach().double().cpu()
+        weight = weight @ up
     kept = [getattr(sketched, name).detach() for name in sketched._weight_names[:-1]]
     return _put(layer, (*kept, weight.reshape(m, *link.weight_shape[1:])), bias)
 
 
-def _link_rows(layer: _Layer, call: Call, x: Arrival, h: Arrival, enough: int) -> tuple[Tensor, Tensor]:
+def _least_squares(inputs: Tensor, targets: Tensor, start: Tensor, gate: Gate | None) -> tuple[Tensor, Tensor]:
+    """The weight and the bias that make targets (rows, m) of inputs (rows, n), ridged towards `start` (m, n); float64.
+
+    With a gate, only what passes has to be right. The inputs are overwritten.
+    """
+    mean_in = inputs.mean(0, dtype=torch.float64)
+    centred = inputs.sub_(mean_in.float())
+    gram = (centred.T @ centred).double() / len(centred)
+    ridge = RIDGE * (float(gram.diagonal().mean()) or 1.0)
+    lower = with_ridge(gram + ridge * torch.eye(len(gram), dtype=torch.float64), 0.0)
+    weight, wanted = start, targets
+    for _ in range(RELU_ROUNDS):
+        mean_out = wanted.mean(0, dtype=torch.float64)
+        cross = (wanted.sub(mean_out.float()).T @ centred).double() / len(centred) + ridge * weight
+        weight = torch.cholesky_solve(cross.T, lower).T
+        if gate is None:
+            break
+        wanted = gate.wanted(targets, centred @ weight.T.float() + mean_out.float())
+    return weight, mean_out - weight @ mean_in
+
+
+def _link_rows(layer: _Layer, call: Call, x: Arrival, h: Arrival, *, enough: int) -> tuple[Tensor, Tensor]:
     """What the last link gets in the student, (rows, channels * kernel), and what should come out of it (rows, m)."""
-    sketched, dims = layer.sketched, len(layer.spec.kernel_size)
+    sketched = layer.sketched
     with in_precision(h.precision):
-        target = (1 - ANCHOR) * layer.dense(h.first) + ANCHOR * layer.dense(x.first)
         inner = h.first
         if layer.spec.kind == "linear":
-            inner = nn.functional.linear(inner, sketched.down)
-            inputs, targets = _rows(layer, call, inner, target, enough=enough)
+            inputs, targets = _rows(
+                layer, call, nn.functional.linear(inner, sketched.down), _wanted(layer, x, h), enough=enough
+            )
             return inputs, targets
-        inner, target = (t.unsqueeze(0) if t.dim() == dims + 1 else t for t in (inner, target))
         for link, weight in list(zip(sketched._links, sketched.active_weights(), strict=True))[:-1]:
             inner = cast(Any, sketched).CONVOLVE(inner, weight, None, link.stride, link.padding, link.dilation)
-    patches = _patches(inner, sketched._links[-1])
+    patches, dims = _patches(_with_batch(layer, inner), sketched._links[-1]), len(layer.spec.kernel_size)
     places = _places(patches.shape[: 1 + dims], layer.seed, enough, inner.device)
-    return patches[places].flatten(1).float().cpu(), target.movedim(1, -1)[places].float().cpu()
+    target = _with_batch(layer, _wanted(layer, x, h)).movedim(1, -1)
+    return patches[places].flatten(1).float().cpu(), target[places].float().cpu()
+
+
+def _output_rows(layer: _Layer, call: Call, x: Arrival, h: Arrival, *, enough: int) -> tuple[Tensor, Tensor]:
+    """What comes out of the sketched layer and what should, (rows, m) both."""
+    outputs = (_channels_last(layer, y) for y in (h.run(layer.sketched), _wanted(layer, x, h)))
+    inputs, targets = _rows(layer, call, *outputs, enough=enough)
+    return inputs, targets
+
+
+def _wanted(layer: _Layer, x: Arrival, h: Arrival) -> Tensor:
+    """What should come out of the layer: see ANCHOR."""
+    target: Tensor = (1 - ANCHOR) * h.run(layer.dense) + ANCHOR * x.run(layer.dense)
+    return target
+
+
+def _with_batch(layer: _Layer, tensor: Tensor) -> Tensor:
+    return tensor.unsqueeze(0) if tensor.dim() == 1 + len(layer.spec.kernel_size) else tensor
 
 
 def _places(sizes: Sequence[int], seed: int, most: int, device: torch.device) -> tuple[Tensor, ...]:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from panther.batches import Call, inference, masked_rows, run
+from panther.chains import TWO_GEMM
 from panther.nn import SketchedLayer, SKLinear
 from panther.sketches import with_ridge
 
@@ -29,7 +30,8 @@ def reorder(student: nn.Module, calls: Sequence[Call]) -> list[str]:
     layers = {
         name: module
         for name, module in student.named_modules()
-        if isinstance(module, SketchedLayer) and len(module.ranks) == 1 and hasattr(module, "up")
+        if isinstance(module, SketchedLayer) and module.PACKING == TWO_GEMM and len(module.ranks) == 1
+        if hasattr(module, "up")  # a random basis has none
     }
     sums: dict[str, Tensor] = {}
     masks: dict[tuple[int, ...], Tensor] = {}
@@ -60,6 +62,7 @@ def _inner_rows(layer: SketchedLayer, given: Tensor, masks: dict[tuple[int, ...]
     if isinstance(layer, SKLinear):
         return masked_rows(nn.functional.linear(given, layer.down).float().cpu(), masks)
     link = layer._links[0]
+    given = cast(Any, layer)._padded(given)
     inner: Tensor = cast(Any, layer).CONVOLVE(given, layer.down, None, link.stride, link.padding, link.dilation)
     rows = inner.movedim(-1 - len(link.kernel_size), -1).reshape(-1, link.out_channels)
     some: Tensor = rows[:: max(1, len(rows) // ROWS)].float().cpu()

@@ -242,10 +242,10 @@ def _loop(
         if share >= 1 or now.halvings > MOST_HALVINGS or len(now.left_out) == task.batches:
             return
         batch = _batch(task, now.step, seed)
-        now.step += 1
         stepped = batch not in now.left_out and _step(
             task, optimiser, limits.learning_rate * now.rate * _schedule(share), batch
         )
+        now.step += 1
         diverged = not stepped and batch not in now.left_out and not _is_at_fault(task, now, batch)
         if diverged or share >= (now.checks + 1) / CHECKS:
             now.checks += 0 if diverged else 1

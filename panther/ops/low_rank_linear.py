@@ -98,8 +98,8 @@ def low_rank_linear(x: Tensor, down: Tensor, up: Tensor, bias: Tensor | None = N
     Cost:   2*rows*R*(in + out) flops.
     Raises: ValueError when shapes, dtypes or devices do not fit together.
     """
-    if torch.is_grad_enabled() and down.requires_grad and not torch.compiler.is_compiling():
-        return reference(
-            x, down, up, bias
-        )  # keeps x down^T for the backward, which the op computes again: a sixth less
+    records = torch.is_grad_enabled() and down.requires_grad and not torch.compiler.is_compiling()
+    if records and not torch.is_autocast_enabled(x.device.type):  # the op casts its inputs, the reference does not
+        # It keeps x down^T for the backward, which the op computes again: a sixth less.
+        return reference(x, down, up, bias)
     return LOW_RANK_LINEAR(x, down, up, bias)

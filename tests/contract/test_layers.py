@@ -323,6 +323,15 @@ def test_autocast_computes_in_the_lower_dtype(case: Case) -> None:
     close(y, sketched(case.inputs()).bfloat16(), depth=2)
 
 
+@cases(is_typical)
+def test_autocast_takes_inputs_of_the_lower_dtype_and_gradients_flow(case: Case) -> None:
+    """As behind another layer inside autocast."""
+    sketched = case.sketch(rank=2)
+    with torch.autocast("cpu", torch.bfloat16):
+        sketched(case.inputs(torch.bfloat16)).float().sum().backward()
+    assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in sketched.parameters())
+
+
 @cases(is_traced)
 def test_torch_compile_traces_the_whole_layer(case: Case) -> None:
     sketched = case.sketch(rank=2)
