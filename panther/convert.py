@@ -38,7 +38,7 @@ from panther.converters.inputs import dynamic_axes, flatten, resized, sizes
 from panther.errors import CaptureError, ExportError, PantherError
 from panther.nn import SketchedLayer
 from panther.report import RENDERERS
-from panther.spec import Budget, Plan
+from panther.spec import MODES, TIME_LIMIT, Budget, Heal, Plan
 from panther.verify import medians_in_turn
 
 DONE, UNEXPECTED, USAGE, OVER_BUDGET, PARITY_FAILED, INTERRUPTED = 0, 1, 2, 3, 4, 130
@@ -50,8 +50,6 @@ LATER_FLAGS = {
     "--int8": "quantised factors (int8) are",
     "--trials": "the tuned search is",
     "--timeout": "the tuned search is",
-    "--checkpoint": "checkpointing is",
-    "--resume": "checkpointing is",
 }
 
 # Functions of panther whose ValueError or TypeError is about what was typed; any other one is an unexpected fault.
@@ -182,6 +180,12 @@ def _parser() -> _Parser:
     add("--exclude", action="append", metavar="PATTERN", help="not these layers; repeatable")
     add("--plan", metavar="FILE", help="a saved plan instead of a search")
     add("--search", default="sensitivity", metavar="NAME", help=f"{' or '.join(ALLOCATORS)} (default: sensitivity)")
+    add("--heal", metavar="WAY", help=f"without labels: {', '.join(MODES)} (default: auto; needs --calib)")
+    add("--time-limit", type=float, metavar="SECONDS", help=f"of training, at most (default: {TIME_LIMIT:.0f})")
+    add("--steps", type=int, metavar="N", help="training steps, instead of as many as fit into the time")
+    add("--learning-rate", type=float, metavar="X", help=f"of the training (default: {Heal.learning_rate:g})")
+    add("--checkpoint", metavar="FILE", help="save healing here as it goes; the file is removed at the end")
+    add("--resume", action="store_true", help="go on from --checkpoint, with the same flags as then")
     add("--seed", type=int, default=0, metavar="N")
     add("--device", metavar="DEVICE", help="cpu, cuda, cuda:1 (default: where the model is)")
     add("--opset", type=int, metavar="N", help="ONNX opset (default: the exporter's own)")
@@ -278,7 +282,7 @@ def _save_recipe(arguments: argparse.Namespace) -> None:
     chosen = {
         name.replace("_", "-") if name != "path" else name: value
         for name, value in vars(arguments).items()
-        if value != defaults[name] and name not in ("config", "save_config")
+        if value != defaults[name] and name not in ("config", "save_config", "resume")
     }
     path = Path(arguments.save_config)
     _write_texts(path.parent, {path.name: _yaml().safe_dump(chosen, sort_keys=True)})
@@ -496,6 +500,7 @@ def _example(arguments: argparse.Namespace, model: nn.Module, data: Any) -> tupl
 
 def _run(arguments: argparse.Namespace) -> int:
     budget, plan = _goal(arguments)
+    healing, checkpoint = _healing(arguments), _checkpoint(arguments)
     device = _device(arguments.device)
     source = Path(arguments.path)
     folder = Path(arguments.output) if arguments.output else source.absolute().parent
@@ -521,6 +526,8 @@ def _run(arguments: argparse.Namespace) -> int:
             eval_fn=evaluate,
             plan=plan,
             search=arguments.search,
+            heal=healing,
+            checkpoint=checkpoint,
             seed=arguments.seed,
             device=device,
             progress=not arguments.quiet,
@@ -565,6 +572,51 @@ def _limits(arguments: argparse.Namespace, plan: Plan | None) -> Budget:
             "that takes a model and gives one number, higher is better"
         )
     return budget
+
+
+def _healing(arguments: argparse.Namespace) -> Heal:
+    """What --heal and its limits say; a dry run heals nothing.
+
+    Raises: UsageError for a way that does not exist, and for what it cannot do.
+    """
+    given = {name: getattr(arguments, name) for name in ("time_limit", "steps", "learning_rate")}
+    limits = {name: value for name, value in given.items() if value is not None}
+    mode = arguments.heal or "auto"
+    if mode not in MODES:
+        close = "".join(f"; did you mean {found!r}?" for found in get_close_matches(mode, MODES, 1))
+        raise UsageError(f"--heal {mode}: expected one of {', '.join(MODES)}{close}")
+    if arguments.heal not in (None, "none") and arguments.calib is None:
+        raise UsageError(f"--heal {mode} needs inputs to heal with: add --calib data.npz or --calib my.py:loader")
+    if limits and mode in ("none", "refit"):
+        flags = ", ".join("--" + name.replace("_", "-") for name in limits)
+        raise UsageError(f"{flags}: --heal {mode} has no training to limit; use --heal blocks, distill or auto")
+    try:
+        return Heal("none" if arguments.dry_run else mode, **limits)
+    except ValueError as error:
+        raise UsageError(f"--time-limit, --steps and --learning-rate: {error}") from error
+
+
+def _checkpoint(arguments: argparse.Namespace) -> Path | None:
+    """The file of --checkpoint, which is there exactly when --resume says so.
+
+    Raises: UsageError with the ways out.
+    """
+    if arguments.checkpoint is None:
+        if arguments.resume:
+            raise UsageError("--resume needs the file to go on from: add --checkpoint FILE, as in the run before")
+        return None
+    path = Path(arguments.checkpoint)
+    if path.exists() and not arguments.resume:
+        raise UsageError(
+            f"--checkpoint {path} is there already: add --resume to go on from it, or delete it (or give another name) "
+            "to begin anew"
+        )
+    if arguments.resume and not path.exists():
+        raise UsageError(
+            f"--resume: there is no {path} to go on from (a run that ends removes its checkpoint): leave --resume out "
+            "to begin anew"
+        )
+    return None if arguments.dry_run else path
 
 
 def _budget_of(plan: Plan | None, *, evaluates: bool) -> str:

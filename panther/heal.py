@@ -138,6 +138,7 @@ class _Healer:
             self._note("before", self.reached)
         stage = "" if saved is None else str(saved.facts["stage"])
         if mode != "none" and self._can_heal():
+            self.progress.say(f"healing: {_announced(self.settings)}")
             if not _is_past(stage, "refit"):
                 self._kept_if_better("refit", lambda: self._refit(layers, sensitivities, gates))
             share = {"blocks": (1.0, 0.0), "distill": (0.0, 1.0), "auto": (0.25, 0.75)}.get(mode, (0.0, 0.0))
@@ -379,6 +380,14 @@ def _largest_activation(model: nn.Module, call: Call) -> int:
         for hook in hooks:
             hook.remove()
     return largest
+
+
+def _announced(settings: Heal) -> str:
+    """What is about to happen, and for how long."""
+    if settings.mode == "refit":
+        return "refit, in closed form"
+    steps = "" if settings.steps is None else f", {settings.steps:,} steps"
+    return f"{settings.mode}, training for at most {settings.time_limit:.0f} s{steps}; Ctrl-C keeps the best so far"
 
 
 def _is_past(saved: str, stage: str) -> bool:

@@ -1,3 +1,4 @@
+import importlib
 import json
 import sys
 import textwrap
@@ -15,7 +16,7 @@ from panther.compress import Result
 from panther.converters import ExportReport
 from panther.errors import ExportError
 from panther.nn import SKConv2d, SKLinear
-from panther.spec import Plan
+from panther.spec import Heal, Plan
 
 NETS = """
     import torch
@@ -114,6 +115,7 @@ def run(here: Path, capsys: pytest.CaptureFixture[str]):
 
 
 MLP = ("mlp.pt", "--model", "nets.py:Mlp")
+CALIB = ("--calib", "nets.py:loader")
 
 
 def refusal(err: str) -> str:
@@ -121,7 +123,8 @@ def refusal(err: str) -> str:
     assert "Traceback" not in err
     *before, line = err.splitlines()
     assert line.startswith("error: ")
-    assert all(said.startswith(("warning: ", "target: ")) for said in before)
+    progress = ("target: ", "healing: ", "healing goes on ", "refit: ", "blocks: ", "distill: ")
+    assert all(said.startswith(("warning: ", *progress)) for said in before)
     return line
 
 
@@ -180,6 +183,62 @@ def test_a_run_writes_the_files_beside_the_model_and_names_them_on_stdout(
     assert (here / "extra.json").read_text() == (here / "mlp.report.json").read_text()
     assert (here / "mlp.report.txt").read_text().rstrip() in out
     assert Plan.from_json((here / "mlp.plan.json").read_text()).sketched
+
+
+HEALED = (*MLP, *CALIB, "--heal", "auto", "--steps", "40", "--time-limit", "1000", "--learning-rate", "0.005")
+
+
+def test_a_run_says_what_healing_did(run, here: Path, export: Any) -> None:
+    export(ok=True)
+    code, out, err = run(*HEALED, "-o", "healed")
+    assert code == cli.DONE
+    assert "healing: auto, training for at most 1000 s, 40 steps; Ctrl-C keeps the best so far" in err
+    (line,) = [line for line in out.splitlines() if line.startswith("healed ")]
+    assert ": refit " in line and "blocks -> " in line and "distill -> " in line and line.endswith(" steps")
+    healing = json.loads((here / "healed/mlp.report.json").read_text())["healing"]
+    assert healing["after"] < healing["before"] and 0 < healing["steps"] <= 40
+    assert healing["history"][0][1:] == ["before", healing["before"]]
+
+
+def test_ctrl_c_while_healing_writes_what_there_is_and_the_rest_is_done_by_resume(
+    run, here: Path, export: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    export(ok=True)
+    flags = (*HEALED, "--checkpoint", "halted.ckpt", "-q")
+    training = importlib.import_module("panther.healers.training")
+    step, steps = training._step, []
+
+    def interrupted(*args: Any) -> bool:
+        steps.append(1)
+        if len(steps) == 25:
+            raise KeyboardInterrupt
+        return bool(step(*args))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(training, "_step", interrupted)
+        code, out, _ = run(*flags, "-o", "halted")
+    assert code == cli.DONE and "wrote halted/mlp.onnx" in out
+    assert "note: distill: interrupted; the best state so far was kept" in (here / "halted/mlp.report.txt").read_text()
+    assert (here / "halted.ckpt").exists()
+    code, out, err = run(*flags, "-o", "again")
+    assert code == cli.USAGE and "halted.ckpt is there already: add --resume" in refusal(err)
+    assert run(*flags, "-o", "again", "--budget", "0.6", "--resume")[0] == cli.USAGE
+    assert run(*flags, "-o", "again", "--resume")[0] == cli.DONE
+    assert run(*HEALED, "-o", "whole", "-q")[0] == cli.DONE
+    again, whole = ((here / name / "mlp.panther/model.safetensors").read_bytes() for name in ("again", "whole"))
+    assert again == whole and not (here / "halted.ckpt").exists()
+
+
+def test_a_recipe_has_the_healing_but_not_that_it_was_resumed(run, here: Path, quick: dict[str, Any]) -> None:
+    (here / "there.ckpt").write_bytes(b"")
+    run(*HEALED, "--checkpoint", "there.ckpt", "--resume", "--save-config", "healing.yaml")
+    recipe = yaml.safe_load((here / "healing.yaml").read_text())
+    assert recipe["heal"] == "auto" and recipe["steps"] == 40 and recipe["learning-rate"] == 0.005
+    assert recipe["checkpoint"] == "there.ckpt" and "resume" not in recipe
+    (here / "there.ckpt").unlink()
+    quick.clear()
+    run("--config", "healing.yaml")
+    assert quick["heal"] == Heal("auto", 1000.0, 40, 0.005)
 
 
 def test_a_saved_plan_is_used_again_with_its_own_budget(run, here: Path) -> None:
@@ -286,6 +345,29 @@ def test_flags_reach_compress(run, quick: dict[str, Any]) -> None:
     assert (quick["search"], quick["seed"], quick["progress"], quick["verify"]) == ("uniform", 7, False, False)
     assert quick["device"] == torch.device("cpu")
     assert quick["plan"] is quick["calib_data"] is quick["eval_fn"] is None
+
+
+@pytest.mark.parametrize(
+    ("flags", "healing"),
+    [
+        ((), Heal()),
+        (("--heal", "none"), Heal("none")),
+        ((*CALIB, "--heal", "refit"), Heal("refit")),
+        ((*CALIB, "--heal", "blocks", "--steps", "400"), Heal("blocks", steps=400)),
+        ((*CALIB, "--time-limit", "60", "--learning-rate", "1e-3"), Heal(time_limit=60.0, learning_rate=1e-3)),
+        ((*CALIB, "--heal", "distill", "--dry-run"), Heal("none")),
+    ],
+)
+def test_healing_and_its_limits_reach_compress(
+    flags: tuple[str, ...], healing: Heal, run, quick: dict[str, Any]
+) -> None:
+    assert run(*MLP, *flags)[0] == cli.UNEXPECTED
+    assert quick["heal"] == healing and quick["checkpoint"] is None
+
+
+def test_a_checkpoint_reaches_compress(run, here: Path, quick: dict[str, Any]) -> None:
+    run(*MLP, *CALIB, "--checkpoint", "heal.ckpt")
+    assert quick["checkpoint"] == Path("heal.ckpt")
 
 
 @pytest.mark.parametrize(
@@ -525,8 +607,26 @@ def test_a_recipe_that_cannot_be_followed_is_refused(run, here: Path, text: str,
             ["--max-drop", "0.1", "--eval", "nets.py:undecided"],
             "max_drop needs what eval_fn says of the dense model: TypeError: eval_fn answered with NoneType",
         ),
-        (["--checkpoint", "c"], "--checkpoint: checkpointing is not part"),
-        (["--resume"], "--resume: checkpointing is not part"),
+        (
+            ["--heal", "block"],
+            "--heal block: expected one of none, refit, blocks, distill, auto; did you mean 'blocks'?",
+        ),
+        (["--heal", "refit"], "--heal refit needs inputs to heal with: add --calib data.npz or --calib my.py:loader"),
+        (
+            [*CALIB, "--heal", "refit", "--steps", "9"],
+            "--steps: --heal refit has no training to limit; use --heal blocks",
+        ),
+        (["--heal", "none", "--time-limit", "9"], "--time-limit: --heal none has no training to limit"),
+        ([*CALIB, "--time-limit", "0"], "Heal(time_limit=0.0): expected a number above 0"),
+        ([*CALIB, "--time-limit", "soon"], "argument --time-limit: invalid float value: 'soon'"),
+        ([*CALIB, "--steps", "0"], "Heal(steps=0): expected an integer of at least 1"),
+        ([*CALIB, "--steps", "1.5"], "argument --steps: invalid int value: '1.5'"),
+        ([*CALIB, "--learning-rate", "-1"], "Heal(learning_rate=-1.0): expected a number above 0"),
+        ([*CALIB, "--learning-rate", "nan"], "Heal(learning_rate=nan): expected a number above 0"),
+        (["--resume"], "--resume needs the file to go on from: add --checkpoint FILE, as in the run before"),
+        (["--resume", "--checkpoint", "gone"], "--resume: there is no gone to go on from (a run that ends removes its"),
+        (["--checkpoint", "cnn.pt"], "cnn.pt is there already: add --resume to go on from it, or delete it (or give"),
+        ([*CALIB, "--checkpoint", "cnn.pt", "--resume"], "cnn.pt cannot be read as a checkpoint"),
         (["--report", "r.html"], "HTML reports are not part"),
         (["--report", "r.doc"], "expected a name ending in .txt or .json"),
         (["--device", "gpu9"], "--device gpu9 cannot be used here"),

@@ -5,7 +5,7 @@ import pytest
 
 from panther.report import RENDERERS
 from panther.report.text import WIDTH, render
-from panther.spec import Cost, Figures, LayerReport, LimitReport, Report
+from panther.spec import Cost, Figures, Healed, LayerReport, LimitReport, Report
 
 ROW = LayerReport(
     "encoder.fc1", "linear", "384 -> 1536", "linear", (152,), 10, 0.495, 0.0312, Cost(10, 10**9), Cost(5, 5 * 10**8)
@@ -103,6 +103,38 @@ def test_agreement_says_whether_the_batches_were_kept_aside() -> None:
     assert "3 batches (held-out): cosine 0.9123, relative error 0.4000" in render(REPORT)
     seen = render(replace(REPORT, agreement_held_out=False, agreement_batches=1))
     assert "1 batch (not held-out)" in seen
+
+
+HISTORY = (
+    (0.1, "before", 0.3714),
+    (9.0, "refit", 0.3111),
+    (50.0, "blocks", 0.2001),
+    (80.0, "distill", 0.17),
+    (112.0, "distill", 0.158),
+)
+
+
+@pytest.mark.parametrize(
+    ("healed", "line"),
+    [
+        (
+            Healed(112.3, 1840, 0.3714, 0.158, HISTORY),
+            "healed 112 s: refit .371 -> .311, blocks -> .200, distill -> .158 of the held-out loss; 1,840 steps",
+        ),
+        (Healed(9.2, 0, 1.3714, 0.0042, ((0, "before", 1.3714), (9, "refit", 0.0042))), "refit 1.371 -> 0.0042 of"),
+        (Healed(0.2, 0, 0.5, 0.5, ((0, "before", 0.5),)), "healed 0 s: nothing was done at .500 of the held-out loss"),
+        (Healed(0.2, 0, 0.0, 0.0, ((0, "before", 0.0),)), "nothing was done at 0 of"),
+    ],
+)
+def test_healing_is_one_line_with_what_each_stage_reached(healed: Healed, line: str) -> None:
+    assert line in line_with("healed ", render(replace(REPORT, healing=healed)))
+
+
+def test_without_healing_there_is_no_line_of_it_and_json_has_all_of_it() -> None:
+    assert "healed" not in render(REPORT) and json.loads(REPORT.to_json())["healing"] is None
+    healed = Healed(112.0, 840, 0.4, 0.2, HISTORY, ("one note",))
+    data = json.loads(replace(REPORT, healing=healed).to_json())["healing"]
+    assert data["history"] == [list(row) for row in HISTORY] and data["notes"] == ["one note"] and data["steps"] == 840
 
 
 def test_metric_seconds_environment_and_notes_are_shown() -> None:

@@ -1,7 +1,7 @@
 """The whole student trained to give the teacher's answers on unlabelled inputs.
 
 Besides the answers, what comes out of each block counts: errors are corrected where they arise, and every block has a
-gradient of its own. A block whose output another block changes in place is left out.
+gradient of its own. Where a block's output is changed in place behind it, in both models, what it became counts.
 """
 
 from __future__ import annotations
