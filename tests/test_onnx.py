@@ -120,12 +120,35 @@ def test_a_cnn_with_batch_norm_is_exported_from_a_batch_of_one(tmp_path, capfd):
 @pytest.mark.parametrize("side", ["rows", "columns"])
 def test_a_pivoted_linear_layer_is_two_products_and_one_gather(side, tmp_path):
     layer = SKPivotedLinear.from_sketched(SKLinear.from_dense(nn.Linear(24, 40), rank=7), side=side)
-    result = write(layer, tmp_path / "m.onnx", torch.randn(3, 5, 24))
+    result = write(layer, tmp_path / "m.onnx", torch.randn(3, 5, 24), keep_pivots=True)
     assert result.ok
     proto = onnx.load(result.path)
     used = sorted(node.op_type for node in proto.graph.node if node.op_type in ("MatMul", "Gemm", "Concat", "Gather"))
     assert used == (["Concat", "Gather", "MatMul", "MatMul"] if side == "rows" else ["Gather", "MatMul", "MatMul"])
     assert foreign_operators(proto) == ()
+
+
+@pytest.mark.parametrize("side", ["rows", "columns"])
+@pytest.mark.filterwarnings("ignore:SKLinear.*nn.Linear would be smaller:UserWarning")  # of the layer before its pivots
+@pytest.mark.parametrize(("rank", "products"), [(7, 2), (20, 1)])  # two of rank 20 would be larger than 24 x 40
+def test_a_pivoted_linear_layer_that_gathers_is_written_without(rank, products, side, tmp_path):
+    layer = SKPivotedLinear.from_sketched(SKLinear.from_dense(nn.Linear(24, 40), rank=rank), side=side)
+    assert layer.gathers
+    model = nn.Sequential(layer, nn.ReLU())
+    result = write(model, tmp_path / "m.onnx", torch.randn(3, 5, 24))
+    assert result.ok and any("pivoted" in note for note in result.notes)
+    used = [node.op_type for node in onnx.load(result.path).graph.node]
+    assert "Gather" not in used and sum(op in ("MatMul", "Gemm") for op in used) == products
+    assert model[0] is layer
+
+
+def test_a_pivoted_layer_whose_order_the_next_one_took_is_written_as_it_is(tmp_path):
+    layer = SKPivotedLinear.from_sketched(SKLinear.from_dense(nn.Linear(24, 40), rank=7))
+    layer.reorder_outputs(layer.row_order.argsort())
+    assert not layer.gathers
+    result = write(layer, tmp_path / "m.onnx", torch.randn(3, 5, 24))
+    assert result.ok and not any("pivoted" in note for note in result.notes)
+    assert "Concat" in [node.op_type for node in onnx.load(result.path).graph.node]
 
 
 @pytest.mark.parametrize("scheme", ["output_channel", "input_channel", "tucker2"])

@@ -377,6 +377,18 @@ class SKPivotedLinear(PivotedLayer):
     def sides(self) -> tuple[str, ...]:
         return (self.side,)
 
+    @property
+    def gathers(self) -> bool:
+        """Whether features are put into another order when the layer runs: its neighbours did not take that over."""
+        return self.row_order is not None or self.column_order is not None
+
+    def to_products(self) -> nn.Module:
+        """The same layer without pivots: an SKLinear, or the nn.Linear where that would be no larger."""
+        weights, dense = self.active_weights(), self.to_dense()
+        if sum(weight.numel() for weight in weights) >= dense.weight.numel():
+            return dense
+        return SKLinear.from_factors(dense, self.scheme, weights, dense.bias)
+
     @classmethod
     def from_sketched(cls, layer: SketchedLayer, *, side: str = chains.ROWS) -> Self:
         """The layer that computes what an SKLinear does (with its active terms), up to rounding.
