@@ -23,3 +23,9 @@ class LoadError(PantherError):
 
 class ExportError(PantherError):
     """The exported file is wrong or could not be written."""
+
+
+def one_line(error: BaseException) -> str:
+    """What went wrong in somebody else's code, as part of a sentence: the error's type and first line."""
+    lines = str(error).strip().splitlines() or ["no message"]
+    return f"{type(error).__name__}: {lines[0][:200]}"

@@ -22,12 +22,12 @@ from torch import Tensor, nn
 from panther.answers import is_classifier, last_dense_call
 from panther.batches import Calibration, Call, as_call, calibration, float_outputs, inference, run
 from panther.batchnorm import reestimate
-from panther.errors import LoadError
+from panther.errors import LoadError, one_line
 from panther.healers import Limits, distill, heal_blocks, refit
 from panther.healers.blocks import HealedBlock, find_blocks, trainable
 from panther.healers.checkpoint import Checkpoint, Saved
 from panther.healers.lockstep import LeftStepError
-from panther.healers.losses import answer_loss
+from panther.healers.losses import held_out_loss
 from panther.healers.terms import reorder
 from panther.healers.training import Progressed
 from panther.progress import Progress
@@ -188,19 +188,17 @@ class _Healer:
         _write(self.student, given)
         self.progress.say(f"healing goes on from {path} ({stage})")
 
-    @torch.no_grad()
     def figure(self) -> float:
         """The loss of the student's answers to the held-out calls; NaN when it does not run on one."""
-        lost = 0.0
         try:
             with inference(self.teacher), inference(self.student):
-                for call in self.held_out:
-                    answer, target = run(self.student, call), run(self.teacher, call)
-                    lost += float(answer_loss(answer, target, call, classifies=self.classifies))
+                calls = self.held_out
+                return held_out_loss(
+                    self.student, calls, lambda i: run(self.teacher, calls[i]), classifies=self.classifies
+                )
         except Exception as error:  # a user's model may raise anything
-            self.notes.append(f"the compressed model does not run on a held-out batch: {_one_line(error)}")
+            self.notes.append(f"the compressed model does not run on a held-out batch: {one_line(error)}")
             return math.nan
-        return lost / max(1, len(self.held_out))
 
     def _note(self, stage: str, figure: float) -> None:
         self.history.append((time.perf_counter() - self.start, stage, figure))
@@ -216,7 +214,7 @@ class _Healer:
         except LeftStepError as error:
             self.notes.append(f"{stage} ended early: {error}")
         except Exception as error:  # a user's module may raise anything when it runs alone, or backwards
-            self.notes.append(f"{stage} failed and was undone: {_one_line(error)}")
+            self.notes.append(f"{stage} failed and was undone: {one_line(error)}")
             _write(self.student, self.kept)
         after = self.figure()
         if after <= before:  # not so for NaN
@@ -269,6 +267,11 @@ class _Healer:
 
     def _blocks(self, share: float, saved: Saved | None) -> None:
         calls = self._held_at_once(MOST_THREADS - len(self.held_out))
+        if len(calls) < len(self.calls):
+            self.notes.append(
+                f"blocks were trained on {len(calls)} of {len(self.calls)} batches: more at one depth would not fit in "
+                "memory"
+            )
         done = [] if saved is None else [str(name) for name in saved.facts["blocks"]]
 
         def after(block: HealedBlock) -> None:
@@ -397,11 +400,6 @@ def _is_past(saved: str, stage: str) -> bool:
 
 def _shapes(tensors: Sequence[Tensor]) -> list[torch.Size]:
     return [tensor.shape for tensor in tensors]
-
-
-def _one_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines() or ["no message"]
-    return f"{type(error).__name__}: {lines[0][:200]}"
 
 
 def _fitting(calls: Iterable[Call], size_bytes: int) -> Iterator[Call]:

@@ -13,7 +13,7 @@ from typing import Any, cast
 from torch import nn
 
 from panther.batches import Calibration, inference, run
-from panther.errors import PantherError
+from panther.errors import PantherError, one_line
 from panther.factors import Factors
 from panther.heal import heal
 from panther.importance import Importance, Reference, importance
@@ -22,7 +22,7 @@ from panther.pack import pack, packed
 from panther.replace import replace, sketched_layer
 from panther.request import Request
 from panther.spec import Budget, Capture, Choice, Cost, Healed, Measured, Plan
-from panther.verify import latencies, measure_latency, medians_in_turn, metric, one_line, peak_memory
+from panther.verify import latencies, measure_latency, medians_in_turn, metric, peak_memory
 
 
 @dataclass(frozen=True)

@@ -10,10 +10,11 @@ from torch import nn
 
 from panther.allocate import allocate, with_layer_latency
 from panther.allocators.base import total
+from panther.errors import one_line
 from panther.limits import held_by_the_whole, smallest_within_drop
 from panther.prepared import Prepared, timed
 from panther.spec import Budget, Healed, Measured, Plan, Target
-from panther.verify import metric, one_line
+from panther.verify import metric
 
 
 def search_plan(

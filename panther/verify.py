@@ -28,7 +28,7 @@ from panther.answers import class_scores, is_classifier, last_dense_call
 from panther.batches import Call, device_of, float_outputs, inference, masked_rows, run
 from panther.build_info import build_info
 from panther.chains import chain_cost, dense_cost
-from panther.errors import CalibrationError
+from panther.errors import CalibrationError, one_line
 from panther.nn import SketchedLayer
 from panther.sizes import file_bytes, model_params, stored_tensors, tensor_bytes
 from panther.spec import (
@@ -450,11 +450,6 @@ def metric(model: nn.Module, eval_fn: Callable[[nn.Module], Any]) -> float:
     if not math.isfinite(value):
         raise ValueError(f"eval_fn answered with {value}: expected a finite number, higher is better")
     return float(value)
-
-
-def one_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines() or ["no message"]
-    return f"{type(error).__name__}: {lines[0][:200]}"
 
 
 def _verdicts(dense: Figures, compressed: Figures, agreed: Mapping[str, float]) -> Iterator[str]:

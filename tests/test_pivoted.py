@@ -285,6 +285,8 @@ def test_it_maps_over_several_sets_of_weights(pair: tuple[Any, Any]) -> None:
     stacked = {name: torch.stack([p, 2 * p]) for name, p in layer.named_parameters()}
     both = vmap(lambda weights: functional_call(layer, weights, (x,)))(stacked)
     close(both[0], layer(x))
+    twice = {name: p[1] for name, p in stacked.items()}
+    close(both[1], functional_call(layer, twice, (x,)))
 
 
 def test_it_is_trained_like_any_layer(pair: tuple[Any, Any]) -> None:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from panther.answers import is_classifier, last_dense_call
 from panther.batches import Call, device_of, float_outputs, run
 from panther.healers.blocks import find_blocks, gradients_for, has_module, trainable
-from panther.healers.losses import answer_loss, tensor_loss
+from panther.healers.losses import answer_loss, held_out_loss, tensor_loss
 from panther.healers.training import Limits, Progressed, Task, train
 
 HIDDEN_SHARE = 1.0  # weight of the mean loss of the blocks' outputs, beside the answers' 1
@@ -97,13 +97,8 @@ def distill(
         call = calls[index].to(device_of(student))
         return _loss(own.answer(call), cache.answer(index), call, classifies)
 
-    @torch.no_grad()
     def figure() -> float:
-        lost = 0.0
-        for index, call in enumerate(held_out):
-            answer = run(student, call)
-            lost += float(answer_loss(answer, checked.answer(index).output, call, classifies=classifies))
-        return lost / max(1, len(held_out))
+        return held_out_loss(student, held_out, lambda i: checked.answer(i).output, classifies=classifies)
 
     parameters = trainable(student)
     with gradients_for(student, parameters), dense.watching(), own.watching():

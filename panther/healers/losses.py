@@ -7,15 +7,15 @@ error, rows and (in a sequence) their mean over the positions, which is what emb
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import kl_div, log_softmax
 
 from panther.answers import named_logits
-from panther.batches import Call, float_outputs, masked_rows
+from panther.batches import Call, float_outputs, masked_rows, run
 
 Masks = Mapping[tuple[int, ...], Tensor]
 
@@ -37,6 +37,18 @@ def answer_loss(answer: Any, target: Any, call: Call, *, classifies: bool) -> Te
         loss = _class_loss if wanted is scores else tensor_loss
         total = total + loss(got, wanted, masks)
     return total / max(1, len(targets))
+
+
+@torch.no_grad()
+def held_out_loss(
+    student: nn.Module, calls: Sequence[Call], target_of: Callable[[int], Any], *, classifies: bool
+) -> float:
+    """The mean `answer_loss` of a student over calls; target_of: the teacher's output by the number of the call."""
+    lost = 0.0
+    for index, call in enumerate(calls):
+        answer = run(student, call)
+        lost += float(answer_loss(answer, target_of(index), call, classifies=classifies))
+    return lost / max(1, len(calls))
 
 
 def tensor_loss(got: Tensor, target: Tensor, masks: Masks) -> Tensor:
