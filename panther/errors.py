@@ -17,6 +17,14 @@ class PlanError(PantherError):
     """A plan does not belong to this model, or cannot be read."""
 
 
+class TunerError(PantherError):
+    """A search has no result: every trial failed, or the constraints leave nothing to try."""
+
+
+class JournalError(TunerError):
+    """A journal of trials cannot be used: it is of another study, damaged, or in use."""
+
+
 class LoadError(PantherError):
     """A file could not be read, or reading it would not be safe."""
 
