@@ -21,6 +21,10 @@ class TunerError(PantherError):
     """A search has no result: every trial failed, or the constraints leave nothing to try."""
 
 
+class ExhaustedError(TunerError):
+    """Every allowed point of the box was tried."""
+
+
 class JournalError(TunerError):
     """A journal of trials cannot be used: it is of another study, damaged, or in use."""
 

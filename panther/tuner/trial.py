@@ -8,6 +8,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from panther.errors import one_line
+
 Params = dict[str, Any]  # by name: Python ints, floats, strings or other JSON scalars
 Scores = dict[str, float]
 
@@ -100,6 +102,28 @@ class Trial:
         if trial.status not in STATUSES:
             raise ValueError(f"a trial's status is one of {', '.join(STATUSES)}, not {trial.status!r}")
         return trial
+
+
+def number_of(value: Any) -> float:
+    """A number of any kind as a float: Python's, NumPy's, Fraction, Decimal, an array or tensor of one element.
+
+    Raises: TypeError with the reason for anything else; infinite numbers and NaN are numbers.
+    """
+    if hasattr(value, "shape") and hasattr(value, "item"):
+        if math.prod(value.shape) != 1:
+            raise TypeError(f"it has {math.prod(value.shape)} elements (shape {tuple(value.shape)}), not one")
+        value = value.item()
+    if isinstance(value, (str, bytes)) or not hasattr(type(value), "__float__"):
+        raise TypeError(f"{_shown(value)} is no number")
+    try:
+        return float(value)
+    except (TypeError, ValueError, OverflowError) as error:
+        raise TypeError(f"{_shown(value)} is no number that a float can hold: {one_line(error)}") from error
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return f"{text if len(text) <= 60 else text[:57] + '...'} ({type(value).__name__})"
 
 
 def best_of(trials: Sequence[Trial], goal: Goal) -> Trial | None:
