@@ -80,8 +80,8 @@ class Trial:
     def to_json(self) -> str:
         """One line of strict JSON; infinite numbers are the strings "inf" and "-inf"."""
         fields = asdict(self)
-        fields["scores"] = _spelled(self.scores)
-        fields["repeats"] = [_spelled(scores) for scores in self.repeats]
+        fields["scores"] = numbers_spelled(self.scores)
+        fields["repeats"] = [numbers_spelled(scores) for scores in self.repeats]
         fields["reports"] = [[_spell(step), _spell(value)] for step, value in self.reports]
         return json.dumps(fields, allow_nan=False)
 
@@ -93,8 +93,8 @@ class Trial:
         """
         try:
             fields = json.loads(line)
-            fields["scores"] = _read(fields["scores"])
-            fields["repeats"] = tuple(_read(scores) for scores in fields["repeats"])
+            fields["scores"] = numbers_read(fields["scores"])
+            fields["repeats"] = tuple(numbers_read(scores) for scores in fields["repeats"])
             fields["reports"] = tuple((float(step), float(value)) for step, value in fields["reports"])
             trial = cls(**fields)
         except (KeyError, TypeError, AttributeError) as error:
@@ -136,9 +136,10 @@ def _spell(number: float) -> float | str:
     return number if math.isfinite(number) else str(float(number))
 
 
-def _spelled(scores: Mapping[str, float]) -> dict[str, float | str]:
+def numbers_spelled(scores: Mapping[str, float]) -> dict[str, float | str]:
+    """Scores as strict JSON has them."""
     return {name: _spell(value) for name, value in scores.items()}
 
 
-def _read(scores: Mapping[str, Any]) -> Scores:
+def numbers_read(scores: Mapping[str, Any]) -> Scores:
     return {name: float(value) for name, value in scores.items()}
