@@ -20,7 +20,6 @@ from panther.errors import one_line
 from panther.tuner.objective import Job, Objective, evaluate, lost
 from panther.tuner.trial import Trial
 
-
 SETTLED = 10  # seconds until a broken executor has told all that it held; it takes milliseconds
 
 
@@ -29,10 +28,13 @@ class Workers(Protocol):
 
     stopped: str  # why no more trials can run; "" while they can
 
+    @property
+    def is_busy(self) -> bool: ...
+
     def start(self, job: Job) -> None: ...
 
     def wait(self, deadline: float | None) -> Trial | None:
-        """The next finished trial; None when the deadline (of time.monotonic) passed first."""
+        """The next finished trial; None when the deadline (of time.monotonic) passed first, or they stopped."""
 
     def running(self) -> list[Job]: ...
 
@@ -47,6 +49,10 @@ class Here:
         self.stopped = ""
         self.first_error: Exception | None = None
         self._jobs: deque[Job] = deque()
+
+    @property
+    def is_busy(self) -> bool:
+        return bool(self._jobs)
 
     def start(self, job: Job) -> None:
         self._jobs.append(job)
@@ -71,7 +77,7 @@ class Pool:
 
     When a worker dies, an executor of processes breaks, and all that it held is lost without saying which job killed
     it. Where we can make another (`make`), what was lost runs again, one job at a time, so that only the guilty one
-    is lost for good.
+    is lost for good. An executor of somebody else's stops, and jobs of which it is not known are left undone.
     """
 
     def __init__(self, objective: Objective, executor: Any = None, make: Callable[[], Any] | None = None) -> None:
@@ -83,6 +89,10 @@ class Pool:
         self._suspects: deque[Job] = deque()
         self._futures: dict[Future[Trial], Job] = {}
         self._unsent: deque[Trial] = deque()
+
+    @property
+    def is_busy(self) -> bool:
+        return bool(self._futures or self._suspects or self._waiting or self._unsent)
 
     def start(self, job: Job) -> None:
         self._waiting.append(job)
@@ -99,7 +109,7 @@ class Pool:
                 return self._unsent.popleft()
             left = None if deadline is None else max(deadline - time.monotonic(), 0.0)
             done = wait(self._futures, left, FIRST_COMPLETED).done
-            if not done:
+            if not done:  # the deadline passed, or nothing is left because the executor stopped
                 return None
             trial = self._result(min(done, key=lambda future: self._futures[future].number))
             if trial is not None:
@@ -133,8 +143,10 @@ class Pool:
                 future = self._executor.submit(evaluate, self.objective, job)
         except Exception as error:
             if isinstance(error, RuntimeError):  # broken, or shut down by its owner
-                self.stopped = f"the executor takes no more trials: {one_line(error)}"
-            self._unsent.append(lost(job, f"the trial could not be handed to the executor: {one_line(error)}"))
+                self.stopped = self.stopped or f"the executor takes no more trials ({one_line(error)})"
+                self._waiting.clear()
+            else:
+                self._unsent.append(lost(job, f"the trial could not be handed to the executor: {one_line(error)}"))
         else:
             self._futures[future] = job
 
@@ -144,13 +156,15 @@ class Pool:
         try:
             return future.result()
         except BrokenExecutor as error:
-            if self._make is None:
-                self.stopped = f"the executor broke: {one_line(error)}"
-                return _died(job, error)
             accused = [job, *self._also_broken()]
-            self._rebuild()
+            if self._make is None:
+                self.stopped = f"the executor broke ({one_line(error)})"
+            else:
+                self._rebuild()
             if len(accused) == 1:
                 return _died(job, error)
+            if self._make is None:
+                return None
             self._suspects.extend(sorted(accused, key=lambda job: job.number))
             return None
         except (Exception, CancelledError) as error:

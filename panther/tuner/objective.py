@@ -78,6 +78,17 @@ def takes_keywords(function: Callable[..., Any], names: Sequence[str], what: str
     return False
 
 
+def keywords_taken(function: Callable[..., Any], names: Sequence[str]) -> list[str]:
+    """Those of the names that a function can be called with, where they are all that it needs; else none."""
+    try:
+        signature = inspect.signature(function)
+    except (TypeError, ValueError):
+        return []
+    takes_any = any(p.kind is p.VAR_KEYWORD for p in signature.parameters.values())
+    taken = [name for name in names if takes_any or name in signature.parameters]
+    return taken if _binds(signature, (), dict.fromkeys(taken)) else []
+
+
 def _binds(signature: inspect.Signature, args: Sequence[Any], keywords: Mapping[str, Any]) -> bool:
     try:
         signature.bind(*args, **keywords)
