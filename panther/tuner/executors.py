@@ -130,15 +130,21 @@ class Pool:
         while self._suspects and not self._futures:
             self._submit(self._suspects.popleft())
         while self._waiting and not self._suspects:
-            self._submit(self._waiting.popleft())
+            job = self._waiting.popleft()
+            if not self._submit(job):
+                self._waiting.appendleft(job)
+                return
 
-    def _submit(self, job: Job) -> None:
+    def _submit(self, job: Job) -> bool:
+        """Hands a job out; False where that has to wait until what a broken executor lost is known."""
         try:
             try:
                 future = self._executor.submit(evaluate, self.objective, job)
             except BrokenExecutor:
                 if self._make is None:
                     raise
+                if self._futures:
+                    return False
                 self._rebuild()  # it broke with nothing running
                 future = self._executor.submit(evaluate, self.objective, job)
         except Exception as error:
@@ -149,6 +155,7 @@ class Pool:
                 self._unsent.append(lost(job, f"the trial could not be handed to the executor: {one_line(error)}"))
         else:
             self._futures[future] = job
+        return True
 
     def _result(self, future: Future[Trial]) -> Trial | None:
         """What a finished future holds; None where its job will run again."""
