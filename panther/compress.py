@@ -29,8 +29,9 @@ from panther.prepared import Dense, Prepared, timed
 from panther.progress import Progress
 from panther.request import Request, check_arguments, parse_budget
 from panther.selection import selected
-from panther.solve import finished_model, search_plan
+from panther.solve import Found, finished_model, search_plan
 from panther.spec import Budget, Capture, Heal, Plan, Report, Target
+from panther.trials import trials_file
 from panther.verify import verify as check
 
 
@@ -121,12 +122,16 @@ def compress(
         needs it, and without another limit looks for the smallest model that holds it, in about eight evaluations.
     include, exclude: layer names, globs ("encoder.*"), "re:..." or layer classes.
     plan: a Plan (or its JSON) instead of a search.
-    search: "sensitivity", "uniform", or an allocator of your own (panther.allocators.Allocator).
+    search: "sensitivity", "uniform", "tuned", or an allocator of your own (panther.allocators.Allocator). "tuned" goes
+        on from the sensitivity plan, evaluates `n_trials` plans (40) with eval_fn, or as many as `timeout` seconds
+        allow, and takes the best. Ctrl-C ends it with the best so far. Without eval_fn it goes by how far the outputs
+        are from the dense model's.
     heal: "none" (biases only), "refit" (closed form), "blocks", "distill" or "auto" (all of them, 300 s at most), or a
         panther.Heal with its limits. It needs calib_data. The layers of a result that the clock cut short differ from
         run to run; Heal(steps=...) does not look at the clock before its time limit.
-    checkpoint: a file that healing is saved to after every stage, block and check. Given again with the same arguments
-        after the process was killed, it goes on from there; at the end it is removed.
+    checkpoint: a file that healing is saved to after every stage, block and check, and beside it, as NAME.trials, every
+        trial of a tuned search. Given again with the same arguments after the process was killed, the run goes on from
+        there; at the end the files are removed.
     inplace: put the sketched layers into `model` itself.
     verify: measure latency, memory and agreement of both models; sizes are counted in any case.
 
@@ -162,6 +167,8 @@ def compress(
         seed=seed,
         progress=Progress(progress),
         verify=verify,
+        n_trials=n_trials,
+        timeout=timeout,
     )
     result = _solve(_prepare(request), wanted, plan)
     if not inplace:
@@ -303,9 +310,10 @@ def _solve(prepared: Prepared, budget: Budget, plan: Plan | None) -> Result:
     request, target = prepared.request, _target(prepared.dense, prepared.found, prepared.dtype_bytes, budget)
     notes = list(prepared.notes)
     if plan is None:
-        plan, target, seconds = search_plan(prepared, budget, target, notes)
+        found = search_plan(prepared, budget, target, notes)
     else:
-        plan, seconds = _completed(plan, prepared), dict(prepared.seconds)
+        found = Found(_completed(plan, prepared), target, dict(prepared.seconds))
+    plan, target, seconds, tuning = found
     with timed(seconds, "replace and heal"):
         compressed, healing = finished_model(prepared, plan, target, notes)
     report = check(
@@ -325,7 +333,9 @@ def _solve(prepared: Prepared, budget: Budget, plan: Plan | None) -> Result:
         dense_metric=None if budget.max_drop is None else prepared.dense.metric,
         healing=healing,
     )
-    return Result(compressed, report, plan, target, prepared, request.example)
+    if request.checkpoint is not None and not request.checkpoint.exists():  # it stays when Ctrl-C ended the healing
+        trials_file(request.checkpoint).unlink(missing_ok=True)
+    return Result(compressed, changed(report, tuning=tuning), plan, target, prepared, request.example)
 
 
 def _completed(plan: Plan, prepared: Prepared) -> Plan:

@@ -33,6 +33,8 @@ class Request:
     seed: int
     progress: Progress
     verify: bool
+    n_trials: int | None = None
+    timeout: float | None = None
 
 
 def check_arguments(
@@ -50,12 +52,15 @@ def check_arguments(
             f"model is {type(model).__name__}: expected a torch.nn.Module (load a state_dict into one first)"
         )
     if isinstance(search, str) and search not in ALLOCATORS:
-        tuned = " The tuned search is not part of this version." if search == "tuned" else ""
-        raise ValueError(f"search={search!r}: expected one of {', '.join(ALLOCATORS)} or an allocator.{tuned}")
-    if n_trials is not None or timeout is not None:
+        raise ValueError(f"search={search!r}: expected one of {', '.join(ALLOCATORS)} or an allocator")
+    if search != "tuned" and (n_trials is not None or timeout is not None):
         raise ValueError(
-            'n_trials and timeout belong to search="tuned", which is not part of this version: leave them out'
+            f'n_trials and timeout belong to search="tuned", and this is search={search!r}: leave them out'
         )
+    if n_trials is not None and (isinstance(n_trials, bool) or not isinstance(n_trials, int) or n_trials < 1):
+        raise ValueError(f"n_trials={n_trials!r}: expected a number of plans to evaluate, 1 or more")
+    if timeout is not None and (isinstance(timeout, bool) or not isinstance(timeout, int | float) or not timeout > 0):
+        raise ValueError(f"timeout={timeout!r}: expected seconds, above 0")
     if tuple(dtypes) != ("float32",):
         raise ValueError(
             f"dtypes={tuple(dtypes)}: this version stores factors in the layer's own dtype only; leave it out"

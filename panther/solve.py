@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 from torch import nn
 
@@ -13,21 +13,36 @@ from panther.allocators.base import total
 from panther.errors import one_line
 from panther.limits import held_by_the_whole, smallest_within_drop
 from panther.prepared import Prepared, timed
-from panther.spec import Budget, Healed, Measured, Plan, Target
+from panther.spec import Budget, Healed, Measured, Plan, Target, Tuning
+from panther.trials import tuned_plan
 from panther.verify import metric
 
 
-def search_plan(
-    prepared: Prepared, budget: Budget, target: Target, notes: list[str]
-) -> tuple[Plan, Target, dict[str, float]]:
-    """The plan for a budget, the limits on the layers that it was made for, and the seconds of every stage so far.
+class Found(NamedTuple):
+    """A plan, the limits on the layers that it was made for, and how it was found."""
+
+    plan: Plan
+    target: Target
+    seconds: dict[str, float]  # of every stage so far
+    tuning: Tuning | None = None  # of search="tuned"
+
+
+def search_plan(prepared: Prepared, budget: Budget, target: Target, notes: list[str]) -> Found:
+    """The plan for a budget.
 
     What only the whole model tells is measured on unhealed models: healing changes neither sizes nor times, and is
     undone where eval_fn falls further with it than is allowed (`finished_model`).
     """
     request, options = prepared.request, prepared.options_for(budget)
     importances = prepared.importances if request.search != "uniform" else {}
-    seconds = dict(prepared.seconds)
+    seconds, known = dict(prepared.seconds), list[tuple[Plan, float]]()
+    search = "sensitivity" if request.search == "tuned" else request.search
+
+    def found(plan: Plan, target: Target) -> Found:
+        if request.search != "tuned":
+            return Found(plan, target, seconds)
+        tuned = tuned_plan(prepared, budget, target, plan, known=known, notes=notes, seconds=seconds)
+        return Found(tuned[0], target, seconds, tuned[1])
 
     def solve(wanted: Target) -> Plan:
         with timed(seconds, "allocate"):
@@ -35,7 +50,7 @@ def search_plan(
                 options,
                 wanted,
                 prepared.found,
-                search=request.search,
+                search=search,
                 divergence=lambda layer, error: importances[layer].divergence(error),
                 evaluate=prepared.divergence if prepared.reference.is_comparable else None,
                 budget=str(budget),
@@ -44,15 +59,15 @@ def search_plan(
 
     dense, layers = prepared.dense.measured(budget), total([choices[-1] for choices in options.values()])
     if not budget.limits_size:
-        plan = _smallest(prepared, target, layers.params, solve, prepared.build, notes, seconds)
-        return plan, target, seconds
+        plan = _smallest(prepared, target, layers.params, solve, prepared.build, notes, seconds, known)
+        return found(plan, target)
 
     def measured(plan: Plan) -> Measured:
         with timed(seconds, "measure the whole"):
             return prepared.measured(plan, budget)
 
     target = with_layer_latency(target, layers.latency_ms, dense.latency_ms or 0.0)
-    return *held_by_the_whole(target, dense, layers, solve, measured), seconds
+    return found(*held_by_the_whole(target, dense, layers, solve, measured))
 
 
 def _smallest(
@@ -63,12 +78,17 @@ def _smallest(
     build: Callable[[Plan], nn.Module],
     notes: list[str],
     seconds: dict[str, float],
+    known: list[tuple[Plan, float]],
 ) -> Plan:
-    """The plan of fewest weights whose model, as `build` makes it, holds the target's max_drop."""
+    """The plan of fewest weights whose model, as `build` makes it, holds the target's max_drop.
+
+    known: gets what was evaluated.
+    """
 
     def evaluated(plan: Plan) -> float:
         with timed(seconds, "evaluate"):
-            return _evaluated(prepared, build(plan), notes)
+            known.append((plan, _evaluated(prepared, build(plan), notes)))
+        return known[-1][1]
 
     plan, said = smallest_within_drop(
         target, prepared.dense.metric, dense_params, lambda params: solve(Target(params=params)), evaluated

@@ -421,6 +421,7 @@ class Plan:
     allocator: str = ""
     budget: str = ""
     seed: int = 0
+    knobs: Mapping[str, float] = field(default_factory=dict, hash=False)  # of the tuned search: what made this plan
 
     def __getitem__(self, layer: str) -> Choice:
         for choice in self.choices:
@@ -449,7 +450,8 @@ class Plan:
             data = json.loads(text)
             if data.pop("panther_plan") != PLAN_VERSION:
                 raise PlanError(f"this plan is of another version (this panther reads version {PLAN_VERSION})")
-            return cls(**{**data, "choices": tuple(_choice_from(row) for row in data["choices"])})
+            read = {"choices": tuple(map(_choice_from, data["choices"])), "knobs": dict(data.get("knobs", {}))}
+            return cls(**{**data, **read})
         except (KeyError, TypeError, AttributeError, ValueError, RecursionError) as error:
             raise PlanError(f"not a panther plan: {error!r}; write one with plan.to_json()") from error
 
@@ -538,6 +540,39 @@ class Healed:
 
 
 @dataclass(frozen=True)
+class TrialReport:
+    """One plan that the tuned search tried on the whole model."""
+
+    number: int
+    phase: str  # who thought of it: "given", or a strategy's phase
+    score: float | None  # None where there is none; `error` says why
+    kept: float  # share of the sketchable weights
+    seconds: float
+    knobs: Mapping[str, float]
+    error: str = ""
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """What the tuned search tried, and what it gained.
+
+    objective: "eval_fn", or "divergence" (its negative is the score) where there is no eval_fn.
+    start, best: score and share kept of the sensitivity plan, and of the one that won; a score is None where the
+        objective could not say.
+    seconds, outside: of the whole search, and of it all that was not spent in the objective.
+    """
+
+    objective: str
+    start: tuple[float | None, float]
+    best: tuple[float | None, float]
+    trials: tuple[TrialReport, ...]
+    stopped_by: str  # "trials", "timeout", "interrupt" or "nothing new"
+    seconds: float
+    outside: float
+    is_smallest: bool = False  # whether the smallest plan that holds max_drop was wanted, not the best score
+
+
+@dataclass(frozen=True)
 class LayerReport:
     """One row of the report: what happened to a layer, before and after.
 
@@ -600,6 +635,7 @@ class Report:
     notes: tuple[str, ...] = ()  # warnings: no calibration data, few rows, not faster, ...
     limits: tuple[LimitReport, ...] = ()  # one for each limit of the budget
     healing: Healed | None = None  # None where nothing was healed
+    tuning: Tuning | None = None  # of search="tuned"
 
     def to_json(self) -> str:
         return json.dumps(to_data(self), indent=1)

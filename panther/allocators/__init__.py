@@ -7,11 +7,13 @@ the model's output. It never raises when the limits cannot be met: it answers wi
 
 from panther.allocators.base import Allocator, Evaluate, Options
 from panther.allocators.sensitivity import sensitivity
+from panther.allocators.tuned import tuned
 from panther.allocators.uniform import uniform
 
 ALLOCATORS: dict[str, Allocator] = {
     "uniform": uniform,
     "sensitivity": sensitivity,
+    "tuned": tuned,
 }
 
-__all__ = ["ALLOCATORS", "Allocator", "Evaluate", "Options", "sensitivity", "uniform"]
+__all__ = ["ALLOCATORS", "Allocator", "Evaluate", "Options", "sensitivity", "tuned", "uniform"]

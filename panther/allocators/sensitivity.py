@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from panther.allocators.base import Divergence, Evaluate, Options, convex, excess, share, total
 from panther.allocators.uniform import uniform
@@ -24,27 +24,29 @@ def sensitivity(options: Options, target: Target, *, divergence: Divergence, eva
     tried = [(floor, power) for floor in FLOORS for power in POWERS] if evaluate is not None else [(0.5, 1.0)]
     plans = [even] if evaluate is not None else []
     for floor, power in tried:
-        plan = _planned(options, target, divergence, even, floor, power)
+        plan = planned(options, target, even, floor, powered(divergence, power))
         if plan not in plans:
             plans.append(plan)
     if not any(target.is_met_by(total(plan)) for plan in plans):
-        plans.append(_planned(options, target, divergence, even, 0.0, 1.0))
+        plans.append(planned(options, target, even, 0.0, powered(divergence, 1.0)))
     within = [plan for plan in plans if target.is_met_by(total(plan))]
     if not within:
         return min(plans, key=lambda plan: excess(total(plan), target))
     return within[0] if evaluate is None else min(within, key=evaluate)
 
 
-def _planned(
-    options: Options, target: Target, divergence: Divergence, even: Sequence[Choice], floor: float, power: float
+def planned(
+    options: Options, target: Target, even: Sequence[Choice], floor: float, loss: Callable[[Choice], float]
 ) -> list[Choice]:
+    """The plan of least total loss in which every layer keeps `floor` times its share of the uniform plan `even`."""
     floors = {c.layer: c for c in even}
-
-    def loss(choice: Choice) -> float:
-        return float(divergence(choice.layer, choice.error) ** power)
-
     kept = {layer: _above_floor(choices, floors[layer], target, floor) for layer, choices in options.items()}
     return convex(kept, target, loss)
+
+
+def powered(divergence: Divergence, power: float) -> Callable[[Choice], float]:
+    """A choice's loss: its divergence to a power."""
+    return lambda choice: float(divergence(choice.layer, choice.error) ** power)
 
 
 def _above_floor(choices: Sequence[Choice], even: Choice, target: Target, floor: float) -> list[Choice]:
