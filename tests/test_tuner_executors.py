@@ -193,12 +193,12 @@ def test_processes_without_loky_run_functions_of_modules(monkeypatch):
 
 def test_loky_runs_lambdas_and_survives_a_worker_that_dies():
     pytest.importorskip("loky")
-    workers = workers_for(Objective(lambda x: deadly(x)), 2)
+    workers = workers_for(Objective(lambda x: deadly(x) + 10), 2)
     try:
         trials = finish(workers, 4)
     finally:
         workers.close(abandon=False)
-    assert outcomes(trials) == [0, 1, "failed", 3]
+    assert outcomes(trials) == [10, 11, "failed", 13]
     assert "the worker process died" in trials[2].error
 
 

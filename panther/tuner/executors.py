@@ -87,6 +87,7 @@ class Pool:
         self._executor = make() if make is not None else executor
         self._waiting: deque[Job] = deque()
         self._suspects: deque[Job] = deque()
+        self._alone = False  # a suspect is running
         self._futures: dict[Future[Trial], Job] = {}
         self._unsent: deque[Trial] = deque()
 
@@ -127,9 +128,9 @@ class Pool:
 
     def _fill(self) -> None:
         """Hands out what waits; suspects one at a time, with nothing beside them."""
-        while self._suspects and not self._futures:
-            self._submit(self._suspects.popleft())
-        while self._waiting and not self._suspects:
+        if self._suspects and not self._futures:
+            self._alone = self._submit(self._suspects.popleft())
+        while self._waiting and not (self._suspects or self._alone):
             job = self._waiting.popleft()
             if not self._submit(job):
                 self._waiting.appendleft(job)
@@ -160,6 +161,7 @@ class Pool:
     def _result(self, future: Future[Trial]) -> Trial | None:
         """What a finished future holds; None where its job will run again."""
         job = self._futures.pop(future)
+        self._alone = False
         try:
             return future.result()
         except BrokenExecutor as error:
