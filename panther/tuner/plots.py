@@ -91,7 +91,10 @@ def interaction(
     y: str | None = None,
     goal: str | None = None,
 ) -> Figure:
-    """Two parameters (the first two, unless named) against each other, coloured by the score; the best within limits is ringed."""
+    """Two parameters (the first two, unless named) against each other, coloured by the score.
+
+    The best within all limits is ringed.
+    """
     wanted = goal_of(goals, goal)
     across, up = _two(x, y, list(space.parameters), "parameter")
     found = sorted(_finite(trials, wanted), key=lambda trial: wanted.gain(trial.scores))  # the best lie on top
