@@ -1,0 +1,93 @@
+"""Which back end asks when: a strategy is a way through a number of trials, by the place of the next one.
+
+Only that place and what was told decide, so that a resumed study goes the same way.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+from panther.errors import TunerError
+from panther.tuner.backends import BACKENDS, Question
+from panther.tuner.backends.base import known_trials, losses
+from panther.tuner.trial import Params
+
+TPE_SHARE = 0.1  # of the iterations of "auto"
+REFINED_SHARE = 0.25  # of each range: what "progressive" searches around the best point in the end
+
+
+@dataclass(frozen=True)
+class Strategy:
+    """A way through `initial` + `iterations` trials, by a name of STRATEGIES."""
+
+    name: str
+    initial: int
+    iterations: int
+
+    def __post_init__(self) -> None:
+        if self.name not in STRATEGIES:
+            raise ValueError(f"the strategy must be one of {', '.join(map(repr, STRATEGIES))}, not {self.name!r}")
+        if self.initial < 0 or self.iterations < 0:
+            raise ValueError(
+                f"a number of trials cannot be negative: {self.initial} initial and {self.iterations} more"
+            )
+
+
+def ask(strategy: Strategy, question: Question) -> tuple[list[Params], str]:
+    """The next points, and the phase of the search that they belong to.
+
+    A batch belongs as a whole to the phase of its first point.
+    """
+    return STRATEGIES[strategy.name](strategy, question)
+
+
+def _auto(strategy: Strategy, question: Question) -> tuple[list[Params], str]:
+    """Points all over the box, a few where good ones are dense, and the model's choice from there on."""
+    done = question.number - strategy.initial
+    if done < 0:
+        return BACKENDS["spread"](question), "initial"
+    phase = "tpe" if done < TPE_SHARE * strategy.iterations else "gp"
+    return BACKENDS[phase](question), phase
+
+
+def _progressive(strategy: Strategy, question: Question) -> tuple[list[Params], str]:
+    """The whole box with half of the iterations, then only a part of it around the best point."""
+    half = strategy.iterations // 2
+    if question.number < strategy.initial + half:
+        return _auto(replace(strategy, iterations=half), question)[0], "broad"
+    trials = known_trials(question)
+    loss = losses(question, trials)
+    if not trials or min(loss) == float("inf"):
+        return BACKENDS["spread"](question), "broad"
+    best = trials[loss.index(min(loss))].params
+    part = replace(question, space=question.space.narrowed(best, REFINED_SHARE))
+    # Where the part has no new points left, the model chooses among all others.
+    try:
+        points = BACKENDS["gp"](part)
+    except TunerError:  # the best point was given, and the constraints allow none of those around it
+        points = []
+    if len(points) < question.count:
+        rest = replace(question, count=question.count - len(points), pending=[*question.pending, *points])
+        points += BACKENDS["gp"](rest)
+    return points, "refined"
+
+
+def _single(backend: str, first: str) -> Callable[[Strategy, Question], tuple[list[Params], str]]:
+    """One back end for all trials but the initial ones."""
+
+    def ask_one(strategy: Strategy, question: Question) -> tuple[list[Params], str]:
+        if question.number < strategy.initial:
+            return BACKENDS[first](question), "initial"
+        return BACKENDS[backend](question), backend
+
+    return ask_one
+
+
+STRATEGIES: dict[str, Callable[[Strategy, Question], tuple[list[Params], str]]] = {
+    "auto": _auto,
+    "progressive": _progressive,
+    "random": _single("random", "random"),
+    "tpe": _single("tpe", "random"),
+    "gp": _single("gp", "spread"),
+}
