@@ -1,6 +1,7 @@
 """The tuner is called as its users' guide does: names, results and habits; examples/ has the full programs."""
 
 import math
+from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 
 import numpy as np
@@ -168,18 +169,10 @@ def test_a_cached_objective_keeps_its_arguments_and_is_hit():
 
 
 def test_points_are_evaluated_in_parallel():
-    results = [
-        SkAutoTuner(
-            parameter_bounds=BOX,
-            objective_function=smooth,
-            n_initial_points=4,
-            n_iterations=0,
-            n_jobs=jobs,
-            batch_size=2,
-        ).optimize()
-        for jobs in (1, 2)
-    ]
-    assert results[0] == results[1]
+    sizes = {"parameter_bounds": BOX, "objective_function": smooth, "n_initial_points": 4, "n_iterations": 2}
+    with ThreadPoolExecutor(2) as executor:
+        parallel = SkAutoTuner(**sizes, executor=executor).optimize()
+    assert parallel == SkAutoTuner(**sizes, batch_size=2).optimize()
 
 
 def test_the_history_is_a_data_frame_with_correlations_and_pictures(tmp_path):
