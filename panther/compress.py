@@ -60,7 +60,7 @@ class Result:
         known = self._prepared
         wanted = parse_budget(budget, known.request.eval_fn)
         known.request.progress.say("target: " + _target(known.dense, known.found, known.dtype_bytes, wanted).text)
-        return _solve(known, wanted, plan=None)
+        return solved(known, wanted, plan=None)
 
     def save(self, folder: str | Path) -> Path:
         """Write model.safetensors and panther.json; read them again with panther.load(folder, model=...)."""
@@ -170,7 +170,7 @@ def compress(
         n_trials=n_trials,
         timeout=timeout,
     )
-    result = _solve(_prepare(request), wanted, plan)
+    result = solved(prepared_for(request), wanted, plan)
     if not inplace:
         return result
     if device is not None:
@@ -200,7 +200,7 @@ def _plan_in(checkpoint: Path, *, budget: str, seed: int, search: str | Allocato
     return plan
 
 
-def _prepare(request: Request) -> Prepared:
+def prepared_for(request: Request) -> Prepared:
     """Capture, measure and decompose: everything that another budget can use again."""
     model, example, dense = request.model, request.example, Dense(request)
     seconds: dict[str, float] = {}
@@ -305,7 +305,7 @@ def _thin(factors: Mapping[str, Factors]) -> Iterator[str]:
         yield f"the calibration data never reached {', '.join(unseen)}: decomposed from the weights alone"
 
 
-def _solve(prepared: Prepared, budget: Budget, plan: Plan | None) -> Result:
+def solved(prepared: Prepared, budget: Budget, plan: Plan | None) -> Result:
     """Allocate, replace and verify for one budget."""
     request, target = prepared.request, _target(prepared.dense, prepared.found, prepared.dtype_bytes, budget)
     notes = list(prepared.notes)

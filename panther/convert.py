@@ -30,6 +30,7 @@ from torch import Tensor, nn
 
 from panther import __version__
 from panther.allocators import ALLOCATORS
+from panther.allocators.tuned import TRIALS
 from panther.batches import CHUNK, Call, as_call, batch_call
 from panther.compress import Result, analyze, compress
 from panther.converters import WRITERS, ExportReport, huggingface, read
@@ -39,6 +40,7 @@ from panther.errors import CaptureError, ExportError, PantherError
 from panther.nn import SketchedLayer
 from panther.report import RENDERERS
 from panther.spec import MODES, TIME_LIMIT, Budget, Heal, Plan
+from panther.trials import trials_file
 from panther.verify import medians_in_turn
 
 DONE, UNEXPECTED, USAGE, OVER_BUDGET, PARITY_FAILED, INTERRUPTED = 0, 1, 2, 3, 4, 130
@@ -48,8 +50,6 @@ REPORT_FORMS = {".txt": "text", ".json": "json"}
 # Flags that belong to parts which this version does not have: what is missing, and the way on.
 LATER_FLAGS = {
     "--int8": "quantised factors (int8) are",
-    "--trials": "the tuned search is",
-    "--timeout": "the tuned search is",
 }
 
 # Functions of panther whose ValueError or TypeError is about what was typed; any other one is an unexpected fault.
@@ -179,7 +179,9 @@ def _parser() -> _Parser:
     add("--include", action="append", metavar="PATTERN", help='only these layers: name, glob or "re:..."; repeatable')
     add("--exclude", action="append", metavar="PATTERN", help="not these layers; repeatable")
     add("--plan", metavar="FILE", help="a saved plan instead of a search")
-    add("--search", default="sensitivity", metavar="NAME", help=f"{' or '.join(ALLOCATORS)} (default: sensitivity)")
+    add("--search", default="sensitivity", metavar="NAME", help=f"{', '.join(ALLOCATORS)} (default: sensitivity)")
+    add("--trials", type=int, metavar="N", help=f"plans that --search tuned evaluates with --eval (default: {TRIALS})")
+    add("--timeout", type=float, metavar="SECONDS", help="of --search tuned, which then ends with the best so far")
     add("--heal", metavar="WAY", help=f"without labels: {', '.join(MODES)} (default: auto; needs --calib)")
     add("--time-limit", type=float, metavar="SECONDS", help=f"of training, at most (default: {TIME_LIMIT:.0f})")
     add("--steps", type=int, metavar="N", help="training steps, instead of as many as fit into the time")
@@ -227,12 +229,23 @@ def _check(arguments: argparse.Namespace) -> None:
             raise UsageError(f"{flag}: {missing} not part of this version of panther; leave {flag} out")
     if arguments.path is None:
         raise UsageError("no model given: python -m panther.convert model.pt; see python -m panther.convert --help")
-    if arguments.search not in ALLOCATORS:
-        later = " (the tuned search is not part of this version of panther)" if arguments.search == "tuned" else ""
-        raise UsageError(f"--search {arguments.search}: expected {' or '.join(ALLOCATORS)}{later}")
+    _check_search(arguments)
     if arguments.report and Path(arguments.report).suffix not in REPORT_FORMS:
         later = " (HTML reports are not part of this version of panther)" if arguments.report.endswith("html") else ""
         raise UsageError(f"--report {arguments.report}: expected a name ending in {' or '.join(REPORT_FORMS)}{later}")
+
+
+def _check_search(arguments: argparse.Namespace) -> None:
+    if arguments.search not in ALLOCATORS:
+        close = "".join(f"; did you mean {found!r}?" for found in get_close_matches(arguments.search, ALLOCATORS, 1))
+        raise UsageError(f"--search {arguments.search}: expected one of {', '.join(ALLOCATORS)}{close}")
+    flags = [flag for flag in ("trials", "timeout") if getattr(arguments, flag) is not None]
+    if flags and arguments.search != "tuned":
+        raise UsageError(f"--{flags[0]} belongs to --search tuned: add that, or leave --{flags[0]} out")
+    if arguments.trials is not None and arguments.trials < 1:
+        raise UsageError(f"--trials {arguments.trials}: expected a number of plans, 1 or more")
+    if arguments.timeout is not None and not arguments.timeout > 0:
+        raise UsageError(f"--timeout {arguments.timeout:g}: expected seconds, above 0")
 
 
 def _yaml() -> ModuleType:
@@ -526,6 +539,8 @@ def _run(arguments: argparse.Namespace) -> int:
             eval_fn=evaluate,
             plan=plan,
             search=arguments.search,
+            n_trials=arguments.trials,
+            timeout=arguments.timeout,
             heal=healing,
             checkpoint=checkpoint,
             seed=arguments.seed,
@@ -606,12 +621,13 @@ def _checkpoint(arguments: argparse.Namespace) -> Path | None:
             raise UsageError("--resume needs the file to go on from: add --checkpoint FILE, as in the run before")
         return None
     path = Path(arguments.checkpoint)
-    if path.exists() and not arguments.resume:
+    is_there = path.exists() or trials_file(path).exists()
+    if is_there and not arguments.resume:
         raise UsageError(
             f"--checkpoint {path} is there already: add --resume to go on from it, or delete it (or give another name) "
             "to begin anew"
         )
-    if arguments.resume and not path.exists():
+    if arguments.resume and not is_there:
         raise UsageError(
             f"--resume: there is no {path} to go on from (a run that ends removes its checkpoint): leave --resume out "
             "to begin anew"

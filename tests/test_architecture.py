@@ -57,7 +57,8 @@ ALLOWED = {
     "ops": set(),
     "nn": {"ops", *NOUNS},
     "sketches": {*NOUNS},
-    "allocators": {*NOUNS},
+    "allocators": {*NOUNS, "tuner"},
+    "tuner": {"errors", "progress"},
     "factors": {"nn", "sketches", *NOUNS},
     "report": {*NOUNS},
     "healers": {*NOUNS, "answers", "batches", "factors", "nn", "progress", "sketches"},
@@ -66,8 +67,15 @@ ALLOWED = {
     "latency": {*NOUNS, "factors", "progress"},
     "request": {*NOUNS, "allocators", "batches", "progress"},
     "prepared": {*STAGES, *HELPERS, *NOUNS, "nn"},
-    "solve": {*STAGES, *HELPERS, *NOUNS, "prepared", "allocators"},
-    "compress": {*STAGES, *HELPERS, *NOUNS, "prepared", "solve", "allocators", "nn", "ops", "sketches", "converters"},
+    "trials": {*STAGES, *HELPERS, *NOUNS, "prepared", "allocators", "tuner"},
+    "solve": {*STAGES, *HELPERS, *NOUNS, "prepared", "trials", "allocators"},
+    "compress": {
+        *STAGES,
+        *HELPERS,
+        *NOUNS,
+        *("prepared", "trials", "solve", "allocators", "nn", "ops", "sketches", "converters"),
+    },
+    "tuning": {*STAGES, *HELPERS, *NOUNS, "prepared", "trials", "solve", "compress", "allocators", "tuner"},
     "converters": {*NOUNS, "batches", "nn", "ops"},
 }
 
@@ -132,14 +140,15 @@ def test_a_part_knows_only_the_parts_below_it(owner):
 
 @pytest.mark.parametrize("stage", sorted(STAGES))
 def test_stages_never_import_each_other_or_what_is_above_them(stage):
-    unknown = {*STAGES, "prepared", "solve", "compress", "convert", "converters", "report"}
+    unknown = {*STAGES, "prepared", "trials", "solve", "compress", "convert", "converters", "report", "tuning"}
     assert not known_parts(f"panther.{stage}") & unknown
 
 
 @pytest.mark.parametrize("helper", sorted(HELPERS))
 def test_helpers_know_no_stage(helper):
     for name in modules_of(helper):
-        assert not known_parts(name) & {*STAGES, "prepared", "solve", "compress", "convert", "converters"}, name
+        above = {"prepared", "trials", "solve", "compress", "convert", "converters", "tuning"}
+        assert not known_parts(name) & {*STAGES, *above}, name
 
 
 def test_nobody_imports_the_command_line():

@@ -16,7 +16,7 @@ import itertools
 import math
 import re
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from dataclasses import replace as changed
 from functools import cached_property
@@ -40,6 +40,8 @@ REACH, FINER_REACH = 3.0, 1.5  # of a knob to each side: a group's error counts 
 FINER_PHASE = "finer "
 NEAR = 40  # points ever further from one whose plan is known already, after which there is nothing new
 STRATEGY = "auto"
+NO_KNOBS: Params = {}
+ROUNDING = 1e-6  # of a number of weights, which a share of them is
 SIZES = 0.5  # the smallest plan that is looked for, as a share of the one that is known
 BEYOND = "the plan is not within the limits"
 LESS = 0.005  # by which the next must at least be smaller
@@ -138,7 +140,7 @@ def plan_of(problem: Problem, params: Params) -> list[Choice]:
     target = problem.target
     if "kept" in params:
         dense = total([choices[-1] for choices in problem.options.values()])
-        target = Target(params=int(params["kept"] * dense.params))
+        target = Target(params=int(params["kept"] * dense.params + ROUNDING))
     even = problem.even(target)
     floor, power = params.get("floor", 0.0), params.get("power", 1.0)
     if floor >= 1:
@@ -196,6 +198,21 @@ def _places(layers: Sequence[str]) -> dict[str, float]:
     return {layer: place / last - 0.5 for place, block in enumerate(blocks) for layer in block}
 
 
+def starting_points(
+    problem: Problem, start: Sequence[Choice], size: Params = NO_KNOBS
+) -> list[tuple[Params, tuple[Choice, ...]]]:
+    """Knobs and plans to begin with: those of the sensitivity plan `start`, and uniform; of this size where given."""
+    still: Params = {**dict.fromkeys(space_of(problem).parameters, 0.0), "power": 1.0, **size}
+    near: Params = {**still, "floor": FLOORS[1]}
+    for floor, power in itertools.product((*FLOORS, 0.0, 1.0), POWERS):
+        params = {**still, "floor": floor, "power": power}
+        if key_of(plan_of(problem, params)) == key_of(start):
+            near = params
+            break
+    even: Params = {**still, "floor": 1.0}
+    return [(near, tuple(start)), (even, tuple(plan_of(problem, even)))]
+
+
 # Finer groups ---------------------------------------------------------------------------------------------------------
 
 
@@ -217,19 +234,21 @@ def finer(problem: Problem, tried: Sequence[Tried]) -> Problem:
         apart = [sum(row) / len(group) - mean for row, mean in zip(rows, means, strict=True)]
         return abs(_rank_correlation(apart, scores)) * sum(numbers[layer] for layer in group)
 
-    groups = _roles(layers)
-    chosen = sorted(groups, key=lambda name: -matters(groups[name]))[:FINER]
-    return changed(problem, groups={**problem.groups, **{name: groups[name] for name in groups if name in chosen}})
+    groups = roles_of(problem)
+    return with_groups(problem, sorted(groups, key=lambda name: -matters(groups[name]))[:FINER])
 
 
-def _roles(layers: Sequence[str]) -> dict[str, tuple[str, ...]]:
+def roles_of(problem: Problem) -> dict[str, tuple[str, ...]]:
     """Layers whose names differ in numbers only; where that is nearly none or nearly all of them, each by itself."""
     roles: dict[str, list[str]] = {}
+    layers = list(problem.places)
     for layer in layers:
         roles.setdefault(re.sub(r"(^|\.)\d+(?=\.|$)", r"\1*", layer), []).append(layer)
     if 1 < len(roles) < len(layers):
-        return {name if len(members) > 1 else members[0]: tuple(members) for name, members in roles.items()}
-    return {f"only {layer}": (layer,) for layer in layers}
+        groups = {name if len(members) > 1 else members[0]: tuple(members) for name, members in roles.items()}
+    else:
+        groups = {layer: (layer,) for layer in layers}
+    return {name: members for name, members in groups.items() if members not in problem.groups.values()}
 
 
 def _rank_correlation(first: Sequence[float], second: Sequence[float]) -> float:
@@ -328,16 +347,8 @@ class _Study:
 
     @cached_property
     def given(self) -> list[tuple[Params, tuple[Choice, ...]]]:
-        """The points to begin with, and their plans: sensitivity, and uniform."""
         size = {} if self.smallest is None else {"kept": self._kept(self.start)}
-        still: Params = {**dict.fromkeys(space_of(self.problem).parameters, 0.0), "power": 1.0, **size}
-        near = {**still, "floor": FLOORS[1]}
-        for floor, power in itertools.product(FLOORS, POWERS):
-            params = {**still, "floor": floor, "power": power}
-            if key_of(plan_of(self.problem, params)) == key_of(self.start):
-                near = params
-        even = {**still, "floor": 1.0}
-        return [(near, self.start), (even, tuple(plan_of(self.problem, even)))]
+        return starting_points(self.problem, self.start, size)
 
     # What comes next
 
@@ -451,10 +462,10 @@ class _Next(NamedTuple):
     choices: tuple[Choice, ...]
 
 
-def with_groups(problem: Problem, params: Params) -> Problem:
-    """The problem with the finer groups that these knobs name."""
-    groups = {name: layers for name, layers in _roles(list(problem.places)).items() if name in params}
-    return changed(problem, groups={**groups, **problem.groups})
+def with_groups(problem: Problem, names: Collection[str]) -> Problem:
+    """The problem with those of its finer groups besides those that it has."""
+    added = {name: layers for name, layers in roles_of(problem).items() if name in names}
+    return changed(problem, groups={**problem.groups, **added})
 
 
 def key_of(choices: Sequence[Choice]) -> Key:

@@ -10,7 +10,7 @@ from rich.console import Console, RenderableType
 from rich.table import Table
 
 from panther.chains import PIVOTED
-from panther.spec import Figures, Healed, LayerReport, LimitReport, Report
+from panther.spec import Figures, Healed, LayerReport, LimitReport, Report, Tuning
 
 WIDTH = 110
 
@@ -51,6 +51,8 @@ def _parts(report: Report) -> Iterator[RenderableType]:
     yield _totals(report)
     yield ""
     yield from _quality(report)
+    if report.tuning is not None:
+        yield from _tuning(report.tuning)
     if report.seconds:
         yield "seconds: " + ", ".join(f"{stage} {seconds:.1f}" for stage, seconds in report.seconds.items())
     if report.environment:
@@ -172,6 +174,42 @@ def _healing(healed: Healed) -> str:
     steps = f"; {healed.steps:,} steps" if healed.steps else ""
     said = ", ".join(parts) or f"nothing was done at {_figure(healed.before)}"
     return f"healed {healed.seconds:.0f} s: {said} of the held-out loss{steps}"
+
+
+def _tuning(tuning: Tuning) -> Iterator[RenderableType]:
+    """What the search gained, and a row a trial."""
+    name = "eval_fn" if tuning.objective == "eval_fn" else "closeness to the dense model (minus the divergence)"
+    yield ""
+    yield (
+        f"tuned on {name}: {_outcome(tuning)}; {len(tuning.trials)} plans in {tuning.seconds:.0f} s, "
+        f"{tuning.outside / max(tuning.seconds, 1e-9):.0%} of it outside of the evaluations; {_ENDS[tuning.stopped_by]}"
+    )
+    table = _table("trial", "by", "score", "kept", "knobs", right=("trial", "score", "kept"))
+    for trial in tuning.trials:
+        score = trial.error if trial.score is None else f"{trial.score:.5g}"
+        knobs = ", ".join(f"{knob} {value:.2g}" for knob, value in trial.knobs.items() if knob != "kept" and value)
+        table.add_row(str(trial.number), trial.phase, score, f"{100 * trial.kept:.1f} %", knobs)
+    yield table
+    yield ""
+
+
+_ENDS = {
+    "trials": "all trials were made",
+    "timeout": "ended by the timeout",
+    "interrupt": "ended by Ctrl-C",
+    "nothing new": "no other plan was found",
+}
+
+
+def _outcome(tuning: Tuning) -> str:
+    """ "best 0.8812, sensitivity plan 0.8756 (+0.0056)"."""
+    (start, start_kept), (best, kept) = tuning.start, tuning.best
+    if tuning.is_smallest:
+        gain = 100 * (kept - start_kept)
+        return f"smallest plan keeps {kept:.2%}, sensitivity plan {start_kept:.2%} ({gain:+.2f} points)"
+    if best is None or start is None:
+        return f"best {'none' if best is None else f'{best:.5g}'}, the sensitivity plan could not be scored"
+    return f"best {best:.5g}, sensitivity plan {start:.5g} ({best - start:+.3g})"
 
 
 def _figure(loss: float) -> str:

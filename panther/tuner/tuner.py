@@ -6,6 +6,7 @@ number of trials told. Whoever suggests points keeps no state, so that a resumed
 
 from __future__ import annotations
 
+import importlib
 import time
 import warnings
 from collections import Counter, deque
@@ -149,6 +150,18 @@ class SkAutoTuner:
         self._open: deque[Job] = deque()
         self._first_error: Exception | None = None
         self._warned: set[int] = set()
+
+    @staticmethod
+    def from_model(model: Any, budget: Any, **options: Any) -> Any:
+        """A tuner over the plans for one model within a budget, scored by eval_fn on the compressed model.
+
+            tuner = SkAutoTuner.from_model(model, 0.5, example_inputs=x, calib_data=batches, eval_fn=accuracy)
+            tuner.optimize()
+            result = tuner.result()  # as from panther.compress
+
+        Arguments are those of panther.tuning.from_model. Models are looked up only here: the tuner knows none.
+        """
+        return importlib.import_module("panther.tuning").from_model(model, budget, **options)
 
     # --- what was found ----------------------------------------------------------------------------------------------
 

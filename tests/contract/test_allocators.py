@@ -9,6 +9,7 @@ import itertools
 import math
 import random
 from collections.abc import Callable, Iterator, Sequence
+from importlib import import_module
 from typing import Any
 
 import pytest
@@ -103,6 +104,14 @@ class Problem:
         for plan in itertools.product(*self.options.values()):
             if target.is_met_by(total(plan)):
                 yield plan
+
+
+@pytest.fixture(autouse=True)
+def _few_trials(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The contract of `tuned` holds for any number of trials and whoever thinks of them."""
+    module = import_module("panther.allocators.tuned")  # the name in the package is the function
+    for name, value in {"TRIALS": 4, "NEAR": 3, "STRATEGY": "random"}.items():
+        monkeypatch.setattr(module, name, value)
 
 
 PROBLEMS = [Problem(layers, ranks, seed) for seed, (layers, ranks) in enumerate([(6, 10), (3, 12), (10, 5), (2, 25)])]
@@ -224,6 +233,23 @@ def test_sensitivity_is_never_worse_than_uniform_on_what_it_evaluates(limited: S
             target = problem.target(kept, limited)
             planned = problem.evaluate(problem.solve("sensitivity", target))
             assert planned <= problem.evaluate(problem.solve("uniform", target)) + ROUNDING
+
+
+@every_limit
+def test_tuned_is_never_worse_than_sensitivity_on_what_it_evaluates(limited: Sequence[str]) -> None:
+    for problem in PROBLEMS:
+        for kept in (0.3, 0.5, 0.7):
+            target = problem.target(kept, limited)
+            assert problem.evaluate(problem.solve("tuned", target)) <= problem.evaluate(
+                problem.solve("sensitivity", target)
+            )
+
+
+def test_tuned_is_sensitivity_where_nothing_can_be_evaluated() -> None:
+    for problem in PROBLEMS:
+        target = problem.target(0.5, ("params",))
+        tuned, planned = (problem.solve(name, target, evaluates=False) for name in ("tuned", "sensitivity"))
+        assert tuned == planned
 
 
 def test_sensitivity_gives_more_to_the_layer_that_matters_more() -> None:

@@ -1,0 +1,191 @@
+"""SkAutoTuner.from_model: the search of compress(search="tuned"), to be driven by hand.
+
+The tuner knows nothing of models and imports none of this; its `from_model` looks this module up by name when it is
+called. So whoever only tunes a function of numbers pays for nothing here, and imports still go one way.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from difflib import get_close_matches
+from typing import Any
+
+from torch import nn
+
+from panther.allocate import resolve
+from panther.allocators.base import total
+from panther.allocators.sensitivity import sensitivity
+from panther.allocators.tuned import (
+    BEYOND,
+    TRIALS,
+    Key,
+    Problem,
+    Tried,
+    key_of,
+    plan_of,
+    roles_of,
+    space_of,
+    starting_points,
+    with_groups,
+)
+from panther.batches import as_call, inference
+from panther.compress import Result, prepared_for, solved
+from panther.errors import PantherError
+from panther.prepared import Prepared
+from panther.progress import Progress
+from panther.replace import replace
+from panther.request import Request, check_arguments, parse_budget
+from panther.spec import Budget, Choice, Heal, Plan
+from panther.trials import as_plan, can_score, problem_for
+from panther.tuner.trial import Params, Trial
+from panther.tuner.tuner import SkAutoTuner
+
+INITIAL = 10  # of the trials that compress makes
+
+
+class ModelTuner(SkAutoTuner):
+    """An SkAutoTuner over the knobs of one model's plan: a point is a plan within the budget.
+
+        tuner = SkAutoTuner.from_model(model, 0.5, example_inputs=x, calib_data=batches, eval_fn=accuracy)
+        params, score = tuner.optimize()
+        result = tuner.result()                       # as from compress: the model, its report and its plan
+        other = tuner.result({"floor": 0.5, "attention": 1.0})
+
+    Knobs: "floor", the share of its uniform size that each layer keeps (1 is the uniform plan); "power", on the
+    predicted divergence of a layer; "depth", and one for each group of layers: how often what its errors cost is
+    doubled. A knob that is left out changes nothing. Everything else is as for any SkAutoTuner.
+    """
+
+    prepared: Prepared
+    problem: Problem
+    budget: Budget
+
+    def choices(self, params: Params | None = None) -> list[Choice]:
+        """What becomes of each layer at these parameters; at the best ones without any.
+
+        Raises: ValueError for a knob that there is not.
+        """
+        params = self.best_params if params is None else params
+        for name in params:
+            if name not in self.space.parameters:
+                knobs = self.space.parameters
+                close = "".join(f"; did you mean {found!r}?" for found in get_close_matches(name, knobs, 1))
+                raise ValueError(f"{name!r} is no knob of this model, which has {', '.join(knobs)}{close}")
+        return plan_of(self.problem, params)
+
+    def plan(self, params: Params | None = None) -> Plan:
+        """The plan of these parameters, or of the best ones."""
+        chosen = dict(self.best_params if params is None else params)
+        tried = Tried(Trial(0, chosen), tuple(self.choices(chosen)))
+        return as_plan(self.prepared, self.problem, self.budget, tried)
+
+    def result(self, params: Params | None = None) -> Result:
+        """The compressed model of these parameters, or of the best ones: healed, packed and checked."""
+        return solved(self.prepared, self.budget, self.plan(params))
+
+
+def from_model(
+    model: nn.Module,
+    budget: Any,
+    *,
+    example_inputs: Any,
+    calib_data: Any = None,
+    eval_fn: Callable[[nn.Module], Any] | None = None,
+    include: Sequence[Any] | None = None,
+    exclude: Sequence[Any] | None = None,
+    heal: str | Heal = "none",
+    finer: bool = False,
+    seed: int = 0,
+    progress: bool = False,
+    verify: bool = True,
+    n_initial_points: int = INITIAL,
+    n_iterations: int = TRIALS - INITIAL,
+    **options: Any,
+) -> ModelTuner:
+    """A tuner whose points are plans for this model, scored by eval_fn on their models, neither healed nor packed.
+
+    The model is measured and decomposed here, once. The first points are the sensitivity plan and the uniform one. The
+    arguments up to `heal` are those of panther.compress; `heal` and `verify` are for `result`.
+    eval_fn: takes a model and answers a number, higher is better, or with `objectives=` a number for each by name.
+        Without it the negative divergence from the dense model's answers is the score.
+    finer: with knobs for roles of layers ("encoder.*.query"), or for single layers where names tell no roles.
+    options: those of SkAutoTuner: strategy, objectives, journal, timeout, patience, callbacks, ...
+
+    Raises: as panther.compress; ValueError for a budget of max_drop alone, which fixes no size.
+    """
+    wanted = parse_budget(budget, eval_fn)
+    check_arguments(model=model, search="tuned", n_trials=None, timeout=None, dtypes=("float32",), inplace=False)
+    if not wanted.limits_size or wanted.latency_ms is not None or wanted.peak_memory_mb is not None:
+        raise ValueError(
+            f"budget={wanted}: every plan of this tuner is within it before it is evaluated, which params, flops and "
+            'size_mb allow; for other limits call panther.compress(..., search="tuned")'
+        )
+    request = Request(
+        model=model,
+        budget=wanted,
+        example=as_call(example_inputs),
+        calib_data=calib_data,
+        eval_fn=eval_fn,
+        include=include,
+        exclude=exclude,
+        plan=None,
+        search="tuned",
+        heal=Heal.parse(heal),
+        checkpoint=None,
+        seed=seed,
+        progress=Progress(progress),
+        verify=verify,
+    )
+    prepared = prepared_for(request)
+    if not can_score(prepared):
+        raise ValueError("the model gives no numbers to compare: pass eval_fn=your_function to score it")
+    target = resolve(wanted, prepared.found, prepared.dtype_bytes, prepared.dense.measured(wanted))
+    problem = problem_for(prepared, wanted, target)
+    if finer:
+        problem = with_groups(problem, roles_of(problem))
+    start = sensitivity(
+        problem.options,
+        target,
+        divergence=problem.divergence,
+        evaluate=prepared.divergence if prepared.reference.is_comparable else None,
+    )
+    tuner = ModelTuner(
+        space_of(problem).parameters,
+        Scorer(prepared, problem),
+        n_initial_points,
+        n_iterations,
+        seed=seed,
+        progress=progress,
+        **options,
+    )
+    tuner.prepared, tuner.problem, tuner.budget = prepared, problem, wanted
+    tuner.try_first(*(params for params, _ in starting_points(problem, start)))
+    return tuner
+
+
+@dataclass
+class Scorer:
+    """What a point's model is worth: the objective of a ModelTuner. Equal plans are scored once."""
+
+    prepared: Prepared
+    problem: Problem
+    known: dict[Key, Any] = field(default_factory=dict, repr=False)
+
+    def __call__(self, **knobs: Any) -> Any:
+        """Raises: PantherError for a plan beyond the limits, which only several tight ones at once bring about."""
+        choices = plan_of(self.problem, knobs)
+        key = key_of(choices)
+        if key not in self.known:
+            if not self.problem.target.is_met_by(total(choices)):
+                raise PantherError(BEYOND)
+            self.known[key] = self._answer(choices)
+        return self.known[key]
+
+    def _answer(self, choices: Sequence[Choice]) -> Any:
+        request = self.prepared.request
+        if request.eval_fn is None:
+            return -self.prepared.divergence(choices)
+        student = replace(request.model, self.prepared.factors, Plan(tuple(choices)))
+        with inference(student):
+            return request.eval_fn(student)
