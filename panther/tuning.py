@@ -109,7 +109,7 @@ def from_model(
     arguments up to `heal` are those of panther.compress; `heal` and `verify` are for `result`.
     eval_fn: takes a model and answers a number, higher is better, or with `objectives=` a number for each by name.
         Without it the negative divergence from the dense model's answers is the score.
-    finer: with knobs for roles of layers ("encoder.*.query"), or for single layers where names tell no roles.
+    finer: with knobs for roles of layers ("encoder.*.query"), or for single layers where names tell none.
     options: those of SkAutoTuner: strategy, objectives, journal, timeout, patience, callbacks, ...
 
     Raises: as panther.compress; ValueError for a budget of max_drop alone, which fixes no size.

@@ -365,6 +365,35 @@ def test_healing_and_its_limits_reach_compress(
     assert quick["heal"] == healing and quick["checkpoint"] is None
 
 
+def test_the_tuned_search_and_its_limits_reach_compress(run, quick: dict[str, Any]) -> None:
+    run(*MLP, "--search", "tuned", "--trials", "7", "--timeout", "2.5")
+    assert (quick["search"], quick["n_trials"], quick["timeout"]) == ("tuned", 7, 2.5)
+    run(*MLP)
+    assert quick["n_trials"] is quick["timeout"] is None
+
+
+def test_trials_of_a_killed_search_are_gone_on_from_only_when_that_is_said(
+    run, here: Path, quick: dict[str, Any]
+) -> None:
+    (here / "tuning.ckpt.trials").touch()
+    code, _, err = run(*MLP, "--search", "tuned", "--checkpoint", "tuning.ckpt")
+    assert code == cli.USAGE and "tuning.ckpt is there already: add --resume" in refusal(err)
+    run(*MLP, "--search", "tuned", "--checkpoint", "tuning.ckpt", "--resume")
+    assert quick["checkpoint"] == Path("tuning.ckpt")
+
+
+def test_a_tuned_run_shows_its_trials_and_writes_their_knobs(run, here: Path) -> None:
+    flags = (*MLP, *CALIB, "--search", "tuned", "--trials", "4", "--eval", "nets.py:counts", "--heal", "none")
+    code, out, err = run(*flags, "-o", "tuned")
+    assert code == cli.DONE
+    assert "tuned on eval_fn: best " in out and "sensitivity plan" in out and "trial  by" in out
+    assert "trial 0 (given): " in err and "trial 3 (" in err
+    plan = json.loads((here / "tuned" / "mlp.plan.json").read_text())
+    assert plan["allocator"] == "tuned" and {"floor", "power"} <= plan["knobs"].keys()
+    tuning = json.loads((here / "tuned" / "mlp.report.json").read_text())["tuning"]
+    assert len(tuning["trials"]) == 4 and tuning["best"][0] == max(trial["score"] for trial in tuning["trials"])
+
+
 def test_a_checkpoint_reaches_compress(run, here: Path, quick: dict[str, Any]) -> None:
     run(*MLP, *CALIB, "--checkpoint", "heal.ckpt")
     assert quick["checkpoint"] == Path("heal.ckpt")
@@ -565,7 +594,7 @@ def test_a_saved_recipe_gives_the_same_run(run, quick: dict[str, Any], here: Pat
         ("zzz: 1", "unknown key 'zzz'; known: "),
         ("- 1", "holds list: expected lines such as budget: 0.5"),
         ("a: [", "cannot be read"),
-        ("trials: 5", "--trials: the tuned search is not part"),
+        ("trials: 5", "--trials belongs to --search tuned"),
     ],
 )
 def test_a_recipe_that_cannot_be_followed_is_refused(run, here: Path, text: str, words: str) -> None:
@@ -590,10 +619,14 @@ def test_a_recipe_that_cannot_be_followed_is_refused(run, here: Path, text: str,
         (["--budget", "max_drop=0.1"], "a drop of at most 0.1 needs something that falls: add --eval my.py:evaluate"),
         (["--budget", "prams=5"], "did you mean 'params'?"),
         (["--int8"], "--int8: quantised factors (int8) are not part of this version"),
-        (["--trials", "9"], "--trials: the tuned search is not part of this version"),
-        (["--timeout", "9"], "--timeout: the tuned search is not part"),
-        (["--search", "tuned"], "the tuned search is not part of this version"),
-        (["--search", "best"], "expected uniform or sensitivity"),
+        (["--trials", "9"], "--trials belongs to --search tuned: add that, or leave --trials out"),
+        (["--timeout", "9", "--search", "uniform"], "--timeout belongs to --search tuned"),
+        (["--search", "tuned", "--trials", "0"], "--trials 0: expected a number of plans, 1 or more"),
+        (["--search", "tuned", "--trials", "x"], "argument --trials: invalid int value: 'x'"),
+        (["--search", "tuned", "--timeout", "-1"], "--timeout -1: expected seconds, above 0"),
+        (["--search", "tuned", "--timeout", "nan"], "--timeout nan: expected seconds, above 0"),
+        (["--search", "best"], "--search best: expected one of uniform, sensitivity, tuned"),
+        (["--search", "tunned"], "did you mean 'tuned'?"),
         (["--eval", "gone.py:f"], "no file gone.py"),
         (["--eval", "nets.py:score"], "nets.py has no 'score'"),
         (["--eval", "nets.py:empty"], "--eval nets.py:empty is list: expected a function of a model"),

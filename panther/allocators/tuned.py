@@ -7,7 +7,7 @@ Every plan is within the same limits. A knob only changes what a layer's error i
 D is the predicted divergence, and `place` runs from -1/2 at the first block to 1/2 at the last. `floor` is the share of
 its uniform size that every layer keeps; at 1 it is the uniform plan. Groups are found by name, so that they are there
 in any model: attention and MLP, or convolutions and linear layers; the first and the last block. In a second stage the
-groups that matter most are split into roles ("*.query") or single layers. Scores come in as a function.
+roles ("encoder.*.query"), blocks or single layers that matter most get knobs as well. Scores come in as a function.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from dataclasses import replace as changed
-from functools import cached_property
+from functools import cached_property, partial
 from typing import NamedTuple
 
 from panther.allocators.base import Divergence, Evaluate, Options, total
@@ -178,9 +178,12 @@ def _kind(layer: str, choices: Sequence[Choice]) -> str:
     return "linear" if choices[0].scheme == LINEAR else "convolutions"
 
 
-def _distinct(groups: Mapping[str, tuple[str, ...]]) -> dict[str, tuple[str, ...]]:
-    """One name for each set of layers: the last."""
-    return {name: layers for layers, name in {layers: name for name, layers in groups.items()}.items()}
+def _distinct(
+    groups: Mapping[str, tuple[str, ...]], besides: Collection[tuple[str, ...]] = ()
+) -> dict[str, tuple[str, ...]]:
+    """One name for each set of layers, the last; none for those that there are besides."""
+    names = {layers: name for name, layers in groups.items() if layers not in besides}
+    return {name: layers for layers, name in names.items()}
 
 
 def _blocks(layers: Sequence[str]) -> dict[str, tuple[str, ...]]:
@@ -234,21 +237,31 @@ def finer(problem: Problem, tried: Sequence[Tried]) -> Problem:
         apart = [sum(row) / len(group) - mean for row, mean in zip(rows, means, strict=True)]
         return abs(_rank_correlation(apart, scores)) * sum(numbers[layer] for layer in group)
 
-    groups = roles_of(problem)
+    groups = parts_of(problem)
     return with_groups(problem, sorted(groups, key=lambda name: -matters(groups[name]))[:FINER])
 
 
-def roles_of(problem: Problem) -> dict[str, tuple[str, ...]]:
-    """Layers whose names differ in numbers only; where that is nearly none or nearly all of them, each by itself."""
-    roles: dict[str, list[str]] = {}
+def parts_of(problem: Problem) -> dict[str, tuple[str, ...]]:
+    """What the global groups can be split into: roles ("encoder.*.query"), blocks and single layers."""
     layers = list(problem.places)
+    parts: dict[str, tuple[str, ...]] = {f"layer {layer}": (layer,) for layer in layers}
+    parts |= {f"block {block}": members for block, members in _blocks(layers).items() if len(members) > 1}
+    return _distinct({**parts, **_roles(layers)}, besides=problem.groups.values())
+
+
+def roles_of(problem: Problem) -> dict[str, tuple[str, ...]]:
+    """The roles among them; single layers where names tell none."""
+    parts, layers = parts_of(problem), list(problem.places)
+    roles = _roles(layers)
+    return {name: members for name, members in parts.items() if name in roles or (not roles and len(members) == 1)}
+
+
+def _roles(layers: Sequence[str]) -> dict[str, tuple[str, ...]]:
+    """Layers whose names differ in numbers only, but for a role that all of them have."""
+    roles: dict[str, list[str]] = {}
     for layer in layers:
         roles.setdefault(re.sub(r"(^|\.)\d+(?=\.|$)", r"\1*", layer), []).append(layer)
-    if 1 < len(roles) < len(layers):
-        groups = {name if len(members) > 1 else members[0]: tuple(members) for name, members in roles.items()}
-    else:
-        groups = {layer: (layer,) for layer in layers}
-    return {name: members for name, members in groups.items() if members not in problem.groups.values()}
+    return {name: tuple(members) for name, members in roles.items() if 1 < len(members) < len(layers)}
 
 
 def _rank_correlation(first: Sequence[float], second: Sequence[float]) -> float:
@@ -307,6 +320,11 @@ def best_of(tried: Sequence[Tried], goal: Goal) -> Tried:
     return max(able, key=lambda one: goal.gain(one.trial.scores), default=tried[0])
 
 
+def is_finer(tried: Tried) -> bool:
+    """Whether a trial is of the second stage."""
+    return tried.trial.phase.startswith(FINER_PHASE)
+
+
 @dataclass
 class _Study:
     """The running search. All it knows is in `tried`, so that a resumed one asks what the first would have asked."""
@@ -355,18 +373,24 @@ class _Study:
     def _next(self) -> _Next:
         if len(self.tried) < len(self.given):
             return _Next("given", *self.given[len(self.tried)])
-        coarse = list(itertools.takewhile(lambda one: not one.trial.phase.startswith(FINER_PHASE), self.tried))
+        coarse = [one for one in self.tried if not is_finer(one)]
         first = len(self.given) + round(GLOBAL * max(0, self.count - len(self.given)))
-        following = None
-        if len(coarse) == len(self.tried) and sum(one.is_new for one in coarse) < first:
-            following = self._asked(self.problem, space_of(self.problem), [one.trial for one in coarse], {}, first)
-        following = following or self._finer(coarse, self.count - first)
-        if following is None:
-            raise ExhaustedError("every plan is known")
-        return following
+        stages = [partial(self._coarse, coarse, first), partial(self._finer, self.count - first)]
+        if len(coarse) < len(self.tried) or sum(one.is_new for one in coarse) >= first:
+            stages.reverse()
+        for stage in stages:
+            following = stage()
+            if following is not None:
+                return following
+        raise ExhaustedError("every plan is known")
 
-    def _finer(self, coarse: Sequence[Tried], count: int) -> _Next | None:
+    def _coarse(self, coarse: Sequence[Tried], count: int) -> _Next | None:
+        """The next point of the first stage."""
+        return self._asked(self.problem, space_of(self.problem), [one.trial for one in coarse], {}, count)
+
+    def _finer(self, count: int) -> _Next | None:
         """The next point of the second stage, which begins at the best one of the first."""
+        coarse = list(itertools.takewhile(lambda one: not is_finer(one), self.tried))
         problem = finer(self.problem, coarse)
         names = [name for name in problem.groups if name not in self.problem.groups]
         if not names:
@@ -374,7 +398,7 @@ class _Study:
         best = best_of(coarse, self.goal).trial
         centre = changed(best, params={**best.params, **dict.fromkeys(names, 0.0)})
         space = Space({name: Float(-FINER_REACH, FINER_REACH) for name in names})
-        told = [centre, *(one.trial for one in self.tried[len(coarse) :])]
+        told = [centre, *(one.trial for one in self.tried if is_finer(one))]
         following = self._asked(problem, space, told, centre.params, count)
         return following and following._replace(phase=FINER_PHASE + following.phase)
 
@@ -464,7 +488,7 @@ class _Next(NamedTuple):
 
 def with_groups(problem: Problem, names: Collection[str]) -> Problem:
     """The problem with those of its finer groups besides those that it has."""
-    added = {name: layers for name, layers in roles_of(problem).items() if name in names}
+    added = {name: layers for name, layers in parts_of(problem).items() if name in names}
     return changed(problem, groups={**problem.groups, **added})
 
 
