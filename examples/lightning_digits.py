@@ -94,6 +94,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     with warnings.catch_warnings():
         # The images are in memory already: processes that load them would only cost time.
         warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+        # Lightning's own code does what torch deprecates.
+        warnings.filterwarnings("ignore", message=".*LeafSpec.* is deprecated", category=FutureWarning)
         best_params, best_score = tuner.optimize()
     print(f"Best parameters: {best_params}, accuracy: {best_score:.4f}")
 

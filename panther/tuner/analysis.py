@@ -170,8 +170,8 @@ def _blocks(space: Space) -> list[int]:
 
 
 def _draws(count: int) -> tuple[Array, Array]:
-    """Two sets of points in the unit cube, independent of each other: the same in every call."""
-    from scipy.stats.qmc import Sobol
-
-    both = Sobol(2 * count, rng=np.random.default_rng(0)).random(DRAWS)
+    """Two sets of points in the unit cube, independent of each other: a Latin hypercube, the same in every call."""
+    rng = np.random.default_rng(0)
+    strata = rng.permuted(np.tile(np.arange(DRAWS), (2 * count, 1)), axis=1)
+    both = ((strata + rng.random(strata.shape)) / DRAWS).T
     return both[:, :count], both[:, count:]
