@@ -152,6 +152,7 @@ def _shares(points: list[Params], scores: Array, space: Space) -> tuple[Row, Row
     left, right = _draws(len(space.parameters))
     at_left, at_right = (surrogate(space.encode(list(map(space.at, u)))) for u in (left, right))
     variance = float(np.concatenate([at_left, at_right]).var())
+    centred = at_right - at_right.mean()  # the mean takes no part in (b), and only adds noise to it
     if variance <= 1e-12 * float(scores.var()):
         return nothing, dict(nothing), surrogate.fit
     shares, alone = {}, {}
@@ -160,7 +161,7 @@ def _shares(points: list[Params], scores: Array, space: Space) -> tuple[Row, Row
         mixed[:, place] = right[:, place]
         at_mixed = surrogate(space.encode(list(map(space.at, mixed))))
         shares[name] = min(float(((at_left - at_mixed) ** 2).mean()) / 2 / variance, 1.0)
-        first = float((at_right * (at_mixed - at_left)).mean()) / variance
+        first = float((centred * (at_mixed - at_left)).mean()) / variance
         alone[name] = min(max(first, 0.0), shares[name])
     return shares, alone, surrogate.fit
 
@@ -170,8 +171,9 @@ def _blocks(space: Space) -> list[int]:
 
 
 def _draws(count: int) -> tuple[Array, Array]:
-    """Two sets of points in the unit cube, independent of each other: a Latin hypercube, the same in every call."""
-    rng = np.random.default_rng(0)
-    strata = rng.permuted(np.tile(np.arange(DRAWS), (2 * count, 1)), axis=1)
-    both = ((strata + rng.random(strata.shape)) / DRAWS).T
+    """Two sets of points in the unit cube, spread evenly over the cube of both: the same in every call."""
+    from scipy.stats.qmc import Sobol
+
+    # Shifted instead of scrambled: the argument that makes scrambling repeatable has another name in older SciPy.
+    both = (Sobol(2 * count, scramble=False).random(DRAWS) + np.random.default_rng(0).random(2 * count)) % 1
     return both[:, :count], both[:, count:]
