@@ -12,7 +12,9 @@ from dataclasses import dataclass
 from functools import cache
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch.quasirandom import SobolEngine
 
 from panther.errors import ExhaustedError
 from panther.tuner.space import Category, Key, Space
@@ -65,6 +67,14 @@ def filled(question: Question, points: Sequence[Params], rng: np.random.Generato
         avoid.add(question.space.key(params))
         answer.append(params)
     return answer
+
+
+def evenly(columns: int, count: int, seed: int) -> list[list[float]]:
+    """At least so many places of the unit cube, more even than drawn ones; the first of them alone are so too."""
+    engine = SobolEngine(columns, scramble=True, seed=seed)
+    # A power of two: only then has each half of a range equally many of them.
+    places: list[list[float]] = engine.draw(2 ** (count - 1).bit_length(), dtype=torch.float64).tolist()
+    return places
 
 
 def is_known(space: Space, params: Params) -> bool:

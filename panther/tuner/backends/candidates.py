@@ -7,6 +7,7 @@ from collections.abc import Collection, Sequence
 import numpy as np
 
 from panther.errors import ExhaustedError
+from panther.tuner.backends.base import evenly
 from panther.tuner.space import Category, Float, Integer, Key, Space
 from panther.tuner.trial import Params
 
@@ -30,10 +31,8 @@ def first_candidates(
 
 def _all_over(space: Space, rng: np.random.Generator) -> list[Params]:
     """Evenly spread points; where few of them are allowed, drawn ones as well."""
-    from scipy.stats import qmc
-
-    units = qmc.Sobol(len(space.parameters), rng=rng).random(WIDE)
-    found = [params for params in map(space.at, units.tolist()) if space.is_allowed(params)]
+    places = evenly(len(space.parameters), WIDE, int(rng.integers(2**31)))
+    found = [params for params in map(space.at, places) if space.is_allowed(params)]
     try:
         while len(found) < WIDE // 16:
             found.append(space.sample(rng))
