@@ -96,7 +96,7 @@ def sketched(
             made[:] = layers(point)
             return nn.Sequential(*itertools.chain.from_iterable((layer, nn.ReLU()) for layer in made), *head(made[-1]))
 
-        _, score = fitted(make, digits(samples, wrong), seed, epochs)
+        score = fitted(make, digits(samples, wrong), seed, epochs)[1]
         return score, numbers([layer for layer in made if isinstance(layer, SKLinear | SKConv2d)]) / dense
 
     return train
