@@ -654,6 +654,7 @@ BAD = {
     "a goal of no name": ({"objectives": {3: "max"}}, "name"),
     "a goal named as a parameter": ({"objectives": {"low_rank": "min"}}, "low_rank"),
     "a goal named as a column": ({"objectives": {"seconds": "min"}}, "column"),
+    "a goal named as a column of the frame": ({"objectives": {"status": "min"}}, "column"),
     "a constraint of no kind": ({"constraints": [3]}, "constraint"),
     "a constraint that says nothing": ({"constraints": ["ms"]}, "not understood"),
     "a constraint of two names": ({"constraints": ["ms <= low_rank"]}, "not understood"),

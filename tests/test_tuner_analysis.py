@@ -65,6 +65,12 @@ def test_the_data_frame_adds_phase_and_status_and_keeps_categories():
     assert frame["num_terms"].dtype == np.int64
 
 
+def test_an_objective_called_memory_gb_keeps_its_column():
+    pytest.importorskip("pandas")
+    told = [Trial(0, {"num_terms": 2, "rate": 0.01, "act": "gelu"}, "initial", scores={"memory_gb": 0.5})]
+    assert list(analysis.data_frame(told, SPACE, [Goal("memory_gb", maximise=False)])["memory_gb"]) == [0.5]
+
+
 def test_a_study_without_trials_or_scores_has_its_columns():
     assert "score" in analysis.data_frame([], SPACE, [GOAL])
     assert list(analysis.data_frame(mixed()[1:2], SPACE, [Goal("accuracy")])["accuracy"].isna()) == [True]

@@ -79,7 +79,8 @@ def data_frame(trials: Sequence[Trial], space: Space, goals: Sequence[Goal]) -> 
     columns = {name: [trial.params[name] for trial in trials] for name in space.parameters}
     columns |= {name: [trial.scores.get(name, math.nan) for trial in trials] for name in scored}
     columns["seconds"] = [trial.seconds for trial in trials]
-    columns["memory_gb"] = [math.nan if trial.memory_gb is None else trial.memory_gb for trial in trials]
+    if "memory_gb" not in columns:  # which may be what is optimised
+        columns["memory_gb"] = [math.nan if trial.memory_gb is None else trial.memory_gb for trial in trials]
     for column, field in {"trial": "number", "phase": "phase", "status": "status", "error": "error"}.items():
         columns[column] = [getattr(trial, field) for trial in trials]
     return pd.DataFrame(columns)

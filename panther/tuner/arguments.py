@@ -26,7 +26,8 @@ DIRECTIONS: dict[Any, bool] = {
     "maximise": True,
     "minimise": False,
 }
-COLUMNS = ("seconds", "trial")  # what a row of the history has besides parameters and scores
+# What a row of the history and of the data frame has besides parameters and scores.
+COLUMNS = ("seconds", "trial", "phase", "status", "error")
 LIMIT = re.compile(r"\s*(?P<name>[^<>=]+?)\s*(?P<sign><=|>=)\s*(?P<bound>[^<>=]+?)\s*")
 
 

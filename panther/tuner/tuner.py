@@ -62,7 +62,7 @@ class SkAutoTuner:
     `objective_function`: called with each parameter by name, or by position where its own names are others. It answers
         a number, or a dict with a number for each of the `objectives` and observed constraints. Where it raises, runs
         out of memory or answers NaN or no number, its trial is kept with the reason and never wins.
-    `n_initial_points`, `n_iterations`: random points to begin with, and points searched for. No point is paid twice.
+    `n_initial_points`, `n_iterations`: points spread over the box, and points searched for. No point is paid twice.
     `objectives`: {"accuracy": "max", "latency_ms": "min"} for several goals, or to minimise one.
     `constraints`: functions of the parameters (False: the point is never evaluated), and strings. "low_rank <= 64"
         bounds a parameter; with any other name the string bounds a number of the dict that the objective answers.
@@ -74,7 +74,7 @@ class SkAutoTuner:
         ends: faster, and in an order that depends on timing.
     `repeats`: calls a point; its score is their mean.
     `timeout`: seconds after which nothing is begun; trials in other processes are given up. Trials in this process are
-        never cut off. `patience`: trials in a row without a better score that end the study, after the random start.
+        never cut off. `patience`: trials in a row without a better score that end the study, after the initial points.
     `pruner`: "median" or "halving" end trials that fall behind in what they `report`; or a function like those.
     `callbacks`: called with (tuner, trial) after each trial; StopTuning ends the study.
     `journal`: a file that keeps each trial; where it exists, the study goes on from it.
