@@ -5,7 +5,7 @@ import pytest
 
 from panther.report import RENDERERS
 from panther.report.text import WIDTH, render
-from panther.spec import Cost, Figures, Healed, LayerReport, LimitReport, Report
+from panther.spec import Cost, Figures, Healed, LayerReport, LimitReport, Report, TrialReport, Tuning
 
 ROW = LayerReport(
     "encoder.fc1", "linear", "384 -> 1536", "linear", (152,), 10, 0.495, 0.0312, Cost(10, 10**9), Cost(5, 5 * 10**8)
@@ -175,3 +175,40 @@ def test_every_renderer_gives_text_that_names_the_target() -> None:
 
 def test_str_of_a_report_is_the_text() -> None:
     assert str(REPORT) == RENDERERS["text"](REPORT)
+
+
+TRIALS = (
+    TrialReport(0, "given", 0.8756, 0.4999, 7.5, {"floor": 0.5, "power": 1.0, "depth": 0.0}),
+    TrialReport(1, "gp", None, 0.4987, 7.5, {"floor": 0.25, "attention": 1.5}, "RuntimeError: diverged"),
+    TrialReport(2, "finer gp", 0.8812, 0.5, 7.5, {"floor": 0.25, "encoder.*.query": -1.25}),
+)
+TUNED = Tuning("eval_fn", (0.8756, 0.4999), (0.8812, 0.5), TRIALS, "trials", 25.0, 1.0)
+
+
+def test_a_tuned_search_shows_its_gain_and_every_trial() -> None:
+    rendered = render(replace(REPORT, tuning=TUNED))
+    assert "tuned on eval_fn: best 0.8812, sensitivity plan 0.8756 (+0.0056); 3 plans in 25 s, 4% of it" in rendered
+    assert " ".join(line_with("finer gp", rendered).split()) == (
+        "2 finer gp 0.8812 50.0 % floor 0.25, encoder.*.query -1.2"
+    )
+    assert "RuntimeError: diverged" in rendered and "depth" not in line_with("given", rendered)
+    assert max(map(len, rendered.splitlines())) <= WIDTH
+
+
+def test_a_tuned_search_for_the_smallest_model_shows_sizes() -> None:
+    smallest = replace(TUNED, start=(0.87, 0.42), best=(0.87, 0.4), is_smallest=True, stopped_by="interrupt")
+    rendered = " ".join(render(replace(REPORT, tuning=smallest)).split())
+    assert "smallest plan keeps 40.00%, sensitivity plan 42.00% (-2.00 points)" in rendered
+    assert "ended by Ctrl-C" in rendered
+
+
+def test_without_eval_fn_the_report_says_what_was_tuned_on() -> None:
+    rendered = render(replace(REPORT, tuning=replace(TUNED, objective="divergence", start=(None, 0.5))))
+    assert "tuned on closeness to the dense model (minus the divergence): best 0.8812, the sensitivity plan could" in (
+        " ".join(rendered.split())
+    )
+
+
+def test_a_tuned_search_goes_to_json_with_its_knobs() -> None:
+    data = json.loads(RENDERERS["json"](replace(REPORT, tuning=TUNED)))["tuning"]
+    assert data["trials"][2]["knobs"] == {"floor": 0.25, "encoder.*.query": -1.25} and data["best"] == [0.8812, 0.5]

@@ -145,9 +145,12 @@ def plan_of(problem: Problem, params: Params) -> list[Choice]:
     floor, power = params.get("floor", 0.0), params.get("power", 1.0)
     if floor >= 1:
         return even
-    scale = {layer: 2.0 ** weight_of(problem, params, layer) for layer in problem.options}
-    unscaled = powered(problem.divergence, power)
-    return planned(problem.options, target, even, floor, lambda choice: scale[choice.layer] * unscaled(choice))
+    unscaled, losses = powered(problem.divergence, power), dict[int, float]()
+    for layer, choices in problem.options.items():
+        scale = 2.0 ** weight_of(problem, params, layer)
+        losses |= {id(choice): scale * unscaled(choice) for choice in choices}
+    # Asked for many times each; choices are known by their identity, since hashing one takes as long as the loss.
+    return planned(problem.options, target, even, floor, lambda choice: losses[id(choice)])
 
 
 def weight_of(problem: Problem, params: Params, layer: str) -> float:
