@@ -15,6 +15,7 @@ import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from panther.errors import one_line
@@ -22,6 +23,7 @@ from panther.tuner.pruning import Monitor, PrunedError, Pruner, Reports, listeni
 from panther.tuner.trial import Goal, Limit, Params, Scores, Trial, number_of
 
 GB = 1024**3
+STATUS, CLEAR_REFS = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 SAMPLED_EVERY = 0.005  # seconds between two looks at the process's memory: what is held for less can be missed
 
 # How libraries say in a RuntimeError that memory is out: torch on a CPU, the same on Windows, CUDA and its libraries.
@@ -257,7 +259,8 @@ class Peak:
 def _measured(wanted: bool) -> Iterator[Peak]:
     """The most memory taken inside beyond what was in use before: a GPU's where one is used, else the process's.
 
-    A GPU's is exact; the process's resident memory is looked at every few milliseconds by a thread.
+    A GPU's is exact, and the process's where Linux lets its own mark be reset; elsewhere a thread looks at the resident
+    memory every few milliseconds, and misses what comes and goes between.
     """
     peak = Peak()
     if not wanted:
@@ -296,6 +299,7 @@ def _resident() -> Iterator[Resident]:
     import psutil
 
     process = psutil.Process()
+    marked = _mark_reset()
     before = process.memory_info().rss
     seen = Resident()
 
@@ -307,10 +311,31 @@ def _resident() -> Iterator[Resident]:
             look()
 
     thread = threading.Thread(target=watch, name="panther-memory", daemon=True)
-    thread.start()
+    if not marked:
+        thread.start()
     try:
         yield seen
         look()
+        if marked:
+            seen.most = max(seen.most, _mark() - before)
     finally:
         seen.done.set()
-        thread.join()
+        if not marked:
+            thread.join()
+
+
+def _mark_reset() -> bool:
+    """Linux's mark of the most resident memory put back to what is resident now; False where that cannot be done."""
+    try:
+        CLEAR_REFS.write_text("5", encoding="ascii")  # proc(5): resets the peak resident set size
+        return _mark() > 0
+    except OSError:
+        return False
+
+
+def _mark() -> int:
+    """Bytes of the most resident memory since the mark was reset; 0 where the system keeps none."""
+    for line in STATUS.read_text(encoding="ascii", errors="replace").splitlines():
+        if line.startswith("VmHWM:"):
+            return int(line.split()[1]) * 1024
+    return 0

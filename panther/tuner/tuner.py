@@ -79,7 +79,7 @@ class SkAutoTuner:
     `callbacks`: called with (tuner, trial) after each trial; StopTuning ends the study.
     `journal`: a file that keeps each trial; where it exists, the study goes on from it.
     `max_memory_gb`: a trial that took more cannot win. Measured around the objective: what torch allocates on the GPU
-        where it uses one, else the memory of the process, looked at every 5 ms. It needs psutil.
+        where it uses one, else the memory of the process (exact on Linux, else looked at every 5 ms). It needs psutil.
     `baseline`: a score to compare with, such as the dense model's, or a function without parameters that answers it.
     """
 
