@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from dataclasses import replace as changed
 from pathlib import Path
 
+from torch import nn
+
 from panther.allocate import allocate
 from panther.allocators.base import total
 from panther.allocators.tuned import (
@@ -58,7 +60,7 @@ class Scored:
         if prepared.request.eval_fn is None:
             with self._clock():
                 return -prepared.divergence(choices)
-        student = replace(prepared.request.model, prepared.factors, Plan(tuple(choices)))
+        student = student_of(prepared, choices)
         with self._clock():
             return metric(student, prepared.request.eval_fn)
 
@@ -69,6 +71,11 @@ class Scored:
             yield
         finally:
             self.seconds += time.perf_counter() - start
+
+
+def student_of(prepared: Prepared, choices: Sequence[Choice]) -> nn.Module:
+    """The model of a plan, neither healed nor packed."""
+    return replace(prepared.request.model, prepared.factors, Plan(tuple(choices)))
 
 
 def can_score(prepared: Prepared) -> bool:

@@ -34,10 +34,9 @@ from panther.compress import Result, prepared_for, solved
 from panther.errors import PantherError
 from panther.prepared import Prepared
 from panther.progress import Progress
-from panther.replace import replace
 from panther.request import Request, check_arguments, parse_budget
 from panther.spec import Budget, Choice, Heal, Plan
-from panther.trials import as_plan, can_score, problem_for
+from panther.trials import as_plan, can_score, problem_for, student_of
 from panther.tuner.trial import Params, Trial
 from panther.tuner.tuner import SkAutoTuner
 
@@ -186,6 +185,6 @@ class Scorer:
         request = self.prepared.request
         if request.eval_fn is None:
             return -self.prepared.divergence(choices)
-        student = replace(request.model, self.prepared.factors, Plan(tuple(choices)))
+        student = student_of(self.prepared, choices)
         with inference(student):
             return request.eval_fn(student)

@@ -32,6 +32,7 @@ from panther.tuner.backends import Question
 from panther.tuner.space import Float, Space
 from panther.tuner.strategy import Strategy, ask
 from panther.tuner.trial import Goal, Limit, Params, Trial
+from panther.tuner.trial import best_of as best_trial
 
 TRIALS = 40  # evaluations unless somebody says how many
 GLOBAL = 0.6  # of the trials turn the global knobs, the others those of finer groups
@@ -268,16 +269,12 @@ def _roles(layers: Sequence[str]) -> dict[str, tuple[str, ...]]:
 
 
 def _rank_correlation(first: Sequence[float], second: Sequence[float]) -> float:
-    a, b = _ranks(first), _ranks(second)
-    spread = math.sqrt(sum(x * x for x in a) * sum(y * y for y in b))
-    return sum(x * y for x, y in zip(a, b, strict=True)) / spread if spread else 0.0
+    """Spearman's; 0 where one of them does not vary."""
+    from scipy.stats import spearmanr
 
-
-def _ranks(values: Sequence[float]) -> list[float]:
-    """The places of the values in order, equal ones sharing theirs, around zero."""
-    order = sorted(values)
-    middle = (len(values) - 1) / 2
-    return [order.index(value) + (order.count(value) - 1) / 2 - middle for value in values]
+    if len(set(first)) < 2 or len(set(second)) < 2:
+        return 0.0
+    return float(spearmanr(first, second).statistic)
 
 
 # Trials ---------------------------------------------------------------------------------------------------------------
@@ -319,8 +316,8 @@ def best_first(search: Search) -> list[Tried]:
 
 def best_of(tried: Sequence[Tried], goal: Goal) -> Tried:
     """The first of the best; the first of all, which is the sensitivity plan, where no score says anything."""
-    able = [one for one in tried if one.trial.is_feasible]
-    return max(able, key=lambda one: goal.gain(one.trial.scores), default=tried[0])
+    best = best_trial([one.trial for one in tried], goal)
+    return next((one for one in tried if one.trial is best), tried[0])
 
 
 def is_finer(tried: Tried) -> bool:

@@ -259,8 +259,8 @@ class Peak:
 def _measured(wanted: bool) -> Iterator[Peak]:
     """The most memory taken inside beyond what was in use before: a GPU's where one is used, else the process's.
 
-    A GPU's is exact, and the process's where Linux lets its own mark be reset; elsewhere a thread looks at the resident
-    memory every few milliseconds, and misses what comes and goes between.
+    A GPU's is exact. A thread looks at the process's resident memory every few milliseconds, and misses what comes and
+    goes between; Linux's own mark of the most does not, but another trial in this process may have reset it.
     """
     peak = Peak()
     if not wanted:
@@ -311,8 +311,7 @@ def _resident() -> Iterator[Resident]:
             look()
 
     thread = threading.Thread(target=watch, name="panther-memory", daemon=True)
-    if not marked:
-        thread.start()
+    thread.start()
     try:
         yield seen
         look()
@@ -320,8 +319,7 @@ def _resident() -> Iterator[Resident]:
             seen.most = max(seen.most, _mark() - before)
     finally:
         seen.done.set()
-        if not marked:
-            thread.join()
+        thread.join()
 
 
 def _mark_reset() -> bool:

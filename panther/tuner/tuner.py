@@ -405,8 +405,9 @@ class SkAutoTuner:
         """New points from the strategy, or those given by the user; None where the box has no more."""
         first = self._record.asked
         count = min(count, self._total - first)
-        tried = {self.space.key(params) for batch in self._record.batches for params in batch.points}
-        given = {self.space.key(point): point for point in self._given if self.space.key(point) not in tried}
+        given = {self.space.key(point): point for point in self._given}
+        for tried in (params for batch in self._record.batches if given for params in batch.points):
+            given.pop(self.space.key(tried), None)
         if given:
             return Batch(first, "given", tuple(list(given.values())[:count]))
         if first < self.n_initial_points:
