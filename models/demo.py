@@ -69,8 +69,8 @@ def verdict(dense: Mapping[str, float], compressed: Mapping[str, float]) -> str:
     return (
         f"This costs quality: an embedding keeps {compressed['cosine']:.2f} of its direction on average, "
         f"{100 * compressed['top10']:.0f} % of the ten nearest neighbours stay, and {people}. "
-        "It was healed without labels for a minute at most: embeddings of the two models should not be mixed in one "
-        "index, and a larger --budget or a longer healing (panther.Heal) costs less."
+        "Its healing trained for a minute at most, without labels: embeddings of the two models should not be mixed in "
+        "one index, and a larger --budget or a longer healing (panther.Heal) costs less."
     )
 
 
