@@ -1,13 +1,14 @@
 """A compressed model on disk: a folder with `model.safetensors` and `panther.json`.
 
-panther.json says which layers are sketched and how they are shaped, which names share one tensor, and the plan and the
-report they came from. It never names code: a layer's type is looked up in panther.nn.LAYERS and nowhere else.
+panther.json says which layers are sketched and how they are shaped, which layers have fewer channels, which names share
+one tensor, and the plan and the report they came from. It never names code: a layer's type is looked up in
+panther.nn.LAYERS and nowhere else, and one with fewer channels is the architecture's own, cut.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from panther.converters.formats import MANIFEST
 from panther.converters.weights import ModelSource, check_no_meta, copy_of, make_model, tie, tied_names
 from panther.errors import ExportError, LoadError
 from panther.nn import LAYERS
+from panther.nn.narrow import DENSE_SIZES, NARROWED, is_narrowed, narrow_config, narrowed_to, sizes_of
 from panther.nn.surgery import inherit, keep_unfused
 from panther.spec import Plan, Report, to_data
 
@@ -56,8 +58,8 @@ class Manifest:
 
 
 def describe_layers(model: nn.Module) -> dict[str, dict[str, Any]]:
-    """Every sketched layer of a model, by name: its type, the other names it is registered under, its config."""
-    types = {layer_class: name for name, layer_class in LAYERS.items()}
+    """Every sketched or narrowed layer of a model, by name: its type, its other names, its config."""
+    types: dict[type[nn.Module], str] = {layer_class: name for name, layer_class in LAYERS.items()}
     found: dict[int, str] = {}
     layers: dict[str, dict[str, Any]] = {}
     for name, module in model.named_modules(remove_duplicate=False):
@@ -66,6 +68,10 @@ def describe_layers(model: nn.Module) -> dict[str, dict[str, Any]]:
         elif type(module) in types:
             found[id(module)] = name
             layers[name] = {"type": types[type(module)], "aliases": [], **module.config()}
+            layers[name] |= {DENSE_SIZES: list(vars(module)[DENSE_SIZES])} if is_narrowed(module) else {}
+        elif is_narrowed(module):
+            found[id(module)] = name
+            layers[name] = {"type": NARROWED, "aliases": [], **narrow_config(module)}
     return layers
 
 
@@ -154,7 +160,7 @@ def read_manifest(folder: Path) -> Manifest:
 
 def _check_record(path: Path, name: str, record: Any) -> None:
     kind = record.get("type") if isinstance(record, dict) else None
-    if not isinstance(kind, str) or kind not in LAYERS:
+    if not isinstance(kind, str) or (kind not in LAYERS and kind != NARROWED):
         raise LoadError(
             f"{path}: layer {name[:80]!r} has the type {str(kind)[:80]!r}; panther builds {', '.join(LAYERS)} and "
             "imports nothing that a file names. Was it written by a newer panther, or changed?"
@@ -225,17 +231,42 @@ def _hollow_copy(model: nn.Module) -> nn.Module:
 
 def _sketch_layer(model: nn.Module, name: str, record: Mapping[str, Any], folder: Path) -> nn.Module:
     """The model with the layer that a record describes at its names; the model itself is that layer for name ""."""
-    config = {key: value for key, value in record.items() if key not in ("type", "aliases")}
+    config = {key: value for key, value in record.items() if key not in ("type", "aliases", DENSE_SIZES)}
+    if record["type"] == NARROWED:
+        return _narrow_layer(model, name, config, record["aliases"], folder)
     try:
         layer = LAYERS[record["type"]].from_config(config)
     except (ValueError, TypeError) as error:
         raise LoadError(f"{folder / MANIFEST}: layer {name!r} cannot be built: {error}") from error
     for place in (name, *record["aliases"]):
         dense = _layer_at(model, place, folder)
-        _check_geometry(dense, layer, place, folder)
+        if DENSE_SIZES in record:
+            _check_sizes(dense, layer, record[DENSE_SIZES], place, folder)
+        else:
+            _check_geometry(dense, layer, place, folder)
         inherit(layer, dense)
         if not place:
             return layer
+        model.set_submodule(place, layer)
+    keep_unfused(model, [layer])
+    return model
+
+
+def _narrow_layer(
+    model: nn.Module, name: str, config: Mapping[str, Any], aliases: Sequence[str], folder: Path
+) -> nn.Module:
+    """The model with fewer channels in its own layer of this name."""
+    places = (name, *aliases)
+    dense = _layer_at(model, name, folder)
+    try:
+        layer = narrowed_to(dense, config)
+    except (ValueError, TypeError) as error:
+        raise LoadError(f"{folder / MANIFEST}: layer {name!r} cannot be cut: {error}") from error
+    if not all(_layer_at(model, place, folder) is dense for place in places) or not name:
+        raise LoadError(
+            f"{folder / MANIFEST}: the names {', '.join(map(repr, places))} are not of one layer in this model"
+        )
+    for place in places:
         model.set_submodule(place, layer)
     keep_unfused(model, [layer])
     return model
@@ -249,6 +280,21 @@ def _layer_at(model: nn.Module, name: str, folder: Path) -> nn.Module:
             f"{folder / MANIFEST} sketches {name[:80]!r}, which {type(model).__name__} does not have: give the "
             "architecture that was compressed"
         ) from error
+
+
+def _check_sizes(dense: nn.Module, layer: nn.Module, sizes: Any, name: str, folder: Path) -> None:
+    """Take a sketched layer of fewer channels for a dense one of these sizes, and mark it as such."""
+    try:
+        found = list(sizes_of(dense))
+    except TypeError:
+        found = []
+    own = sizes_of(layer)
+    if sizes != found or not all(0 < n <= m for n, m in zip(own, found, strict=True)):
+        raise LoadError(
+            f"{folder / MANIFEST}: {name!r} was made of a layer of sizes {str(sizes)[:80]}, the architecture given has "
+            f"{found} there: give the one that was compressed"
+        )
+    vars(layer)[DENSE_SIZES] = tuple(sizes)
 
 
 def _check_geometry(dense: nn.Module, layer: nn.Module, name: str, folder: Path) -> None:

@@ -34,7 +34,10 @@ from panther.errors import CaptureError
 from panther.followers import (
     ELEMENTWISE,
     ELEMENTWISE_MODULES,
-    NORMS,
+    PAD_MODULES,
+    PADS,
+    POOL_MODULES,
+    POOLS,
     Found,
     Role,
     before_relu,
@@ -42,6 +45,7 @@ from panther.followers import (
     pairs,
     rectified,
 )
+from panther.nn.narrow import NORMS, is_depthwise
 from panther.sizes import file_bytes, model_params
 from panther.spec import Capture, LayerSpec
 from panther.subclasses import plain_subclasses
@@ -238,9 +242,34 @@ def _exported_role(names: Mapping[str, str], node: fx.Node) -> Role:
         return Role("nothing")
     if op in _OPS and isinstance(node.args[1], fx.Node):
         owner, _, tensor = names.get(node.args[1].name, "").rpartition(".")
-        return Role("dense" if tensor == "weight" else "", owner)
-    kind = "norm" if op == "batch_norm" else "elementwise" if op in ELEMENTWISE else ""
-    return Role(kind, _inside(node), is_relu=op == "relu")
+        kind = "depthwise" if _is_depthwise(node) else "dense"
+        return Role(kind if tensor == "weight" else "", owner, dims=_kernel_dims(op))
+    if op == "batch_norm":
+        return Role("norm", _inside(node))
+    return _function_role(op, node)
+
+
+def _is_depthwise(node: fx.Node) -> bool:
+    given, weight = (_meta_shape(arg) for arg in node.args[:2])
+    dims = len(weight) - 2
+    return dims > 0 and weight[1] == 1 < weight[0] == given[-1 - dims]
+
+
+def _kernel_dims(op: str) -> int:
+    return int(op[4]) if op.startswith("conv") else 0
+
+
+def _function_role(op: str, node: fx.Node) -> Role:
+    """What an operation without numbers of its own is to the search."""
+    inside = _inside(node)
+    if op in ELEMENTWISE:
+        return Role("elementwise", inside, is_relu=op == "relu")
+    if op in POOLS:
+        return Role("pool", inside, dims=POOLS[op])
+    if op in PADS:
+        amounts = node.args[1] if len(node.args) > 1 else node.kwargs.get("pad")
+        return Role("pad", inside, dims=len(amounts) // 2 if isinstance(amounts, tuple | list) else 0)
+    return Role("", inside)
 
 
 def _inside(node: fx.Node) -> str:
@@ -349,11 +378,17 @@ def _traced_role(model: nn.Module, node: fx.Node) -> Role:
     if node.op == "call_module":
         name = str(node.target)
         module = model.get_submodule(name)
-        kinds = {"dense": isinstance(module, tuple(DENSE)), "norm": type(module) in NORMS}
-        kinds["elementwise"] = type(module) in ELEMENTWISE_MODULES
-        return Role(next((kind for kind, fits in kinds.items() if fits), ""), name, type(module) is nn.ReLU)
-    op = _plain_name(node.target) if node.op in ("call_function", "call_method") else ""
-    return Role("elementwise" if op in ELEMENTWISE else "", _inside(node), is_relu=op == "relu")
+        for dense, of in DENSE.items():
+            if isinstance(module, dense):
+                return Role("depthwise" if is_depthwise(module) else "dense", name, dims=_kernel_dims(of))
+        for kind, known in (("pool", POOL_MODULES), ("pad", PAD_MODULES)):
+            if type(module) in known:
+                return Role(kind, name, dims=known[type(module)])
+        kind = "norm" if type(module) in NORMS else "elementwise" if type(module) in ELEMENTWISE_MODULES else ""
+        return Role(kind, name, type(module) is nn.ReLU)
+    if node.op not in ("call_function", "call_method"):
+        return Role("", _inside(node))
+    return _function_role(_plain_name(node.target), node)
 
 
 def by_observation(model: nn.Module, example: Call) -> Reading:

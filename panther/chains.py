@@ -26,6 +26,7 @@ from panther.spec import Cost, LayerSpec
 
 LINEAR = "linear"
 CONV_SCHEMES = ("output_channel", "input_channel", "spatial", "tucker2")
+CHANNELS = "channels"  # not a chain: two neighbours with fewer channels between them (panther.channels)
 
 TWO_GEMM, PIVOTED = PACKINGS = ("two_gemm", "pivoted")
 ROWS, COLUMNS = "rows", "columns"

@@ -17,6 +17,7 @@ from panther.allocate import resolve
 from panther.allocators import Allocator
 from panther.batches import Calibration, Call, as_call, calibration
 from panther.capture import capture
+from panther.channels import changed_layers, counts_of, narrowable, with_counts
 from panther.decompose import candidates, decompose, refuse_non_finite
 from panther.errors import CaptureError, LoadError, PlanError
 from panther.factors import Factors, Profile
@@ -175,7 +176,9 @@ def compress(
         return result
     if device is not None:
         model.to(device)
-    put_layers(model, {c.layer: result.model.get_submodule(c.layer) for c in result.plan.sketched})
+    known = cast(Prepared, result._prepared).factors
+    changed_names = [name for c in result.plan.sketched for name in changed_layers(known, c)]
+    put_layers(model, {name: result.model.get_submodule(name) for name in changed_names})
     model.load_state_dict(result.model.state_dict())  # neighbours that took over an order of channels
     return changed(result, model=model, _prepared=None)
 
@@ -264,7 +267,8 @@ def _factors(
     chunk = chunk_size(found.layers, example.batch_size)
     if chunk == 0 and data is not None:
         notes.append("a backward pass would need too much memory, so all outputs of a layer count the same")
-    for part in passes(found.sketchable) if data is not None else [list(found.sketchable)]:
+    pairs = narrowable(found.sketchable, found.followers)
+    for part in passes(found.sketchable, pairs) if data is not None else [list(found.sketchable)]:
         profiles: dict[str, Profile] = {}
         if data is not None:
             with timed(seconds, "measure"):
@@ -274,6 +278,7 @@ def _factors(
                     part,
                     data,
                     samples=samples,
+                    channels_of=pairs,
                     gradient_samples=None if chunk else 0,
                     chunk=max(1, chunk),
                     seed=seed,
@@ -289,7 +294,7 @@ def _factors(
             for spec in progress.track(part, "decomposing", len(part)):
                 module = model.get_submodule(spec.name)
                 profile = profiles.pop(spec.name, None)
-                factors[spec.name] = decompose(module, spec, profile, seed=seed)
+                factors[spec.name] = decompose(module, spec, profile, seed=seed, pair=pairs.get(spec.name))
     return {spec.name: factors[spec.name] for spec in found.sketchable}
 
 
@@ -341,11 +346,20 @@ def solved(prepared: Prepared, budget: Budget, plan: Plan | None) -> Result:
 def _completed(plan: Plan, prepared: Prepared) -> Plan:
     """A given plan with a choice for every layer: costs and errors are this model's, not the file's.
 
-    Raises: PlanError when it asks for a rank or scheme that the layer cannot have.
+    Raises: PlanError when it asks for a rank, scheme or channels that the layer cannot have.
     """
     given = {c.layer: c for c in plan.choices}
+    counts = counts_of(plan, prepared.factors)
+    narrow = with_counts(
+        prepared.request.model,
+        prepared.factors,
+        prepared.options,
+        counts,
+        prepared.dtype_bytes,
+        seed=prepared.request.seed,
+    )
     choices = []
-    for name, options in prepared.options.items():
+    for name, options in narrow.options.items():
         choice = given.get(name)
         if choice is None or choice.is_dense:
             choices.append(changed(options[-1], reason=choice.reason if choice else "the plan leaves it dense"))

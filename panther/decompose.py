@@ -17,10 +17,12 @@ import torch
 from torch import Tensor, nn
 
 from panther import chains
+from panther.chains import CHANNELS
+from panther.columns import channels_of
 from panther.factors import Decomposed, Factors, Profile, convolve, dense_weight, mean_patch
 from panther.nn.factor import compose
 from panther.sketches import SENSITIVITY_RIDGE, SKETCHES, LowRank, Moments, Seen, with_ridge
-from panther.spec import Choice, Cost, LayerSpec
+from panther.spec import Choice, Cost, LayerSpec, Pair
 
 EXACT_UP_TO = 2048  # larger layers take the randomised sketch; an exact one of 4096 needs minutes on two cores
 PREDICTABLE = 1e-3  # a predicted error below this is mostly the ridge of the covariance, also where nothing is lost
@@ -28,12 +30,19 @@ PROBED_RANKS = 5  # ranks a scheme at which a convolution's error is measured; t
 
 
 def decompose(
-    module: nn.Module, spec: LayerSpec, profile: Profile | None, *, sketch: str = "auto", seed: int = 0
+    module: nn.Module,
+    spec: LayerSpec,
+    profile: Profile | None,
+    *,
+    sketch: str = "auto",
+    seed: int = 0,
+    pair: Pair | None = None,
 ) -> Factors:
     """Every scheme of one layer at every useful rank.
 
     sketch: a name of panther.sketches.SKETCHES, or "auto": exact up to EXACT_UP_TO features, randomised above;
     without a profile both see the weight only.
+    pair: with its neighbour, where the channels between them may become fewer; the profile needs moments of the inputs.
 
     Raises: ValueError when the weight holds NaN or infinite values.
     """
@@ -42,7 +51,14 @@ def decompose(
     known = profile if profile is not None and profile.rows > 0 else Profile(0)
     decomposer = _Decomposer(spec, weight.float().cpu(), known.seen, sketch, seed)
     schemes = {scheme: _SCHEMES[scheme](decomposer) for scheme in chains.schemes_for(spec)}
-    factors = Factors(spec, module, schemes, known)
+    if pair is not None and known.seen.inputs is None:
+        pair = None
+    factors = Factors(spec, module, schemes, known, pair)
+    if pair is not None and known.seen.inputs is not None:
+        if pair.consumer == spec.name:
+            schemes[CHANNELS] = channels_of(decomposer.weight, known.seen.inputs, known.seen.sensitivity)
+        else:
+            factors = changed(factors, inputs=known.seen.inputs)
     mean = known.mean
     if known.samples is not None:
         factors = _with_measured_errors(factors)
@@ -131,7 +147,10 @@ def _linear(of: _Decomposer) -> Decomposed:
 
 def _output_channel(of: _Decomposer) -> Decomposed:
     ranks = of.useful("output_channel")
-    low = of.low_rank(of.weight.flatten(1), of.outputs_only(), max(ranks, default=1))
+    matrix, seen = of.weight.flatten(1), of.outputs_only()
+    if of.seen.outputs is None and of.seen.inputs is not None and math.prod(of.spec.kernel_size) == 1:
+        seen = of.seen if matrix.shape[0] <= matrix.shape[1] else of.inputs_of(matrix)
+    low = of.low_rank(matrix, seen, max(ranks, default=1))
 
     def links(dense: Tensor, rank: Sequence[int]) -> tuple[Tensor, ...]:
         up, down = low.slice(dense.flatten(1), rank[0])
@@ -322,6 +341,7 @@ def candidates(
             cost=chains.chain_cost(scheme, spec, ranks, bytes_per_number, packing) + gained,
         )
         for scheme, decomposed in factors.schemes.items()
+        if scheme != CHANNELS  # their cost is that of two layers
         for packing in packings
         if packing in chains.packings_for(scheme)
         for ranks, error in zip(decomposed.ranks, decomposed.errors, strict=True)

@@ -6,16 +6,17 @@ Notation: m outputs, c input channels, k kernel positions; W (m, c, *kernel) is 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from panther.chains import CHANNELS
 from panther.nn.factor import compose
-from panther.sketches import Seen
-from panther.spec import Choice, LayerSpec
+from panther.sketches import Moments, Seen
+from panther.spec import Choice, LayerSpec, Pair
 
 _CONV: dict[str, Callable[..., Tensor]] = {"conv1d": F.conv1d, "conv2d": F.conv2d, "conv3d": F.conv3d}
 
@@ -54,9 +55,20 @@ class Factors:
     module: nn.Module  # the dense layer: its weight is read when a rank is sliced, never copied
     schemes: Mapping[str, Decomposed]
     profile: Profile
+    pair: Pair | None = None  # with its neighbour, where the channels between them may become fewer
+    inputs: Moments | None = None  # of the first layer of such a pair
+    kept: Tensor | None = None  # of a layer with fewer channels: which of the dense layer's, along `axis` of its weight
+    axis: int = 0
+    narrow: dict[int, Factors] = field(default_factory=dict)  # the layer with so many channels, as far as was asked for
+
+    def at(self, choice: Choice) -> Factors:
+        """The layer that a choice is of: this one, or with fewer channels."""
+        return self.narrow[choice.channels] if choice.channels and self.kept is None else self
 
     def slice(self, choice: Choice) -> tuple[tuple[Tensor, ...], Tensor | None]:
         """Link weights and the corrected bias (None where nothing is known and the layer has none), float32.
+
+        Of the layer with the choice's channels, which is asked for by `at`.
 
         The bias makes the mean output of the chain on the calibration data that of the dense layer.
         """
@@ -70,11 +82,28 @@ class Factors:
         return parts, shift if bias is None else bias + shift
 
     def dense_equivalent(self, choice: Choice) -> tuple[Tensor, Tensor | None]:
-        """The dense weight and bias that a choice amounts to, in the layer's dtype."""
-        parts, bias = self.slice(choice)
-        weight = dense_weight(self.module)
-        whole = compose(parts)
-        return whole.to(weight), None if bias is None else bias.to(weight)
+        """The dense weight and bias that a choice amounts to, in the layer's dtype.
+
+        Channels that are left out keep what gives them, and nothing reads them.
+        """
+        known, weight = self.at(choice), dense_weight(self.module)
+        own: Tensor | None = getattr(known.module, "bias", None)
+        if choice.scheme == CHANNELS:
+            whole, bias = dense_weight(known.module), None if own is None else own.detach()
+        else:
+            parts, bias = known.slice(choice)
+            whole = compose(parts)
+        whole, bias = whole.to(weight), None if bias is None else bias.to(weight)
+        if known.kept is None:
+            return whole, bias
+        kept = known.kept.to(weight.device)
+        if known.axis == 1:
+            return torch.zeros_like(weight).index_copy(1, kept, whole), bias
+        given: Tensor | None = getattr(self.module, "bias", None)
+        if bias is not None and given is None:
+            given = bias.new_zeros(len(weight))
+        every = None if bias is None or given is None else given.detach().index_copy(0, kept, bias)
+        return weight.index_copy(0, kept, whole), every
 
     def _mean_shift(self, weight: Tensor, parts: tuple[Tensor, ...]) -> Tensor | None:
         """Mean of (dense - chain), (m,), without biases."""

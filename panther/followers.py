@@ -1,8 +1,9 @@
-"""Neighbouring layers between which the order of channels is free, found in an FX graph.
+"""Neighbouring layers between which the channels are nobody else's, found in an FX graph.
 
-Where a layer's output reaches one other layer only, through elementwise operations alone, its channels may be stored in
-any order as long as the next layer's inputs, and a batch norm's channels between them, are stored in the same. What
-is not known to be elementwise ends the search, and so does a second reader.
+Where a layer's output reaches one other layer only, through operations that work on each channel alone, its channels
+may be stored in any order, or left out, as long as the next layer's inputs are, and so the channels of a batch norm or
+a depthwise convolution between them. What is not known to keep channels apart ends the search, and so does a second
+reader.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, fx, nn
 
+from panther.nn.narrow import NORMS, is_depthwise, sizes_of
 from panther.spec import LayerSpec, Pair
 
 # ATen operations, functions and methods by their plain names. With scalars as their other operands they work on each
@@ -35,16 +37,36 @@ ELEMENTWISE_MODULES = frozenset(
         *(nn.AlphaDropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.FeatureAlphaDropout),
     ]
 )
-NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+PADS = frozenset(["pad", "constant_pad_nd"])
+# With the number of axes that each works along.
+POOLS = {f"{kind}_pool{dims}d": dims for kind in ("avg", "max", "adaptive_avg") for dims in (1, 2, 3)}
+PAD_MODULES: dict[type[nn.Module], int] = {nn.ZeroPad1d: 1, nn.ZeroPad2d: 2, nn.ZeroPad3d: 3}
+POOL_MODULES: dict[type[nn.Module], int] = {
+    kind: dims
+    for dims, kinds in enumerate(
+        (
+            (nn.AvgPool1d, nn.MaxPool1d, nn.AdaptiveAvgPool1d),
+            (nn.AvgPool2d, nn.MaxPool2d, nn.AdaptiveAvgPool2d),
+            (nn.AvgPool3d, nn.MaxPool3d, nn.AdaptiveAvgPool3d),
+        ),
+        1,
+    )
+    for kind in kinds
+}
 
 
 @dataclass(frozen=True)
 class Role:
-    """What a node of a graph is to this search: "dense", "norm", "elementwise", "nothing" (reads no numbers) or ""."""
+    """What a node of a graph is to this search.
+
+    kind: "dense", "depthwise", "norm", "elementwise", "pool" or "pad" (along the last `dims` axes, which are positions
+    behind a convolution of as many), "nothing" (reads no numbers) or "".
+    """
 
     kind: str
     module: str = ""  # the qualified name of the module that it belongs to
     is_relu: bool = False
+    dims: int = 0  # axes of positions; of a dense node those of its kernel
 
 
 @dataclass(frozen=True)
@@ -56,22 +78,22 @@ class Found:
 
 
 def pairs(graph: fx.Graph, role_of: Callable[[fx.Node], Role]) -> list[Found]:
-    """Every dense node whose output ends, elementwise operations and batch norms apart, in one other dense node."""
+    """Every dense node whose output ends, what works on each channel alone apart, in one other dense node."""
     nodes = list(graph.nodes)
     roles = {node: role_of(node) for node in nodes}
-    uses = [role.module for role in roles.values() if role.kind in ("dense", "norm")]
+    uses = [role.module for role in roles.values() if role.kind in ("dense", "depthwise", "norm")]
     once = {module for module in uses if uses.count(module) == 1}
     found = (_follow(node, nodes[at + 1 :], roles) for at, node in enumerate(nodes) if roles[node].kind == "dense")
     return [one for one in found if one is not None and once.issuperset(_layers(one.pair))]
 
 
 def _layers(pair: Pair) -> tuple[str, ...]:
-    return (pair.producer, pair.consumer, *pair.norms)
+    return (pair.producer, pair.consumer, *pair.between)
 
 
 def _follow(producer: fx.Node, later: Sequence[fx.Node], roles: Mapping[fx.Node, Role]) -> Found | None:
     """The pair that a dense node begins, or None where anything else reads what it made."""
-    reached, norms, consumer = {producer}, [], ""
+    reached, between, consumer = {producer}, [], ""
     for node in later:
         role, read = roles[node], reached.intersection(node.all_input_nodes)
         if not read or role.kind == "nothing":
@@ -79,15 +101,22 @@ def _follow(producer: fx.Node, later: Sequence[fx.Node], roles: Mapping[fx.Node,
         only_first = node.args[:1] == tuple(read)
         if role.kind == "elementwise" and reached.issuperset(node.all_input_nodes):
             reached.add(node)
-        elif role.kind == "norm" and only_first:
+        elif role.kind in ("norm", "depthwise") and only_first:
             reached.add(node)
-            norms.append(role.module)
+            between.append(role.module)
+        elif only_first and _keeps_channels(role, roles[producer].dims):
+            reached.add(node)
         elif role.kind == "dense" and only_first and not consumer:
             consumer = role.module
         else:
             return None
-    between = frozenset(roles[node].module for node in reached if node is not producer)
-    return Found(Pair(roles[producer].module, consumer, tuple(norms)), between) if consumer else None
+    inside = frozenset(roles[node].module for node in reached if node is not producer)
+    return Found(Pair(roles[producer].module, consumer, tuple(between)), inside) if consumer else None
+
+
+def _keeps_channels(role: Role, dims: int) -> bool:
+    """Whether pooling or padding leaves the channels of a convolution over so many axes apart."""
+    return (role.kind == "pool" and role.dims == dims) or (role.kind == "pad" and 0 < role.dims <= dims)
 
 
 def rectified(graph: fx.Graph, role_of: Callable[[fx.Node], Role]) -> list[tuple[str, str]]:
@@ -144,8 +173,18 @@ def followers(
         pair, first, second = one.pair, known.get(one.pair.producer), known.get(one.pair.consumer)
         if first is None or second is None or first.kind != second.kind:
             continue
-        if all(_is_norm_of(modules, norm, first, dims) for norm in pair.norms) and _is_private(modules, one):
+        if all(_is_of_channels(modules, name, first, dims) for name in pair.between) and _is_private(modules, one):
             yield pair
+
+
+def _is_of_channels(modules: Mapping[str, nn.Module], name: str, layer: LayerSpec, dims: Mapping[str, int]) -> bool:
+    """Whether a depthwise convolution or a batch norm works along the layer's channels, and on nothing else."""
+    module = modules.get(name)
+    if module is None or not is_depthwise(module):
+        return _is_norm_of(modules, name, layer, dims)
+    registered = sum(other is module for other in modules.values())
+    plain = {"weight", "bias"}.issuperset(module._parameters) and not module._buffers
+    return registered == 1 and plain and sizes_of(module)[0] == layer.out_features
 
 
 def _is_norm_of(modules: Mapping[str, nn.Module], name: str, layer: LayerSpec, dims: Mapping[str, int]) -> bool:

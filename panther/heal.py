@@ -53,6 +53,7 @@ def heal(
     layers: Sequence[LayerSpec] = (),
     sensitivities: Mapping[str, Tensor] | None = None,
     relu_after: Mapping[str, str] | None = None,
+    narrow: Mapping[str, nn.Module] | None = None,
     seed: int = 0,
     checkpoint: str | Path | None = None,
     identity: Mapping[str, Any] | None = None,
@@ -66,6 +67,7 @@ def heal(
     relu_after: of these layers, those whose output goes into a ReLU only, with the name of the BatchNorm between ("":
         none).
     checkpoint: a file that a killed run goes on from, given the same arguments; it is removed at the end.
+    narrow: of these layers, those that have fewer channels: as they were before they were sketched.
     identity: what else must be the same for that.
 
     Raises: ValueError or TypeError for bad settings, CalibrationError for unusable data, LoadError for a checkpoint of
@@ -81,7 +83,7 @@ def heal(
         healer = _Healer(teacher, student, data, wanted, seed, shown)
         if checkpoint is not None:
             healer.checkpoint = Checkpoint(Path(checkpoint), {**healer.identity(), **(identity or {})})
-        return healer.run(layers, sensitivities or {}, relu_after or {})
+        return healer.run(layers, sensitivities or {}, relu_after or {}, narrow or {})
 
 
 @dataclass
@@ -128,7 +130,13 @@ class _Healer:
             "shapes": hashlib.sha256(shapes).hexdigest()[:16],
         }
 
-    def run(self, layers: Sequence[LayerSpec], sensitivities: Mapping[str, Tensor], gates: Mapping[str, str]) -> Healed:
+    def run(
+        self,
+        layers: Sequence[LayerSpec],
+        sensitivities: Mapping[str, Tensor],
+        gates: Mapping[str, str],
+        narrow: Mapping[str, nn.Module],
+    ) -> Healed:
         mode = self.settings.mode
         saved = None if self.checkpoint is None else self.checkpoint.saved
         if self.checkpoint is not None and saved is not None:
@@ -140,7 +148,7 @@ class _Healer:
         if mode != "none" and self._can_heal():
             self.progress.say(f"healing: {_announced(self.settings)}")
             if not _is_past(stage, "refit"):
-                self._kept_if_better("refit", lambda: self._refit(layers, sensitivities, gates))
+                self._kept_if_better("refit", lambda: self._refit(layers, sensitivities, gates, narrow))
             share = {"blocks": (1.0, 0.0), "distill": (0.0, 1.0), "auto": (0.25, 0.75)}.get(mode, (0.0, 0.0))
             if share[0] and not self.interrupted and not _is_past(stage, "blocks"):
                 self._kept_if_better("blocks", lambda: self._blocks(share[0], saved if stage == "blocks" else None))
@@ -237,7 +245,11 @@ class _Healer:
             )
 
     def _refit(
-        self, layers: Sequence[LayerSpec], sensitivities: Mapping[str, Tensor], gates: Mapping[str, str]
+        self,
+        layers: Sequence[LayerSpec],
+        sensitivities: Mapping[str, Tensor],
+        gates: Mapping[str, str],
+        narrow: Mapping[str, nn.Module],
     ) -> None:
         if not layers:
             return
@@ -249,6 +261,7 @@ class _Healer:
             layers,
             sensitivities,
             relu_after=gates,
+            narrow=narrow,
             seed=self.seed,
             progress=self.progress,
         )

@@ -2,14 +2,15 @@
 
 Linear layers: the covariance of the inputs, once for all layers that read the same tensor, or of the outputs where
 they are fewer. Convolutions: of the outputs and of the input channels, over a fixed random subset of the positions,
-and a few inputs as they are, on which the schemes are compared.
+and a few inputs as they are, on which the schemes are compared. Layers whose input channels may become fewer: of those
+as well.
 """
 
 from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -30,6 +31,7 @@ MAX_SAMPLES = 8
 GRADIENT_SAMPLES = 192  # samples that also run backward, at most
 GRADIENT_SHARE = 0.4  # of all samples: a backward pass costs about what a forward pass does
 WHOLE_BATCH = 1_000_000  # samples a backward pass: more than any batch has
+CHANNEL_ROWS = 24  # rows a channel for the covariance of channels that may become fewer: it is the largest of all
 STATISTICS_BYTES = 1_000_000_000  # more than this at once, and the layers are measured in several passes
 
 
@@ -88,6 +90,7 @@ class _Watch:
     owns_inputs: bool
     positions: int
     generator: torch.Generator
+    channels: _Accumulator | None = None  # of the inputs too, where they may become fewer
     samples: list[Tensor] = field(default_factory=list)
     picks: dict[tuple[str, int], Tensor] = field(default_factory=dict)
 
@@ -108,12 +111,17 @@ class _Watch:
         return self.picks[side, count]
 
 
-def passes(specs: Sequence[LayerSpec], limit_bytes: int = STATISTICS_BYTES) -> list[list[LayerSpec]]:
-    """The layers in groups whose statistics fit into memory together; layers that share an input stay together."""
+def passes(
+    specs: Sequence[LayerSpec], channels_of: Collection[str] = (), limit_bytes: int = STATISTICS_BYTES
+) -> list[list[LayerSpec]]:
+    """The layers in groups whose statistics fit into memory together; layers that share an input stay together.
+
+    channels_of: see `measure`.
+    """
     parts: list[list[LayerSpec]] = [[]]
     used = 0
     for group in _groups(specs):
-        need = _statistics_bytes(group)
+        need = _statistics_bytes(group) + sum(8 * s.in_features**2 for s in group if s.name in channels_of)
         if parts[-1] and used + need > limit_bytes:
             parts.append([])
             used = 0
@@ -159,6 +167,7 @@ def measure(
     batches: Iterable[Call],
     *,
     samples: int,
+    channels_of: Collection[str] = (),
     gradient_samples: int | None = None,
     chunk: int = CHUNK,
     seed: int = 0,
@@ -168,6 +177,7 @@ def measure(
     """One pass over the batches; what it saw of every layer in `specs`.
 
     samples: about how many samples the batches hold, which says how many positions of each are enough.
+    channels_of: layers whose input channels may become fewer, which takes the covariance of these channels.
     gradient_samples: how many of them also run backward (None: as many as pay); where that fails all are measured
         without.
     chunk: samples a backward pass.
@@ -180,12 +190,12 @@ def measure(
         gradient_samples = affordable_gradients(samples)
     for size in (chunk, WHOLE_BATCH) if gradient_samples > 0 else ():  # some models are written for one batch size
         try:
-            return _measure(model, specs, shown, samples, gradient_samples, size, seed)
+            return _measure(model, specs, shown, samples, gradient_samples, size, seed, channels_of)
         except _NotDifferentiableError as error:
             reason = str(error)
         # Out here the error is gone, and with it the activations and the progress bar that its traceback held.
         shown = (progress or Progress(False)).track(batches, "measuring again", total)
-    return replace(_measure(model, specs, shown, samples, 0, chunk, seed), not_differentiated=reason)
+    return replace(_measure(model, specs, shown, samples, 0, chunk, seed, channels_of), not_differentiated=reason)
 
 
 def affordable_gradients(samples: int) -> int:
@@ -205,8 +215,9 @@ def _measure(
     gradient_samples: int,
     chunk: int,
     seed: int,
+    channels_of: Collection[str],
 ) -> Measured:
-    watches = _watches(specs, samples, seed)
+    watches = _watches(specs, samples, seed, channels_of)
     context: dict[str, Any] = {"masks": {}}
     hooks = [
         model.get_submodule(w.spec.name).register_forward_hook(_hook(w, context), with_kwargs=True) for w in watches
@@ -235,7 +246,7 @@ def _measure(
     return Measured(profiles, None)
 
 
-def _watches(specs: Sequence[LayerSpec], samples: int, seed: int) -> list[_Watch]:
+def _watches(specs: Sequence[LayerSpec], samples: int, seed: int, channels_of: Collection[str]) -> list[_Watch]:
     watches = []
     for group in _groups(specs):
         by_outputs = _by_outputs(group) or group[0].kind != "linear"
@@ -244,6 +255,7 @@ def _watches(specs: Sequence[LayerSpec], samples: int, seed: int) -> list[_Watch
         mean = shared or _Accumulator(products=False)
         for index, spec in enumerate(group):
             is_conv = spec.kind != "linear"
+            has_inputs = wants_inputs or (is_conv and math.prod(spec.kernel_size) > 1)
             watches.append(
                 _Watch(
                     spec,
@@ -253,6 +265,7 @@ def _watches(specs: Sequence[LayerSpec], samples: int, seed: int) -> list[_Watch
                     index == 0,
                     _positions(spec, samples),
                     torch.Generator().manual_seed(seed),
+                    _Accumulator() if spec.name in channels_of and not has_inputs else None,
                 )
             )
     return watches
@@ -269,12 +282,25 @@ def _hook(watch: _Watch, context: dict[str, Any]) -> Any:
     @torch.no_grad()
     def see(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
         given = args[0] if args else kwargs["input"]
+        if watch.channels is not None and watch.channels.rows < CHANNEL_ROWS * watch.spec.in_features:
+            watch.channels.add(_channel_rows(watch.spec, given, context["masks"]))
         if watch.spec.kind == "linear":
             _see_linear(watch, given, output, context["masks"])
         else:
             _see_conv(watch, given, output)
 
     return see
+
+
+def _channel_rows(spec: LayerSpec, given: Tensor, masks: dict[tuple[int, ...], Tensor]) -> Tensor:
+    """The inputs of a linear layer or a 1 x 1 convolution, (rows, channels): a part of them where there are many."""
+    dims = len(spec.kernel_size)
+    if not dims:
+        rows = masked_rows(given, masks)
+    else:
+        batched = given if given.dim() > 1 + dims else given.unsqueeze(0)
+        rows = _read_by_a_point(batched, spec).movedim(1, -1).reshape(-1, spec.in_features)
+    return rows[:: max(1, len(rows) // spec.in_features)]
 
 
 def _see_linear(watch: _Watch, given: Tensor, output: Tensor, masks: dict[tuple[int, ...], Tensor]) -> None:
@@ -373,7 +399,8 @@ def _moments(sums: _Accumulator | None, seen: dict[int, Moments | None]) -> Mome
 
 
 def _profile(watch: _Watch, seen: dict[int, Moments | None], sensitivity: Tensor | None) -> Profile:
-    inputs, outputs = _moments(watch.inputs, seen), _moments(watch.outputs, seen)
+    inputs = _moments(watch.inputs if watch.channels is None else watch.channels, seen)
+    outputs = _moments(watch.outputs, seen)
     for moments in (inputs, outputs):
         if moments is not None and not bool(torch.isfinite(moments.covariance).all()):
             raise CalibrationError(

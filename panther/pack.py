@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from panther import chains
 from panther.nn import PIVOTED, PivotedLayer, SketchedLayer, SKLinear, SKPivotedLinear
+from panther.nn.narrow import NUMBERS
 from panther.nn.surgery import inherit, put_layers
 from panther.spec import Choice, Pair, Plan
 
@@ -82,8 +83,8 @@ def _absorb(model: nn.Module, pair: Pair) -> None:
         producer.reorder_outputs(index)
     else:
         _reorder(_outputs_of(producer), index)
-    for norm in pair.norms:
-        of_channels = (getattr(model.get_submodule(norm), n) for n in ("weight", "bias", "running_mean", "running_var"))
+    for name in pair.between:
+        of_channels = (getattr(model.get_submodule(name), number, None) for number in NUMBERS)
         _reorder([(tensor, 0) for tensor in of_channels if tensor is not None], index)
     if isinstance(consumer, PivotedLayer):
         consumer.reorder_inputs(index)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from dataclasses import replace as changed
 from functools import cached_property
 from typing import Any, cast
@@ -13,6 +13,7 @@ from typing import Any, cast
 from torch import nn
 
 from panther.batches import Calibration, inference, run
+from panther.channels import Narrow, narrow, share_for
 from panther.errors import PantherError, one_line
 from panther.factors import Factors
 from panther.heal import heal
@@ -73,6 +74,8 @@ class Prepared:
     dtype_bytes: Mapping[str, int]
     seconds: dict[str, float]  # per stage
     notes: tuple[str, ...]
+    # By the share of the weights that channels leave, and whether the options have their milliseconds.
+    narrow: dict[tuple[float, bool], Narrow] = field(default_factory=dict)
 
     @cached_property
     def importances(self) -> Mapping[str, Importance]:
@@ -94,8 +97,48 @@ class Prepared:
                 progress=self.request.progress,
             )
 
-    def options_for(self, budget: Budget) -> Mapping[str, Sequence[Choice]]:
+    def options_for(self, budget: Budget, start: Plan | None = None) -> Mapping[str, Sequence[Choice]]:
+        """The options of all layers: those that `start` was chosen from, where that has fewer channels."""
+        if start is not None and any(choice.channels for choice in start.choices):
+            for found in self.narrow.values():
+                if all(c.kind in {option.kind for option in found.options[c.layer]} for c in start.choices):
+                    return found.options
         return self.options if budget.latency_ms is None else self.timed_options
+
+    def narrow_for(self, budget: Budget, kept: float) -> Narrow | None:
+        """The layers with fewer channels for a budget that keeps this share; None where that is not worth a try.
+
+        It is not where nothing tells which channels matter, and where ranks are to be uniform or are the user's own.
+        """
+        share = share_for(kept)
+        if share is None or self.request.search not in ("sensitivity", "tuned") or not self.reference.is_comparable:
+            return None
+        is_timed = budget.latency_ms is not None
+        if (share, is_timed) not in self.narrow:
+            with timed(self.seconds, "channels"):
+                found = narrow(
+                    self.request.model,
+                    self.factors,
+                    self.options,
+                    self.importances,
+                    share,
+                    self.dtype_bytes,
+                    seed=self.request.seed,
+                    progress=self.request.progress,
+                )
+            if found is None:
+                return None
+            self.narrow[share, is_timed] = changed(found, options=self._timed(found)) if is_timed else found
+        return self.narrow[share, is_timed]
+
+    def _timed(self, found: Narrow) -> Mapping[str, Sequence[Choice]]:
+        """Layers that are as before keep the times that they have."""
+        new = {name: options for name, options in found.options.items() if options[-1].channels}
+        with timed(self.seconds, "time layers"):
+            times = with_latency(
+                new, found.factors, build=self.layer, medians=medians_in_turn, progress=self.request.progress
+            )
+        return {**self.timed_options, **times}
 
     def divergence(self, choices: Sequence[Choice]) -> float:
         """What a whole plan does to the model's output on the reference samples."""
@@ -104,7 +147,7 @@ class Prepared:
     def layer(self, choice: Choice) -> nn.Module:
         """One layer as it runs in the end."""
         has_follower = any(pair.producer == choice.layer for pair in self.found.followers)
-        return packed(sketched_layer(self.factors[choice.layer], choice), choice, has_follower=has_follower)
+        return packed(sketched_layer(self.factors[choice.layer].at(choice), choice), choice, has_follower=has_follower)
 
     def build(self, plan: Plan, notes: list[str] | None = None) -> nn.Module:
         """The model of a plan, unhealed and run once: replaced, then packed.
@@ -141,6 +184,7 @@ class Prepared:
             layers=[spec for spec in self.found.sketchable if spec.name in sketched],
             sensitivities={name: matrix for name, matrix in seen.items() if matrix is not None},
             relu_after=dict(self.found.rectified),
+            narrow={c.layer: self.factors[c.layer].at(c).module for c in plan.sketched if c.channels},
             seed=self.request.seed,
             checkpoint=self.request.checkpoint,
             identity={"plan": _unmeasured(plan).to_json()},

@@ -2,25 +2,41 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 
 from torch import nn
 
+from panther.chains import CHANNELS
+from panther.channels import modules_between
 from panther.factors import Factors
 from panther.nn import SKETCHED
+from panther.nn.narrow import DENSE_SIZES, is_narrowed
 from panther.nn.surgery import as_plain, with_layers
 from panther.spec import Choice, Plan
 
 
 def replace(model: nn.Module, factors: Mapping[str, Factors], plan: Plan) -> nn.Module:
-    """A copy of the model with every layer that the plan sketches replaced; the model itself is not touched."""
-    layers = {choice.layer: sketched_layer(factors[choice.layer], choice) for choice in plan.sketched}
+    """A copy of the model with every layer that the plan sketches or narrows replaced; the model is not touched."""
+    layers: dict[str, nn.Module] = {}
+    for choice in plan.sketched:
+        known = factors[choice.layer].at(choice)
+        layers[choice.layer] = sketched_layer(known, choice)
+        layers.update(modules_between(model, known) if choice.channels else ())
     return with_layers(model, layers)
 
 
 def sketched_layer(factors: Factors, choice: Choice) -> nn.Module:
-    """One sketched layer with the dense layer's dtype, device and geometry."""
+    """One sketched layer with the dense layer's dtype, device and geometry; a dense one where channels are fewer.
+
+    factors: of the layer with the choice's channels.
+    """
+    if choice.scheme == CHANNELS:
+        return copy.deepcopy(factors.module)
     parts, bias = factors.slice(choice)
     kind = next(dense for dense in SKETCHED if isinstance(factors.module, dense))
     # A subclass that capture offers computes what its parent does, and becomes what its parent would.
-    return SKETCHED[kind].from_factors(as_plain(factors.module, kind), choice.scheme, parts, bias)
+    layer = SKETCHED[kind].from_factors(as_plain(factors.module, kind), choice.scheme, parts, bias)
+    if is_narrowed(factors.module):
+        vars(layer)[DENSE_SIZES] = vars(factors.module)[DENSE_SIZES]
+    return layer

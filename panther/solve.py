@@ -8,12 +8,12 @@ from typing import Any, NamedTuple, cast
 
 from torch import nn
 
-from panther.allocate import allocate, with_layer_latency
-from panther.allocators.base import total
+from panther.allocate import allocate, is_met, with_layer_latency
+from panther.allocators.base import Options, total
 from panther.errors import one_line
 from panther.limits import held_by_the_whole, smallest_within_drop
 from panther.prepared import Prepared, timed
-from panther.spec import Budget, Healed, Measured, Plan, Target, Tuning
+from panther.spec import Budget, Cost, Healed, Measured, Plan, Target, Tuning
 from panther.trials import tuned_plan
 from panther.verify import metric
 
@@ -45,6 +45,16 @@ def search_plan(prepared: Prepared, budget: Budget, target: Target, notes: list[
         return Found(tuned[0], target, seconds, tuned[1])
 
     def solve(wanted: Target) -> Plan:
+        plan = allocated(options, wanted)
+        narrow = prepared.narrow_for(budget, _kept(wanted, layers))
+        if narrow is None:
+            return plan
+        other = allocated(narrow.options, wanted)
+        if is_met(plan, wanted) and not is_met(other, wanted):
+            return plan
+        return min(plan, other, key=lambda one: prepared.divergence(one.choices))
+
+    def allocated(options: Options, wanted: Target) -> Plan:
         with timed(seconds, "allocate"):
             return allocate(
                 options,
@@ -68,6 +78,11 @@ def search_plan(prepared: Prepared, budget: Budget, target: Target, notes: list[
 
     target = with_layer_latency(target, layers.latency_ms, dense.latency_ms or 0.0)
     return found(*held_by_the_whole(target, dense, layers, solve, measured))
+
+
+def _kept(wanted: Target, dense: Cost) -> float:
+    """The share of the dense layers that the tightest limit leaves."""
+    return min((limit / max(getattr(dense, name), 1e-9) for name, limit in wanted.limits().items()), default=1.0)
 
 
 def _smallest(

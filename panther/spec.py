@@ -95,12 +95,13 @@ class LayerSpec:
 class Pair:
     """Two layers of which the second reads all that the first writes, channel by channel, and nobody else does.
 
-    Only elementwise operations and the batch norms in `norms` lie between, so the channels may change places together.
+    Only what works on each channel alone lies between: elementwise operations, pooling, and the batch norms and
+    depthwise convolutions named in `between`. So the channels may change places, and some of them be left out.
     """
 
     producer: str
     consumer: str
-    norms: tuple[str, ...] = ()
+    between: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -159,7 +160,10 @@ class Cost:
 
 @dataclass(frozen=True)
 class Choice:
-    """What becomes of one layer: a scheme and its ranks, or "dense" with the reason."""
+    """What becomes of one layer: a scheme and its ranks, or "dense" with the reason.
+
+    The scheme "channels" is a dense layer with fewer inputs or outputs; with `channels`, the others are of that layer.
+    """
 
     layer: str
     scheme: str = "dense"
@@ -169,15 +173,16 @@ class Choice:
     error: float = 0.0  # predicted: see LayerReport
     cost: Cost = Cost()
     reason: str = ""
+    channels: int = 0  # of those to or from its neighbour, how many are left; 0: all
 
     @property
     def is_dense(self) -> bool:
         return self.scheme == "dense"
 
     @property
-    def kind(self) -> tuple[str, tuple[int, ...], str]:
+    def kind(self) -> tuple[str, tuple[int, ...], str, int]:
         """What tells one option of a layer from another."""
-        return self.scheme, self.ranks, "dense" if self.is_dense else self.packing
+        return self.scheme, self.ranks, "dense" if self.is_dense else self.packing, self.channels
 
 
 def _number(value: object) -> object:
@@ -592,6 +597,7 @@ class LayerReport:
     after: Cost
     reason: str = ""  # why it stayed dense
     packing: str = "dense"  # how its factors are stored: see Choice
+    channels: int = 0  # that are left between it and its neighbour; 0: all
 
 
 @dataclass(frozen=True)

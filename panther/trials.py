@@ -82,10 +82,13 @@ def can_score(prepared: Prepared) -> bool:
     return prepared.request.eval_fn is not None or prepared.reference.is_comparable
 
 
-def problem_for(prepared: Prepared, budget: Budget, target: Target) -> Problem:
-    """What the tuned search divides: `target` as the sensitivity plan was made for it."""
+def problem_for(prepared: Prepared, budget: Budget, target: Target, start: Plan | None = None) -> Problem:
+    """What the tuned search divides: `target` as the sensitivity plan `start` was made for it."""
     importances = prepared.importances
-    return problem_of(prepared.options_for(budget), target, lambda layer, error: importances[layer].divergence(error))
+    dense = total([choices[-1] for choices in prepared.options.values()]).params
+    return problem_of(
+        prepared.options_for(budget, start), target, lambda layer, error: importances[layer].divergence(error), dense
+    )
 
 
 def tuned_plan(
@@ -106,12 +109,11 @@ def tuned_plan(
     if not can_score(prepared):
         notes.append("the model gives no numbers to compare and there is no eval_fn: the sensitivity plan was taken")
         return start, None
-    problem, score, begin = problem_for(prepared, budget, target), Scored(prepared), time.perf_counter()
+    problem, score, begin = problem_for(prepared, budget, target, start), Scored(prepared), time.perf_counter()
     count = TRIALS if request.n_trials is None else request.n_trials
     smallest = None
     if not budget.limits_size:
-        dense = total([choices[-1] for choices in problem.options.values()]).params
-        smallest = Smallest(prepared.dense.metric, target.max_drop or 0.0, dense)
+        smallest = Smallest(prepared.dense.metric, target.max_drop or 0.0, problem.dense_params)
     with timed(seconds, "search"), _journal(prepared, problem, budget, count) as record:
         search = tune(
             problem,
@@ -213,7 +215,7 @@ def _tell(record: Record, trial: Trial, say: Callable[[str], None]) -> None:
 def _report(
     problem: Problem, search: Search, best: Tried, score: Scored, seconds: float, *, is_smallest: bool
 ) -> Tuning:
-    dense = total([choices[-1] for choices in problem.options.values()]).params
+    dense = problem.dense_params
 
     def row(tried: Tried) -> TrialReport:
         trial = tried.trial

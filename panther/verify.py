@@ -17,8 +17,9 @@ import tempfile
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from dataclasses import replace as changed
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -27,9 +28,10 @@ from torch.profiler import ProfilerActivity, profile
 from panther.answers import class_scores, is_classifier, last_dense_call
 from panther.batches import Call, device_of, float_outputs, inference, masked_rows, run
 from panther.build_info import build_info
-from panther.chains import chain_cost, dense_cost
+from panther.chains import CHANNELS, chain_cost, dense_cost
 from panther.errors import CalibrationError, one_line
 from panther.nn import SketchedLayer
+from panther.nn.narrow import is_narrowed, sizes_of
 from panther.sizes import file_bytes, model_params, stored_tensors, tensor_bytes
 from panther.spec import (
     Capture,
@@ -267,7 +269,9 @@ def figures(
 def layer_report(spec: LayerSpec, choice: Choice | None, compressed: nn.Module) -> LayerReport:
     """The row of one layer; sizes and ranks are those of the layer in the compressed model, not those of the plan."""
     before = dense_cost(spec, getattr(torch, spec.dtype).itemsize)
-    layer = compressed.get_submodule(spec.name) if spec.can_be_sketched else None
+    layer = compressed.get_submodule(spec.name) if spec.can_be_sketched or spec.groups > 1 else None
+    if layer is not None and is_narrowed(layer) and not isinstance(layer, SketchedLayer):
+        return _narrowed_report(spec, choice, layer, before)
     if not isinstance(layer, SketchedLayer):
         reason = "; ".join(spec.blockers) or (choice.reason if choice else "") or "the plan leaves it dense"
         return LayerReport(spec.name, spec.kind, spec.shape, "dense", (), 0, 1.0, 0.0, before, before, reason)
@@ -284,7 +288,39 @@ def layer_report(spec: LayerSpec, choice: Choice | None, compressed: nn.Module) 
         before=before,
         after=after,
         packing=layer.PACKING,
+        channels=_channels(spec, layer),
     )
+
+
+def _narrowed_report(spec: LayerSpec, choice: Choice | None, layer: nn.Module, before: Cost) -> LayerReport:
+    """The row of a layer that has fewer channels than it had; its rank is their number."""
+    weight = cast(Tensor, layer.weight)
+    gained = [] if spec.has_bias or layer.bias is None else [cast(Tensor, layer.bias)]
+    numbers = [weight, *gained]
+    flops = 2 * spec.rows * weight.numel()
+    after = Cost(sum(t.numel() for t in numbers), flops, sum(map(tensor_bytes, numbers)))
+    return LayerReport(
+        name=spec.name,
+        kind=spec.kind,
+        shape=spec.shape,
+        scheme=CHANNELS,
+        ranks=(_channels(spec, layer),),
+        terms=0,
+        kept=after.params / spec.params,
+        error=0.0 if choice is None else choice.error,
+        before=before,
+        after=after,
+        packing="dense",
+        channels=_channels(spec, layer),
+    )
+
+
+def _channels(spec: LayerSpec, layer: nn.Module) -> int:
+    """How many of the channels to or from its neighbour are left; 0: all."""
+    if not is_narrowed(layer):
+        return 0
+    inputs, outputs = sizes_of(layer)
+    return inputs if outputs == spec.out_features else outputs
 
 
 def _stored_cost(spec: LayerSpec, layer: SketchedLayer) -> Cost:
@@ -293,7 +329,9 @@ def _stored_cost(spec: LayerSpec, layer: SketchedLayer) -> Cost:
     The order of its channels counts among them as far as the layer still stores it.
     """
     counted = [tensor for name, tensor in stored_tensors(layer).items() if name != layer.BIAS or not spec.has_bias]
-    flops = chain_cost(layer.scheme, spec, layer.ranks, 1, layer.PACKING).flops
+    inputs, outputs = sizes_of(layer)
+    now = changed(spec, in_features=inputs, out_features=outputs)
+    flops = chain_cost(layer.scheme, now, layer.ranks, 1, layer.PACKING).flops
     return Cost(sum(t.numel() for t in counted), flops, sum(map(tensor_bytes, counted)))
 
 

@@ -67,6 +67,7 @@ class Problem:
     divergence: Divergence
     groups: Mapping[str, tuple[str, ...]]  # knob -> layers
     places: Mapping[str, float]
+    dense_params: int  # of the layers that nothing was done to: what shares are of
     known: dict[Target, list[Choice]] = field(default_factory=dict, repr=False, compare=False)  # uniform plans
 
     def even(self, target: Target) -> list[Choice]:
@@ -120,9 +121,11 @@ def tuned(options: Options, target: Target, *, divergence: Divergence, evaluate:
 # Knobs ----------------------------------------------------------------------------------------------------------------
 
 
-def problem_of(options: Options, target: Target, divergence: Divergence) -> Problem:
+def problem_of(options: Options, target: Target, divergence: Divergence, dense_params: int | None = None) -> Problem:
+    """dense_params: of the layers that nothing was done to, where the last option of some is not that layer."""
     layers = [name for name, choices in options.items() if len(choices) > 1]
-    return Problem(options, target, divergence, _coarse(layers, options), _places(layers))
+    dense = total([choices[-1] for choices in options.values()]).params if dense_params is None else dense_params
+    return Problem(options, target, divergence, _coarse(layers, options), _places(layers), dense)
 
 
 def space_of(problem: Problem) -> Space:
@@ -140,8 +143,7 @@ def plan_of(problem: Problem, params: Params) -> list[Choice]:
     """
     target = problem.target
     if "kept" in params:
-        dense = total([choices[-1] for choices in problem.options.values()])
-        target = Target(params=int(params["kept"] * dense.params + ROUNDING))
+        target = Target(params=int(params["kept"] * problem.dense_params + ROUNDING))
     even = problem.even(target)
     floor, power = params.get("floor", 0.0), params.get("power", 1.0)
     if floor >= 1:

@@ -21,6 +21,7 @@ from panther.healers.lockstep import Arrival, LeftStepError, Lockstep
 from panther.healers.losses import tensor_loss
 from panther.healers.training import Limits, Progressed, Task, train
 from panther.nn import SketchedLayer
+from panther.nn.narrow import CONVOLUTIONS, is_narrowed
 
 Lists = (nn.ModuleList, nn.ModuleDict)  # which never run themselves
 Containers = (*Lists, nn.Sequential)
@@ -36,7 +37,7 @@ def find_blocks(model: nn.Module) -> list[str]:
 
 
 def _blocks(module: nn.Module, name: str) -> Iterator[str]:
-    if isinstance(module, SketchedLayer):
+    if is_replaced(module):
         yield name
         return
     for child_name, child in module.named_children():
@@ -49,8 +50,13 @@ def _blocks(module: nn.Module, name: str) -> Iterator[str]:
             yield from _blocks(child, path)
 
 
+def is_replaced(module: nn.Module) -> bool:
+    """Whether compression put a layer here: a sketched one, or a matrix that has fewer channels than it had."""
+    return isinstance(module, SketchedLayer) or (is_narrowed(module) and isinstance(module, (nn.Linear, *CONVOLUTIONS)))
+
+
 def _holds_sketched(module: nn.Module) -> bool:
-    return any(isinstance(m, SketchedLayer) for m in module.modules())
+    return any(is_replaced(m) for m in module.modules())
 
 
 def _holds_a_list(module: nn.Module) -> bool:

@@ -16,10 +16,9 @@ from torch import Tensor, nn
 
 from panther.answers import is_classifier, last_dense_call
 from panther.batches import Call, device_of, float_outputs, run
-from panther.healers.blocks import find_blocks, gradients_for, has_module, trainable
+from panther.healers.blocks import find_blocks, gradients_for, has_module, is_replaced, trainable
 from panther.healers.losses import answer_loss, held_out_loss, tensor_loss
 from panther.healers.training import Limits, Progressed, Task, train
-from panther.nn import SketchedLayer
 
 # Weights of the mean loss of what comes out of the blocks, beside the answers' 1. MiniLM, half the FLOPs, held-out loss
 # of the answers after 150 equal steps: .132, .120, .118 and .116 at .2, 1, 3 and 10. A single layer says less of what
@@ -92,7 +91,7 @@ def distill(
     (again in every epoch where its answers would take more than CACHED_BYTES).
     """
     names = [n for n in find_blocks(student) if n and has_module(teacher, n)]
-    shares = {n: LAYER_SHARE if isinstance(student.get_submodule(n), SketchedLayer) else BLOCK_SHARE for n in names}
+    shares = {n: LAYER_SHARE if is_replaced(student.get_submodule(n)) else BLOCK_SHARE for n in names}
     dense, own = _Watched(teacher, names), _Watched(student, names)
     classifies = _classifies(teacher, held_out[0] if held_out else calls[0])
     cache = _Cache(dense, calls)

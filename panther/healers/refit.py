@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from dataclasses import replace as changed
 from typing import Any, cast
 
 import torch
@@ -23,6 +24,7 @@ from panther.batches import Call, masked_rows
 from panther.factors import dense_weight
 from panther.healers.lockstep import Arrival, LeftStepError, Lockstep, in_precision
 from panther.nn import SketchedLayer
+from panther.nn.narrow import sizes_of
 from panther.progress import Progress
 from panther.sketches import with_ridge
 from panther.spec import LayerSpec
@@ -35,6 +37,7 @@ RIDGE = 0.03
 SENSITIVITY_RIDGE = 0.2
 HELD_OUT_EVERY = 8  # one call in so many is not fitted to, and decides whether the new factors stay
 ROWS_PER_FEATURE = 64  # rows that are fitted to: more change nothing
+NARROW_ROWS = 24  # the same for a layer with fewer channels, whose inputs are the widest
 MOST_FEATURES = 4096  # a Gram matrix of more costs more than it gives
 MOST_NUMBERS = 100_000_000  # in the rows that the last link of a convolution is fitted to
 RELU_ROUNDS = 3  # of solving and setting the target anew
@@ -88,6 +91,7 @@ def refit(
     sensitivities: Mapping[str, Tensor],
     *,
     relu_after: Mapping[str, str] | None = None,
+    narrow: Mapping[str, nn.Module] | None = None,
     seed: int = 0,
     progress: Progress | None = None,
 ) -> Refitted:
@@ -99,6 +103,8 @@ def refit(
         all outputs alike.
     relu_after: layers whose output goes into a ReLU only, which has to be right only where that lets it pass; with the
         name of the BatchNorm between, or "".
+    narrow: layers that have fewer channels, as they were before they were sketched. What such a layer makes of the
+        student's input stands for what the dense one would.
 
     Raises: LeftStepError when the calls run through different layers, or through one twice.
     Source: sequential reduced-rank regression as in AA-SVD; the nonlinear target of Zhang et al., TPAMI 38 (2016).
@@ -120,8 +126,13 @@ def refit(
             if name in accepted or name in kept:  # the second inputs would undo what the first ones gave
                 raise LeftStepError(f"{name} runs more than once in some batches")
             bar(len({*accepted, *kept}) / len(specs), name)
-            gate = gate_of(teacher, norms[name], by_name[name]) if name in norms else None
-            layer = _Layer(by_name[name], teacher, student, sensitivities.get(name), gate, seed)
+            spec, own_layer = by_name[name], cast(SketchedLayer, student.get_submodule(name))
+            gate = gate_of(teacher, norms[name], spec) if name in norms else None
+            dense_layer, local = teacher.get_submodule(name), (narrow or {}).get(name)
+            known = sensitivities.get(name)
+            layer = _Layer(spec, dense_layer, own_layer, dense_layer if local is None else local, known, gate, seed)
+            if local is not None and sizes_of(local)[1] < spec.out_features:  # only part of the outputs is wanted
+                layer = changed(layer, dense=local, sensitivity=None, gate=None)
             reason = _refit_layer(layer, calls, dense.arrivals, own.arrivals)
             if reason is None:
                 accepted.append(name)
@@ -178,19 +189,17 @@ class _Layer:
     """One layer in both models, and what is known of it."""
 
     spec: LayerSpec
-    teacher: nn.Module
-    student: nn.Module
+    dense: nn.Module
+    sketched: SketchedLayer  # or a dense one that has fewer channels
+    local: nn.Module  # what stands for the dense layer on the student's inputs: it reads as many
     sensitivity: Tensor | None
     gate: Gate | None
     seed: int
 
     @property
-    def dense(self) -> nn.Module:
-        return self.teacher.get_submodule(self.spec.name)
-
-    @property
-    def sketched(self) -> SketchedLayer:
-        return cast(SketchedLayer, self.student.get_submodule(self.spec.name))
+    def is_narrowed(self) -> bool:
+        """Whether the student's layer is a dense one with fewer channels, which is solved for as a matrix."""
+        return not isinstance(self.sketched, SketchedLayer)
 
     @property
     def is_pointwise(self) -> bool:
@@ -203,8 +212,10 @@ class _Layer:
 
 def _refit_layer(layer: _Layer, calls: Sequence[Call], dense: Sequence[Arrival], own: Sequence[Arrival]) -> str | None:
     """New factors for one layer; the reason when it keeps those it has."""
-    solvers = [_solve_pointwise] if layer.is_pointwise and layer.spec.fan_in <= MOST_FEATURES else []
-    if layer.gate is not None or not solvers:
+    solvers: list[Callable[[_Layer, Sequence[_Pair]], str | None]] = []
+    if layer.is_pointwise and layer.spec.fan_in <= MOST_FEATURES:
+        solvers.append(_solve_narrowed if layer.is_narrowed else _solve_pointwise)
+    if not layer.is_narrowed and (layer.gate is not None or not solvers):
         solvers.append(_solve_last_link)
     checked = [i for i in range(len(calls)) if i % HELD_OUT_EVERY == HELD_OUT_EVERY - 1] if len(calls) > 1 else [0]
     checked = checked or [len(calls) - 1]
@@ -287,18 +298,45 @@ def _rows(layer: _Layer, call: Call, *tensors: Tensor, enough: int) -> list[Tens
 # --- one matrix for every row: reduced-rank regression ---------------------------------------------------------------
 
 
-def _solve_pointwise(layer: _Layer, pairs: Sequence[_Pair]) -> str | None:
-    n = layer.spec.fan_in
+def _products(layer: _Layer, pairs: Sequence[_Pair], rows_per_feature: int) -> _Products:
     products = _Products()
-    enough = max(64, math.ceil(ROWS_PER_FEATURE * n / len(pairs)))
+    enough = max(64, math.ceil(rows_per_feature * layer.spec.fan_in / len(pairs)))
     for call, x, h in pairs:
         both = (_channels_last(layer, _read(layer, arrival.first)) for arrival in (x, h))
         products.add(*_rows(layer, call, *both, enough=enough))
+    return products
+
+
+def _solve_narrowed(layer: _Layer, pairs: Sequence[_Pair]) -> str | None:
+    """The matrix for the channels that are left, of a layer that reads or gives fewer."""
+    products = _products(layer, pairs, NARROW_ROWS)
+    if products.rows == 0:
+        return "no row of the calibration data reaches it"
+    narrow: Any = layer.sketched
+    weight, now = (dense_weight(module).flatten(1).double().cpu() for module in (layer.dense, layer.local))
+    own, cross = products.covariances()
+    ridge = RIDGE * (float(own.diagonal().mean()) or 1.0) * torch.eye(len(own), dtype=torch.float64)
+    target = (1 - ANCHOR) * now @ own + ANCHOR * weight @ cross + now @ ridge
+    solved = torch.cholesky_solve(target.T, with_ridge(own + ridge, 0.0)).T
+    mean_x, mean_h = products.means()
+    bias = weight @ mean_x - solved @ mean_h
+    if layer.dense.bias is not None:
+        bias = bias + cast(Tensor, layer.dense.bias).detach().double().cpu()
+    if narrow.bias is None or not all(bool(torch.isfinite(t).all()) for t in (solved, bias)):
+        return "the regression gave values that are not finite, or it has no bias to correct"
+    narrow.weight.data.copy_(solved.reshape(narrow.weight.shape))
+    narrow.bias.data.copy_(bias)
+    return None
+
+
+def _solve_pointwise(layer: _Layer, pairs: Sequence[_Pair]) -> str | None:
+    products = _products(layer, pairs, ROWS_PER_FEATURE)
     if products.rows == 0:
         return "no row of the calibration data reaches it"
     weight = dense_weight(layer.dense).flatten(1).double().cpu()
     rank = layer.sketched.rank
-    up, down = regression(weight, *products.covariances(), layer.sensitivity, rank)
+    local = None if layer.local is layer.dense else dense_weight(layer.local).flatten(1).double().cpu()
+    up, down = regression(weight, *products.covariances(), layer.sensitivity, rank, local=local)
     mean_x, mean_h = products.means()
     bias = weight @ mean_x - up @ (down @ mean_h)
     own = getattr(layer.dense, "bias", None)
@@ -314,18 +352,30 @@ def _read(layer: _Layer, given: Tensor) -> Tensor:
 
 
 def regression(
-    weight: Tensor, own: Tensor, cross: Tensor, sensitivity: Tensor | None, rank: int
+    weight: Tensor,
+    own: Tensor,
+    cross: Tensor,
+    sensitivity: Tensor | None,
+    rank: int,
+    *,
+    local: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The factors of least ||G^1/2 (W ((1 - a) h + a x) - up down h)||^2, ridged towards W; a is ANCHOR.
+
+    local: (m, n) what stands for W on the student's inputs, of which there may be fewer than W reads.
 
     Shapes: weight (m, n), own = E[h h^T] (n, n), cross = E[x h^T] (n, n) -> up (m, rank), down (rank, n); float64.
     Raises: torch.linalg.LinAlgError when the products are not finite.
     """
-    m, n = weight.shape
+    m, n = len(weight), len(own)
     scale = float(own.diagonal().mean())
     ridge = RIDGE * (scale if scale > 0 else 1.0) * torch.eye(n, dtype=torch.float64)
-    target = (1 - ANCHOR) * own + ANCHOR * cross + ridge  # W target = E[y h^T], ridged
     lower = with_ridge(own + ridge, 0.0)
+    if local is not None:
+        of_outputs = sensitivity is not None and len(sensitivity) == m
+        metric = with_ridge(sensitivity.double(), SENSITIVITY_RIDGE) if sensitivity is not None and of_outputs else None
+        return _truncated(local @ ((1 - ANCHOR) * own + ridge) + ANCHOR * weight @ cross, lower, metric, rank)
+    target = (1 - ANCHOR) * own + ANCHOR * cross + ridge  # W target = E[y h^T], ridged
     if m <= n:
         metric = None if sensitivity is None else with_ridge(sensitivity.double(), SENSITIVITY_RIDGE)
         left, right = _truncated(weight @ target, lower, metric, rank)
@@ -445,7 +495,7 @@ def _output_rows(layer: _Layer, call: Call, x: Arrival, h: Arrival, *, enough: i
 
 def _wanted(layer: _Layer, x: Arrival, h: Arrival) -> Tensor:
     """What should come out of the layer: see ANCHOR."""
-    target: Tensor = (1 - ANCHOR) * h.run(layer.dense) + ANCHOR * x.run(layer.dense)
+    target: Tensor = (1 - ANCHOR) * h.run(layer.local) + ANCHOR * x.run(layer.dense)
     return target
 
 

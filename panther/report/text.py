@@ -9,7 +9,7 @@ from rich import box
 from rich.console import Console, RenderableType
 from rich.table import Table
 
-from panther.chains import PIVOTED
+from panther.chains import CHANNELS, PIVOTED
 from panther.spec import Figures, Healed, LayerReport, LimitReport, Report, Tuning
 
 WIDTH = 110
@@ -35,7 +35,9 @@ def _parts(report: Report) -> Iterator[RenderableType]:
     yield f"target: {report.target}" if report.target else "target: none"
     yield "budget met: " + ("yes" if report.budget_met else "NO - this is the best that was found")
     yield from map(_limit, report.limits)
-    yield f"{len(sketched)} of {len(report.layers)} dense layers are sketched (found by {report.capture_way})"
+    fewer = sum(row.channels > 0 for row in sketched)
+    how = f", {fewer} of them with fewer channels" if fewer else ""
+    yield f"{len(sketched)} of {len(report.layers)} dense layers are smaller{how} (found by {report.capture_way})"
     yield ""
     if sketched:
         yield _sketched(sketched)
@@ -86,7 +88,7 @@ def _sketched(rows: Sequence[LayerReport]) -> Table:
         table.add_row(
             row.name,
             row.shape,
-            f"{row.scheme}, {row.packing}" if row.packing == PIVOTED else row.scheme,
+            ", ".join(_how(row)),
             f"{100 * row.kept:.1f} %",
             " x ".join(map(str, row.ranks)),
             str(row.terms),
@@ -94,6 +96,15 @@ def _sketched(rows: Sequence[LayerReport]) -> Table:
             f"{_millions(row.before.flops)} -> {_millions(row.after.flops)}",
         )
     return table
+
+
+def _how(row: LayerReport) -> Iterator[str]:
+    """What was done to a layer; one that only has fewer channels shows them as its rank."""
+    yield row.scheme
+    if row.packing == PIVOTED:
+        yield row.packing
+    if row.channels and row.scheme != CHANNELS:
+        yield f"{row.channels} channels"
 
 
 def _left_dense(rows: Sequence[LayerReport]) -> Table:

@@ -1,0 +1,136 @@
+"""Which of a layer's input channels can be spared, and the matrix that makes up for them: a sketch by columns.
+
+The channels of a trained network say much the same. Leaving out those that the others stand for best, and solving for
+the matrix again, loses less than any choice by size.
+
+Notation: h channels, W (m, h) the layer, C (h, h) the covariance of the channels, K K^T = G (m, m) how strongly the
+model's output reacts to each direction of the layer's output.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from panther.chains import CHANNELS
+from panther.factors import Decomposed
+from panther.sketches import SENSITIVITY_RIDGE, Moments, with_ridge
+
+# Of the mean variance of a channel, added to C: rarely active channels are not to be trusted to stand for others.
+RIDGE = 1e-3
+COUNTS = 96  # of channels that are offered, at most
+STEP = 8  # counts of channels are multiples of this, as ranks are
+
+
+def channels_of(weight: Tensor, inputs: Moments, sensitivity: Tensor | None) -> Columns:
+    """A layer at every useful count of its input channels; its links are a choice of channels, and a matrix for them.
+
+    weight (m, h, or with ones behind for a convolution).
+    """
+    matrix = weight.flatten(1).double()
+    kept = _Kept.of(matrix, inputs.covariance.double(), sensitivity)
+    ones = (1,) * (weight.dim() - 2)
+
+    def links(dense: Tensor, count: Sequence[int]) -> tuple[Tensor, Tensor]:
+        index, solved = kept.solve(dense.flatten(1), count[0])
+        chosen = torch.zeros(count[0], dense.shape[1])
+        chosen[torch.arange(count[0]), index] = 1.0
+        return chosen.reshape(*chosen.shape, *ones), solved.reshape(*solved.shape, *ones)
+
+    ranks = tuple((count,) for count in kept.counts)
+    return Columns(CHANNELS, links, ranks, kept.errors, kept)
+
+
+@dataclass(frozen=True)
+class Columns(Decomposed):
+    """A layer decomposed by its columns, and what is known of the channels that stay."""
+
+    kept: _Kept
+
+    def covariance(self, count: int) -> Tensor:
+        """Of the first so many channels, rising by their index; (count, count), float64."""
+        lower = self.kept.lower[:count, :count].double()
+        places = self.kept.order[:count].argsort()
+        return (lower @ lower.T)[places][:, places]
+
+
+@dataclass(frozen=True)
+class _Kept:
+    """Channels in falling importance; the first so many of them are those that stay.
+
+    lower (h, h), float32: C = L L^T in this order, with its ridge; any number of first channels is solved from it.
+    """
+
+    order: Tensor
+    lower: Tensor
+    counts: tuple[int, ...]  # rising
+    errors: tuple[float, ...]  # share of the second layer's output energy that is lost
+
+    @classmethod
+    def of(cls, weight: Tensor, covariance: Tensor, sensitivity: Tensor | None) -> _Kept:
+        """Leave out the channel that can be spared best, one after the other.
+
+        After each the others take over what they can. What leaving out one costs is |w|^2 / (C^-1)_ii, where w is its
+        column of the solved W: the optimal brain surgeon's rule.
+
+        Source: Hassibi and Stork, NIPS 5 (1992); for the hidden units of transformers Lin et al., MoDeGPT, ICLR 2025.
+        """
+        size = len(covariance)
+        ridge = RIDGE * (float(covariance.diagonal().mean()) or 1.0)
+        known = covariance + ridge * torch.eye(size, dtype=covariance.dtype)
+        if sensitivity is not None and len(sensitivity) == len(weight):
+            weight = with_ridge(sensitivity.double().cpu(), SENSITIVITY_RIDGE).T @ weight
+        weight = weight.clone()  # it is worked on in place
+        energy = float(((weight @ covariance) * weight).sum()) or 1.0
+        inverse = torch.cholesky_inverse(with_ridge(known, 0.0))
+        left, gone, lost = torch.ones(size, dtype=torch.bool), list[int](), 0.0
+        found = []
+        for count in _counts(size):
+            lost += _leave_out(weight, inverse, left, gone, int(left.sum()) - count)
+            found.append((count, min(1.0, max(0.0, lost / energy))))
+        order = torch.tensor([*left.nonzero().flatten().tolist(), *reversed(gone)])
+        lower = with_ridge(known[order][:, order], 0.0).float()
+        counts, errors = zip(*reversed(found), strict=True)
+        return cls(order, lower, counts, errors)
+
+    def solve(self, weight: Tensor, count: int) -> tuple[Tensor, Tensor]:
+        """Indices (count,) of the channels that stay, rising, and the matrix (m, count) for them, float32."""
+        lower = self.lower[:count]
+        cross = (weight.float()[:, self.order] @ self.lower) @ lower.T  # W C, of the channels that stay
+        solved = torch.cholesky_solve(cross.T, lower[:, :count]).T
+        index, places = self.order[:count].sort()
+        return index, solved[:, places].contiguous()
+
+
+def _counts(size: int) -> Iterator[int]:
+    """Falling multiples of STEP, at most about COUNTS of them."""
+    step = STEP * max(1, round(size / COUNTS / STEP))
+    yield from range((size - 1) // step * step, 0, -step)
+
+
+def _leave_out(weight: Tensor, inverse: Tensor, left: Tensor, gone: list[int], count: int) -> float:
+    """Leave out so many channels, in place, and return what that loses: W solved again, C^-1 without them.
+
+    C^-1 itself is brought up to date once for all of them; until then only its diagonal and the columns that are read.
+    """
+    size, lost = len(left), 0.0
+    pending, diagonal = weight.new_zeros(size, count), inverse.diagonal().clone()
+    costs = weight.square().sum(0)
+    for done in range(count):
+        index = int(torch.where(left, costs / diagonal.clamp_min(1e-300), math.inf).argmin())
+        column = inverse[:, index] - pending[:, :done] @ pending[index, :done]
+        pivot = column[index].clamp_min(1e-300)
+        own = weight[:, index].clone()
+        lost += float(own.square().sum() / pivot)
+        weight.addr_(own, column / pivot, alpha=-1)
+        costs = weight.square().sum(0)
+        pending[:, done] = column / pivot.sqrt()
+        diagonal -= pending[:, done].square()
+        left[index] = False
+        gone.append(index)
+    inverse.addmm_(pending, pending.T, alpha=-1)
+    return lost
