@@ -32,6 +32,7 @@ from panther import __version__
 from panther.allocators import ALLOCATORS
 from panther.allocators.tuned import TRIALS
 from panther.batches import CHUNK, Call, as_call, batch_call
+from panther.chains import CHANNELS
 from panther.compress import Result, analyze, compress
 from panther.converters import WRITERS, ExportReport, huggingface, read
 from panther.converters.files import staging
@@ -39,7 +40,7 @@ from panther.converters.inputs import dynamic_axes, flatten, resized, sizes
 from panther.errors import CaptureError, ExportError, PantherError
 from panther.nn import SketchedLayer
 from panther.report import RENDERERS
-from panther.spec import MODES, TIME_LIMIT, Budget, Heal, Plan
+from panther.spec import MODES, TIME_LIMIT, Budget, Choice, Heal, Plan
 from panther.trials import trials_file
 from panther.verify import medians_in_turn
 
@@ -656,16 +657,16 @@ def _check_writable(folder: Path) -> None:
 def _plan_text(result: Result, *, as_json: bool) -> str:
     if as_json:
         return result.plan.to_json()
-    rows = [
-        f"  {choice.layer}  "
-        + (
-            f"dense: {choice.reason}"
-            if choice.is_dense
-            else f"{choice.scheme}, rank {' x '.join(map(str, choice.ranks))}, {choice.packing}"
-        )
-        for choice in result.plan.choices
-    ]
+    rows = [f"  {choice.layer}  {_choice_text(choice)}" for choice in result.plan.choices]
     return "\n".join([f"target: {result.target.text}", *rows])
+
+
+def _choice_text(choice: Choice) -> str:
+    if choice.is_dense:
+        return f"dense: {choice.reason}"
+    fewer = f"{choice.channels} channels" if choice.channels else ""
+    ranks = f"{choice.scheme}, rank {' x '.join(map(str, choice.ranks))}, {choice.packing}"
+    return fewer if choice.scheme == CHANNELS else ", ".join(filter(None, [ranks, fewer]))
 
 
 def _over_budget(result: Result, where: str) -> int:

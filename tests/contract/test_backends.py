@@ -303,3 +303,14 @@ def test_importing_the_back_ends_leaves_their_libraries_alone():
     script = "import sys, panther.tuner.strategy; print({'hyperopt', 'botorch', 'scipy.stats'} & set(sys.modules))"
     run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert run.stdout.strip() == "set()"
+
+
+def test_nothing_is_compiled_while_a_study_runs(monkeypatch):
+    logei = pytest.importorskip("botorch.acquisition.multi_objective.logei")
+    asked_for = []
+    monkeypatch.setattr(logei, "_load_attempted", False, raising=False)
+    monkeypatch.setattr("torch.utils.cpp_extension.load", lambda *args, **kwargs: asked_for.append(args))
+    space = SPACES["integers"]
+    trials = [replace(t, scores={"a": t.params["terms"], "b": -t.params["rank"]}) for t in trials_of(space, 8)]
+    ask("gp", question(space, trials, goals=(Goal("a"), Goal("b"))))
+    assert not asked_for

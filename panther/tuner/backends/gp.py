@@ -164,6 +164,7 @@ def _acquisition(
     if goals == 1:
         objective = GenericMCObjective(_first_output) if len(models) > 1 else None
         return qLogNoisyExpectedImprovement(model, objective=objective, **shared)
+    _never_compiled()
     reference = [min(column) - 0.1 * (max(column) - min(column)) for column in columns]
     return qLogNoisyExpectedHypervolumeImprovement(
         model,
@@ -171,6 +172,18 @@ def _acquisition(
         objective=IdentityMCMultiOutputObjective(outcomes=list(range(goals))),
         **shared,
     )
+
+
+def _never_compiled() -> None:
+    """Keep BoTorch from compiling C++ while a study runs.
+
+    From 0.17 on its acquisition of several goals does so at first use where it finds a compiler: half a minute in
+    silence, and a process that is killed meanwhile leaves a lock that all later ones wait for.
+    """
+    from botorch.acquisition.multi_objective import logei
+
+    if hasattr(logei, "_load_attempted"):
+        logei._load_attempted = True
 
 
 def _output(place: int) -> Callable[[Tensor], Tensor]:
