@@ -9,7 +9,7 @@ unhealed, loss of the answers: ranks alone .326, channels alone .277, both .250.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from dataclasses import replace as changed
 from typing import Any
@@ -190,7 +190,7 @@ def _layers(model: nn.Module, factors: Mapping[str, Factors], choice: Choice, se
             module.bias.copy_(bias)
         whole = second.profile
         moments = Moments(whole.rows, torch.zeros(count), columns.covariance(count))
-        seen = Seen(inputs=moments, sensitivity=_of_outputs(whole.seen.sensitivity, second.spec))
+        seen = Seen(inputs=moments, sensitivity=_of_second(whole.seen.sensitivity, second.spec, module.weight, kept))
         profile = Profile(whole.rows, seen, None if whole.mean is None else whole.mean[kept])
         spec = changed(
             second.spec,
@@ -201,12 +201,8 @@ def _layers(model: nn.Module, factors: Mapping[str, Factors], choice: Choice, se
         made = decompose(module, spec, profile, seed=seed)
         second.narrow[count] = changed(made, pair=second.pair, kept=kept, axis=1)
         module, whole = narrowed(first.module, outputs=kept), first.profile
-        sensitivity = None if whole.seen.sensitivity is None else whole.seen.sensitivity.double()
-        if (of_outputs := _of_outputs(sensitivity, first.spec)) is not None:
-            sensitivity = of_outputs[kept][:, kept]
-        elif count <= first.spec.fan_in:  # it is of the inputs, and would be taken for that of the outputs
-            sensitivity = None
-        profile = Profile(whole.rows, Seen(inputs=first.inputs, sensitivity=sensitivity), whole.mean)
+        seen = Seen(inputs=first.inputs, sensitivity=_of_first(whole.seen.sensitivity, first.spec, kept))
+        profile = Profile(whole.rows, seen, whole.mean)
         shape = _shape(first.spec.output_shape, first.spec, count)
         spec = changed(first.spec, out_features=count, output_shape=shape)
         made = decompose(module, spec, profile, seed=seed)
@@ -220,9 +216,27 @@ def _shape(shape: tuple[int, ...], spec: LayerSpec, count: int) -> tuple[int, ..
     return (*shape[:axis], count, *shape[axis + 1 :])
 
 
-def _of_outputs(sensitivity: Tensor | None, spec: LayerSpec) -> Tensor | None:
-    """The sensitivity where it is of the outputs, and not of the inputs, of which there may be as many."""
-    return sensitivity.double() if sensitivity is not None and len(sensitivity) == spec.out_features else None
+def _of_first(sensitivity: Tensor | None, spec: LayerSpec, kept: Tensor) -> Tensor | None:
+    """The sensitivity of a layer (see Seen) once it gives these outputs only.
+
+    That of a linear layer with more outputs than inputs is of its inputs, W^T G W; what the outputs that went had in it
+    is not known, and stays.
+    """
+    if sensitivity is None or len(sensitivity) == spec.out_features:
+        return None if sensitivity is None else sensitivity.double()[kept][:, kept]
+    return sensitivity.double() if len(kept) > spec.fan_in else None
+
+
+def _of_second(sensitivity: Tensor | None, spec: LayerSpec, weight: Tensor, kept: Tensor) -> Tensor | None:
+    """The sensitivity of a layer (see Seen) once it reads these inputs only, by this weight."""
+    if sensitivity is None:
+        return None
+    if len(sensitivity) != spec.out_features:
+        return sensitivity.double()[kept][:, kept]
+    if spec.kernel_size or spec.out_features <= len(kept):
+        return sensitivity.double()
+    matrix = weight.detach().double().cpu()
+    return matrix.T @ sensitivity.double() @ matrix
 
 
 def _choices(known: Factors, choice: Choice, bytes_per_number: int, *, gains_bias: bool) -> tuple[Choice, ...]:
@@ -239,19 +253,3 @@ def _choices(known: Factors, choice: Choice, bytes_per_number: int, *, gains_bia
     )
     whole = changed(found[-1], scheme=CHANNELS, ranks=(choice.channels,), reason="")
     return (*found[:-1], whole)
-
-
-# Putting it in --------------------------------------------------------------------------------------------------------
-
-
-def modules_between(model: nn.Module, known: Factors) -> Iterator[tuple[str, nn.Module]]:
-    """What lies between a pair, with the channels that are left; `known` is the second layer with fewer channels."""
-    if known.pair is not None and known.axis == 1:
-        for name in known.pair.between:
-            yield name, narrowed(model.get_submodule(name), outputs=known.kept)
-
-
-def changed_layers(factors: Mapping[str, Factors], choice: Choice) -> tuple[str, ...]:
-    """Names of the modules that a choice puts others in place of."""
-    known = factors[choice.layer].at(choice)
-    return (choice.layer, *(known.pair.between if choice.channels and known.pair is not None else ()))

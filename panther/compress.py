@@ -17,7 +17,7 @@ from panther.allocate import resolve
 from panther.allocators import Allocator
 from panther.batches import Calibration, Call, as_call, calibration
 from panther.capture import capture
-from panther.channels import changed_layers, counts_of, narrowable, with_counts
+from panther.channels import counts_of, narrowable, with_counts
 from panther.decompose import candidates, decompose, refuse_non_finite
 from panther.errors import CaptureError, LoadError, PlanError
 from panther.factors import Factors, Profile
@@ -28,6 +28,7 @@ from panther.measure import check_batches, measure, passes
 from panther.nn.surgery import put_layers
 from panther.prepared import Dense, Prepared, timed
 from panther.progress import Progress
+from panther.replace import changed_layers
 from panther.request import Request, check_arguments, parse_budget
 from panther.selection import selected
 from panther.solve import Found, finished_model, search_plan

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 from torch import nn
 
 from panther.chains import CHANNELS
-from panther.channels import modules_between
 from panther.factors import Factors
 from panther.nn import SKETCHED
-from panther.nn.narrow import DENSE_SIZES, is_narrowed
+from panther.nn.narrow import DENSE_SIZES, is_narrowed, narrowed
 from panther.nn.surgery import as_plain, with_layers
 from panther.spec import Choice, Plan
 
@@ -40,3 +39,16 @@ def sketched_layer(factors: Factors, choice: Choice) -> nn.Module:
     if is_narrowed(factors.module):
         vars(layer)[DENSE_SIZES] = vars(factors.module)[DENSE_SIZES]
     return layer
+
+
+def modules_between(model: nn.Module, known: Factors) -> Iterator[tuple[str, nn.Module]]:
+    """What lies between a pair, with the channels that are left; `known` is the second layer with fewer channels."""
+    if known.pair is not None and known.axis == 1:
+        for name in known.pair.between:
+            yield name, narrowed(model.get_submodule(name), outputs=known.kept)
+
+
+def changed_layers(factors: Mapping[str, Factors], choice: Choice) -> tuple[str, ...]:
+    """Names of the modules that a choice puts others in place of."""
+    known = factors[choice.layer].at(choice)
+    return (choice.layer, *(known.pair.between if choice.channels and known.pair is not None else ()))

@@ -144,7 +144,7 @@ def all_numbers(model: nn.Module) -> int:
 
 def options_of(result: panther.Result) -> Options:
     assert result._prepared is not None
-    return result._prepared.options
+    return result._prepared.options_for(result._prepared.request.budget, result.plan)
 
 
 @pytest.mark.parametrize("search", ["uniform", "sensitivity"])

@@ -188,7 +188,7 @@ def test_a_batch_norm_used_twice_ends_the_search(way: str) -> None:
 @every_way
 @pytest.mark.parametrize(
     "between",
-    [nn.MaxPool2d(2), nn.GroupNorm(3, 24), nn.InstanceNorm2d(24, affine=True), nn.PReLU(24), nn.Softmax2d()],
+    [nn.MaxPool3d((1, 2, 2)), nn.GroupNorm(3, 24), nn.InstanceNorm2d(24, affine=True), nn.PReLU(24), nn.Softmax2d()],
 )
 def test_other_modules_between_convolutions_end_the_search(between: nn.Module, way: str) -> None:
     assert found(cnn(between), IMAGES, way) == ()
@@ -202,8 +202,35 @@ def test_layers_whose_channels_are_on_different_axes_are_no_neighbours(way: str)
 
 @every_way
 def test_grouped_convolutions_take_no_order_over(way: str) -> None:
-    model = nn.Sequential(nn.Conv2d(3, 24, 3), nn.ReLU(), nn.Conv2d(24, 24, 3, groups=24), nn.Conv2d(24, 16, 1))
+    model = nn.Sequential(nn.Conv2d(3, 24, 3), nn.ReLU(), nn.Conv2d(24, 24, 3, groups=12), nn.Conv2d(24, 16, 1))
     assert found(model, IMAGES, way) == ()
+    several = nn.Sequential(nn.Conv2d(3, 24, 3), nn.ReLU(), nn.Conv2d(24, 48, 3, groups=24), nn.Conv2d(48, 16, 1))
+    assert found(several, IMAGES, way) == ()
+
+
+@every_way
+def test_a_depthwise_convolution_between_is_named(way: str) -> None:
+    middle = (nn.BatchNorm2d(24), nn.ReLU6(), nn.Conv2d(24, 24, 3, groups=24, bias=False), nn.BatchNorm2d(24))
+    assert found(cnn(*middle), IMAGES, way) == (Pair("0", "5", ("1", "3", "4")),)
+    twice = nn.Conv2d(24, 24, 3, padding=1, groups=24)
+    assert found(cnn(twice, nn.ReLU(), twice), IMAGES, way) == ()
+
+
+@every_way
+@pytest.mark.parametrize(
+    "between",
+    [nn.MaxPool2d(2), nn.AvgPool2d(2), nn.AdaptiveAvgPool2d(4), nn.ZeroPad2d(1), nn.ZeroPad2d((0, 1, 0, 1))],
+)
+def test_what_works_on_the_positions_of_each_channel_keeps_them_apart(between: nn.Module, way: str) -> None:
+    assert found(cnn(nn.ReLU(), between), IMAGES, way) == (Pair("0", "3"),)
+
+
+@every_way
+def test_pooling_or_padding_along_the_channels_ends_the_search(way: str) -> None:
+    for between in (nn.MaxPool1d(1), nn.AdaptiveAvgPool1d(24), nn.ZeroPad1d((0, 0))):
+        rows = nn.Sequential(nn.Linear(12, 24), between, nn.Linear(24, 16))
+        assert found(rows, torch.randn(2, 5, 12), way) == ()
+    assert found(cnn(nn.ZeroPad3d((0, 0, 0, 0, 2, -2))), IMAGES, way) == ()
 
 
 # Who may see the channels

@@ -6,6 +6,7 @@ import copy
 import importlib
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -376,7 +377,8 @@ def case(
     x = [torch.randn(3, 4, *size) for _ in range(2)]
     spec = specs_of(teacher, Call((x[0],)), ["0"])[0]
     pairs = [(Call((t,)), Arrival((t,), {}), Arrival((t + 0.3 * torch.randn_like(t),), {})) for t in x]
-    return _Layer(spec, teacher, student, None, None, 0), pairs
+    own: Any = student.get_submodule(spec.name)
+    return _Layer(spec, dense, own, dense, None, None, 0), pairs
 
 
 @torch.no_grad()
@@ -466,7 +468,7 @@ def test_the_last_link_before_a_relu_is_that_of_brute_force_too(scheme: str, mon
     layer, pairs = case(nn.Conv2d, scheme, (7, 6), 2, kernel_size=3)
     gate = Gate(torch.linspace(-1, 1, 5).double(), torch.tensor([1.0, -1, 1, -1, 1]).double())
     weight, bias = brute_force(layer, pairs, gate, module_of_refit.RELU_ROUNDS)
-    gated = _Layer(layer.spec, layer.teacher, layer.student, None, gate, 0)
+    gated = replace(layer, gate=gate)
     assert solved(gated, pairs)
     assert layer.sketched.bias is not None
     assert torch.allclose(layer.sketched.up.double(), weight, **CLOSE)
