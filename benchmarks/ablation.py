@@ -22,6 +22,7 @@ from panther.spec import Budget, Heal, Plan
 
 PLAIN = METHODS[0].how
 WHITENED = Decomposition("whitened", ONE_SCHEME)
+ALL_SCHEMES = changed(PANTHER, channels=False)
 
 
 @dataclass(frozen=True)
@@ -67,11 +68,12 @@ def variants(of: Subject) -> tuple[Variant, ...]:
     sensitive = changed(WHITENED, sees_gradients=True)
     sums = [Variant("plain SVD", PLAIN), Variant("+ whitening"), Variant("+ sensitivity of the output", sensitive)]
     if has_convolutions:
-        sums.append(Variant("+ choice of the scheme", PANTHER))
-    ranked = Variant("+ ranks by importance", PANTHER if has_convolutions else sensitive, "sensitivity")
-    everything = changed(ranked, label="+ pivoted packing", packings=PACKINGS)
+        sums.append(Variant("+ choice of the scheme", ALL_SCHEMES))
+    ranked = Variant("+ ranks by importance", ALL_SCHEMES if has_convolutions else sensitive, "sensitivity")
+    pivots = changed(ranked, label="+ pivoted packing", packings=PACKINGS)
+    everything = changed(pivots, label="+ fewer channels", how=changed(pivots.how, channels=True))
     healed = [("+ refit", "refit"), ("+ blocks", "blocks"), ("+ distillation: all together", "auto")]
-    sums += [ranked, everything, *(changed(everything, label=label, mode=mode) for label, mode in healed)]
+    sums += [ranked, pivots, everything, *(changed(everything, label=label, mode=mode) for label, mode in healed)]
     alone = [
         Variant("whitening + sensitivity of the output alone", sensitive),
         *([Variant("whitening + choice of the scheme alone", Decomposition("whitened"))] if has_convolutions else []),
@@ -108,6 +110,7 @@ def _heal(job: Job, student: nn.Module, plan: Plan, factors: Mapping[str, Factor
         Heal(mode=variant.mode, time_limit=60 * job.task.minutes),
         layers=[spec for spec in job.of.found.sketchable if spec.name in sketched] if variant.refits else (),
         sensitivities={name: matrix for name, matrix in seen.items() if matrix is not None},
+        narrow={c.layer: factors[c.layer].at(c).module for c in plan.sketched if c.channels},
         seed=job.task.seed,
     )
     return [f"healed for {done.seconds:.0f} s, {done.steps} steps", *done.notes]

@@ -20,8 +20,11 @@ from torch import nn
 import panther
 from models.recipe import Recipe
 from panther.allocate import allocate, resolve
+from panther.allocators import Options
+from panther.allocators.base import total
 from panther.batches import Call, as_call, batch_call
-from panther.chains import LINEAR, PACKINGS, TWO_GEMM
+from panther.chains import CHANNELS, LINEAR, PACKINGS, TWO_GEMM
+from panther.channels import kept_of, narrow, narrowable, share_for
 from panther.decompose import candidates, decompose
 from panther.errors import PantherError
 from panther.factors import Factors, dense_weight
@@ -30,7 +33,7 @@ from panther.importance import Importance, affordable_samples, importance, refer
 from panther.measure import affordable_gradients, measure, passes
 from panther.pack import pack
 from panther.replace import replace
-from panther.spec import Budget, Capture, Plan
+from panther.spec import Budget, Capture, Plan, Target
 from panther.verify import environment
 
 ONE_SCHEME = (
@@ -48,6 +51,7 @@ class Decomposition:
     schemes: tuple[str, ...] = ()  # empty: all that apply, the best of each layer at equal cost
     sees_data: bool = True
     sees_gradients: bool = False
+    channels: bool = False  # whether layers may have fewer channels between them, where ranks are by importance
 
 
 @dataclass(frozen=True)
@@ -60,13 +64,13 @@ class Method:
     packings: tuple[str, ...] = PACKINGS
 
 
-PANTHER = Decomposition("auto", sees_gradients=True)
+PANTHER = Decomposition("auto", sees_gradients=True, channels=True)
 
 METHODS = (
     Method("plain SVD", Decomposition("data_free", ONE_SCHEME, sees_data=False), packings=(TWO_GEMM,)),
     Method("whitened SVD", Decomposition("whitened", ONE_SCHEME), packings=(TWO_GEMM,)),
     Method("panther, uniform ranks", PANTHER),
-    Method("panther, sensitivity ranks", PANTHER, "sensitivity"),
+    Method("panther, the default", PANTHER, "sensitivity"),
 )
 
 LEGEND = (
@@ -121,20 +125,29 @@ def factors_of(of: Subject, how: Decomposition, seed: int) -> dict[str, Factors]
     Raises: PantherError when backward passes are asked for and the model allows none.
     """
     found: dict[str, Factors] = {}
-    for part in passes(of.found.sketchable):
+    pairs = narrowable(of.found.sketchable, of.found.followers) if how.channels else {}
+    for part in passes(of.found.sketchable, pairs):
         profiles = {}
         if how.sees_data:
             backward = affordable_gradients(of.samples) if how.sees_gradients else 0
             chunk = max(1, chunk_size(of.found.layers, of.example.batch_size))
             measured = measure(
-                of.model, part, of.calls, samples=of.samples, gradient_samples=backward, chunk=chunk, seed=seed
+                of.model,
+                part,
+                of.calls,
+                samples=of.samples,
+                channels_of=pairs,
+                gradient_samples=backward,
+                chunk=chunk,
+                seed=seed,
             )
             if measured.not_differentiated is not None:
                 raise PantherError(f"no backward pass, so this would be another method: {measured.not_differentiated}")
             profiles = measured.profiles
         for spec in part:
             module = of.model.get_submodule(spec.name)
-            whole = decompose(module, spec, profiles.pop(spec.name, None), sketch=how.sketch, seed=seed)
+            profile, pair = profiles.pop(spec.name, None), pairs.get(spec.name)
+            whole = decompose(module, spec, profile, sketch=how.sketch, seed=seed, pair=pair)
             found[spec.name] = _only(whole, how.schemes)
     return {spec.name: found[spec.name] for spec in of.found.sketchable}
 
@@ -142,7 +155,8 @@ def factors_of(of: Subject, how: Decomposition, seed: int) -> dict[str, Factors]
 def _only(factors: Factors, schemes: Sequence[str]) -> Factors:
     if not schemes:
         return factors
-    return changed(factors, schemes={name: d for name, d in factors.schemes.items() if name in schemes})
+    kept = (*schemes, CHANNELS)  # which are there only where they were asked for
+    return changed(factors, schemes={name: d for name, d in factors.schemes.items() if name in kept})
 
 
 def plans_of(
@@ -168,18 +182,28 @@ def plans_of(
         say(f"measuring the importance of {len(factors)} layers")
         return importance(against, factors, options)
 
+    evaluate = functools.partial(against.divergence, factors)
     for search, keep in itertools.product(searches, keeps):
         target = resolve(Budget.parse(keep), of.found, dtype_bytes)
-        plan = allocate(
-            options,
-            target,
-            of.found,
-            search=search,
-            divergence=lambda layer, error: importances()[layer].divergence(error),
-            evaluate=lambda choices: against.divergence(factors, choices),
-            budget=str(keep),
-            seed=seed,
-        )
+
+        def solved(options: Options, target: Target = target, search: str = search, keep: Any = keep) -> Plan:
+            return allocate(
+                options,
+                target,
+                of.found,
+                search=search,
+                divergence=lambda layer, error: importances()[layer].divergence(error),
+                evaluate=evaluate,
+                budget=str(keep),
+                seed=seed,
+            )
+
+        plan, dense = solved(options), total([choices[-1] for choices in options.values()])
+        share = share_for(kept_of(target, dense)) if search == "sensitivity" else None
+        if share is not None and any(known.pair for known in factors.values()):
+            fewer = narrow(of.model, factors, options, importances(), share, dtype_bytes, seed=seed)
+            plans = [plan] if fewer is None else [plan, solved(fewer.options)]
+            plan = min(plans, key=lambda one: evaluate(one.choices))
         if not target.is_met_by(plan.cost):
             kept = ", ".join(
                 f"{getattr(plan.cost, name):,} {'weights' if name == 'params' else name} and may keep {limit:,}"

@@ -66,6 +66,11 @@ class Narrow:
     factors: Mapping[str, Factors]  # the same
 
 
+def kept_of(target: Target, dense: Cost) -> float:
+    """The share of the dense layers that the tightest limit leaves."""
+    return min((limit / max(getattr(dense, name), 1e-9) for name, limit in target.limits().items()), default=1.0)
+
+
 def share_for(kept: float) -> float | None:
     """The share of SHARES for a budget that keeps so much: the nearest to its root, so that ranks leave as much again.
 

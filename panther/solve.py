@@ -10,10 +10,11 @@ from torch import nn
 
 from panther.allocate import allocate, is_met, with_layer_latency
 from panther.allocators.base import Options, total
+from panther.channels import kept_of
 from panther.errors import one_line
 from panther.limits import held_by_the_whole, smallest_within_drop
 from panther.prepared import Prepared, timed
-from panther.spec import Budget, Cost, Healed, Measured, Plan, Target, Tuning
+from panther.spec import Budget, Healed, Measured, Plan, Target, Tuning
 from panther.trials import tuned_plan
 from panther.verify import metric
 
@@ -46,7 +47,7 @@ def search_plan(prepared: Prepared, budget: Budget, target: Target, notes: list[
 
     def solve(wanted: Target) -> Plan:
         plan = allocated(options, wanted)
-        narrow = prepared.narrow_for(budget, _kept(wanted, layers))
+        narrow = prepared.narrow_for(budget, kept_of(wanted, layers))
         if narrow is None:
             return plan
         other = allocated(narrow.options, wanted)
@@ -78,11 +79,6 @@ def search_plan(prepared: Prepared, budget: Budget, target: Target, notes: list[
 
     target = with_layer_latency(target, layers.latency_ms, dense.latency_ms or 0.0)
     return found(*held_by_the_whole(target, dense, layers, solve, measured))
-
-
-def _kept(wanted: Target, dense: Cost) -> float:
-    """The share of the dense layers that the tightest limit leaves."""
-    return min((limit / max(getattr(dense, name), 1e-9) for name, limit in wanted.limits().items()), default=1.0)
 
 
 def _smallest(

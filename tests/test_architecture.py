@@ -71,7 +71,7 @@ ALLOWED = {
     "columns": {*NOUNS, "factors", "sketches"},
     "channels": {*STAGES, *HELPERS, *NOUNS, "allocators", "nn", "sketches"},
     "trials": {*STAGES, *HELPERS, *NOUNS, "prepared", "allocators", "tuner"},
-    "solve": {*STAGES, *HELPERS, *NOUNS, "prepared", "trials", "allocators"},
+    "solve": {*STAGES, *HELPERS, *NOUNS, "channels", "prepared", "trials", "allocators"},
     "compress": {
         *STAGES,
         *HELPERS,
