@@ -8,7 +8,7 @@ panther.nn.LAYERS and nowhere else, and one with fewer channels is the architect
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from panther.converters.formats import MANIFEST
 from panther.converters.weights import ModelSource, check_no_meta, copy_of, make_model, tie, tied_names
 from panther.errors import ExportError, LoadError
 from panther.nn import LAYERS
-from panther.nn.narrow import DENSE_SIZES, NARROWED, is_narrowed, narrow_config, narrowed_to, sizes_of
+from panther.nn.narrow import DENSE_SIZES, NARROWED, NORMS, is_narrowed, narrow_config, narrowed_to, sizes_of
 from panther.nn.surgery import inherit, keep_unfused
 from panther.spec import Plan, Report, to_data
 
@@ -43,6 +43,7 @@ FIELDS = {
     "report": dict,
 }
 
+_SIZES = ("in_features", "out_features", "in_channels", "out_channels")
 _GEOMETRY = ("in_features", "out_features", "in_channels", "out_channels", "kernel_size", "stride", "dilation")
 
 
@@ -289,16 +290,22 @@ def _check_sizes(dense: nn.Module, layer: nn.Module, sizes: Any, name: str, fold
     except TypeError:
         found = []
     own = sizes_of(layer)
-    if sizes != found or not all(0 < n <= m for n, m in zip(own, found, strict=True)):
+    if (
+        not found
+        or isinstance(dense, NORMS)
+        or sizes != found
+        or not all(0 < n <= m for n, m in zip(own, found, strict=True))
+    ):
         raise LoadError(
             f"{folder / MANIFEST}: {name!r} was made of a layer of sizes {str(sizes)[:80]}, the architecture given has "
             f"{found} there: give the one that was compressed"
         )
+    _check_geometry(dense, layer, name, folder, without=_SIZES)
     vars(layer)[DENSE_SIZES] = tuple(sizes)
 
 
-def _check_geometry(dense: nn.Module, layer: nn.Module, name: str, folder: Path) -> None:
-    for attribute in _GEOMETRY:
+def _check_geometry(dense: nn.Module, layer: nn.Module, name: str, folder: Path, without: Collection[str] = ()) -> None:
+    for attribute in [name for name in _GEOMETRY if name not in without]:
         wanted, got = getattr(layer, attribute, None), getattr(dense, attribute, None)
         if isinstance(got, list):  # a subclass may hold its sizes in one
             got = tuple(got)

@@ -50,8 +50,8 @@ def reestimate(
     """Correct the statistics of every BatchNorm of a compressed model, in place, if that brings its outputs nearer.
 
     All norms are corrected in one pass over `calls`, each behind those that were corrected before it. One whose input
-    is that of the dense model keeps its statistics, as does one without any (track_running_stats=False). Training
-    flags, the dense model and everything else stay as they are.
+    is that of the dense model keeps its statistics, as does one without any (track_running_stats=False) or with fewer
+    channels than the dense model's. Training flags, the dense model and everything else stay as they are.
 
     Cost:   a run of both models for each call, and three runs for each held-out call.
     Raises: ValueError without held-out calls: nothing could say whether it helped.

@@ -380,7 +380,8 @@ def _traced_role(model: nn.Module, node: fx.Node) -> Role:
         module = model.get_submodule(name)
         for dense, of in DENSE.items():
             if isinstance(module, dense):
-                return Role("depthwise" if is_depthwise(module) else "dense", name, dims=_kernel_dims(of))
+                plain = type(module) is dense  # what a subclass does besides is not seen here
+                return Role("depthwise" if plain and is_depthwise(module) else "dense", name, dims=_kernel_dims(of))
         for kind, known in (("pool", POOL_MODULES), ("pad", PAD_MODULES)):
             if type(module) in known:
                 return Role(kind, name, dims=known[type(module)])

@@ -29,7 +29,7 @@ from panther.progress import Progress
 from panther.sketches import Moments, Seen
 from panther.spec import Choice, Cost, LayerSpec, Pair, Plan, Target
 
-MOST_CHANNELS = 4096  # the covariance of more costs more than it gives
+MOST_CHANNELS = 4096  # and inputs of the first layer: the covariance of more costs more than it gives
 SHARES = (0.9, 0.8, 0.7, 0.6, 0.5)  # of the weights of all pairs, that channels may leave before ranks are chosen
 LEAST = 0.3  # of a pair's channels stay: importance is measured on one layer at a time
 
@@ -48,7 +48,8 @@ def narrowable(specs: Sequence[LayerSpec], followers: Sequence[Pair]) -> dict[st
 
 def _can_be_narrowed(producer: LayerSpec, consumer: LayerSpec) -> bool:
     """Whether both layers multiply one matrix with every position, and there are enough channels between them."""
-    return all(map(_is_pointwise, (producer, consumer))) and 2 * STEP <= consumer.in_features <= MOST_CHANNELS
+    sizes = (producer.in_features, consumer.in_features)
+    return all(map(_is_pointwise, (producer, consumer))) and sizes[1] >= 2 * STEP and max(sizes) <= MOST_CHANNELS
 
 
 def _is_pointwise(spec: LayerSpec) -> bool:
@@ -194,8 +195,11 @@ def _layers(model: nn.Module, factors: Mapping[str, Factors], choice: Choice, se
         if bias is not None:
             module.bias.copy_(bias)
         whole = second.profile
+        taken_over = columns.kept.solve(torch.eye(second.spec.in_features), count)[1].double()
         moments = Moments(whole.rows, torch.zeros(count), columns.covariance(count))
-        seen = Seen(inputs=moments, sensitivity=_of_second(whole.seen.sensitivity, second.spec, module.weight, kept))
+        seen = Seen(
+            inputs=moments, sensitivity=_of_second(whole.seen.sensitivity, second.spec, module.weight, taken_over)
+        )
         profile = Profile(whole.rows, seen, None if whole.mean is None else whole.mean[kept])
         spec = changed(
             second.spec,
@@ -232,13 +236,16 @@ def _of_first(sensitivity: Tensor | None, spec: LayerSpec, kept: Tensor) -> Tens
     return sensitivity.double() if len(kept) > spec.fan_in else None
 
 
-def _of_second(sensitivity: Tensor | None, spec: LayerSpec, weight: Tensor, kept: Tensor) -> Tensor | None:
-    """The sensitivity of a layer (see Seen) once it reads these inputs only, by this weight."""
+def _of_second(sensitivity: Tensor | None, spec: LayerSpec, weight: Tensor, taken_over: Tensor) -> Tensor | None:
+    """The sensitivity of a layer (see Seen) once it reads fewer inputs, by this weight.
+
+    taken_over (h, count): what each of these stands for of all that the dense layer reads.
+    """
     if sensitivity is None:
         return None
-    if len(sensitivity) != spec.out_features:
-        return sensitivity.double()[kept][:, kept]
-    if spec.kernel_size or spec.out_features <= len(kept):
+    if len(sensitivity) != spec.out_features:  # W^T G W, of a W that read all
+        return taken_over.T @ sensitivity.double() @ taken_over
+    if spec.kernel_size or spec.out_features <= taken_over.shape[1]:
         return sensitivity.double()
     matrix = weight.detach().double().cpu()
     return matrix.T @ sensitivity.double() @ matrix

@@ -82,15 +82,13 @@ class _Kept:
         size = len(covariance)
         ridge = RIDGE * (float(covariance.diagonal().mean()) or 1.0)
         known = covariance + ridge * torch.eye(size, dtype=covariance.dtype)
-        if sensitivity is not None and len(sensitivity) == len(weight):
-            weight = with_ridge(sensitivity.double().cpu(), SENSITIVITY_RIDGE).T @ weight
-        weight = weight.clone()  # it is worked on in place
-        energy = float(((weight @ covariance) * weight).sum()) or 1.0
+        gram = _seen_by_the_model(weight, sensitivity)
+        energy = float((gram * covariance).sum()) or 1.0
         inverse = torch.cholesky_inverse(with_ridge(known, 0.0))
         left, gone, lost = torch.ones(size, dtype=torch.bool), list[int](), 0.0
         found = []
         for count in _counts(size):
-            lost += _leave_out(weight, inverse, left, gone, int(left.sum()) - count)
+            lost += _leave_out(gram, inverse, left, gone, int(left.sum()) - count)
             found.append((count, min(1.0, max(0.0, lost / energy))))
         order = torch.tensor([*left.nonzero().flatten().tolist(), *reversed(gone)])
         lower = with_ridge(known[order][:, order], 0.0).float()
@@ -112,25 +110,40 @@ def _counts(size: int) -> Iterator[int]:
     yield from range((size - 1) // step * step, 0, -step)
 
 
-def _leave_out(weight: Tensor, inverse: Tensor, left: Tensor, gone: list[int], count: int) -> float:
-    """Leave out so many channels, in place, and return what that loses: W solved again, C^-1 without them.
+def _seen_by_the_model(weight: Tensor, sensitivity: Tensor | None) -> Tensor:
+    """W^T G W (h, h), with a ridge of W^T W; the sensitivity is G (m, m), or W^T G W already where m > h (see Seen)."""
+    m, size = weight.shape
+    if sensitivity is not None and len(sensitivity) == m:
+        weight = with_ridge(sensitivity.double().cpu(), SENSITIVITY_RIDGE).T @ weight
+    gram = weight.T @ weight
+    if sensitivity is None or len(sensitivity) == m or len(sensitivity) != size:
+        return gram
+    return (sensitivity.double().cpu() + SENSITIVITY_RIDGE * gram) / (1 + SENSITIVITY_RIDGE)
 
-    C^-1 itself is brought up to date once for all of them; until then only its diagonal and the columns that are read.
+
+def _leave_out(gram: Tensor, inverse: Tensor, left: Tensor, gone: list[int], count: int) -> float:
+    """Leave out so many channels, in place, and return what that loses.
+
+    gram: W^T G W of the W that is solved anew after each channel, of which w_i goes over to the others as
+    w_i (C^-1)_i / (C^-1)_ii. inverse: C^-1 of the channels that are left. Both are brought up to date once for all
+    channels that go; until then only their diagonals and the columns that are read.
     """
     size, lost = len(left), 0.0
-    pending, diagonal = weight.new_zeros(size, count), inverse.diagonal().clone()
-    costs = weight.square().sum(0)
+    parts, shares, moved = (gram.new_zeros(size, count) for _ in range(3))
+    costs, diagonal = gram.diagonal().clone(), inverse.diagonal().clone()
     for done in range(count):
         index = int(torch.where(left, costs / diagonal.clamp_min(1e-300), math.inf).argmin())
-        column = inverse[:, index] - pending[:, :done] @ pending[index, :done]
+        column = inverse[:, index] - parts[:, :done] @ parts[index, :done]
+        read = gram[:, index] - moved[:, :done] @ shares[index, :done] - shares[:, :done] @ moved[index, :done]
         pivot = column[index].clamp_min(1e-300)
-        own = weight[:, index].clone()
-        lost += float(own.square().sum() / pivot)
-        weight.addr_(own, column / pivot, alpha=-1)
-        costs = weight.square().sum(0)
-        pending[:, done] = column / pivot.sqrt()
-        diagonal -= pending[:, done].square()
+        lost += max(0.0, float(read[index] / pivot))
+        shares[:, done] = column / pivot
+        moved[:, done] = read - read[index] / 2 * shares[:, done]
+        parts[:, done] = column / pivot.sqrt()
+        costs -= 2 * moved[:, done] * shares[:, done]
+        diagonal -= parts[:, done].square()
         left[index] = False
         gone.append(index)
-    inverse.addmm_(pending, pending.T, alpha=-1)
+    inverse.addmm_(parts, parts.T, alpha=-1)
+    gram.addmm_(moved, shares.T, alpha=-1).addmm_(shares, moved.T, alpha=-1)
     return lost

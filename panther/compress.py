@@ -268,7 +268,7 @@ def _factors(
     chunk = chunk_size(found.layers, example.batch_size)
     if chunk == 0 and data is not None:
         notes.append("a backward pass would need too much memory, so all outputs of a layer count the same")
-    pairs = narrowable(found.sketchable, found.followers)
+    pairs = narrowable(found.sketchable, found.followers) if request.may_narrow else {}
     for part in passes(found.sketchable, pairs) if data is not None else [list(found.sketchable)]:
         profiles: dict[str, Profile] = {}
         if data is not None:
@@ -373,7 +373,7 @@ def _completed(plan: Plan, prepared: Prepared) -> Plan:
                 f"{choice.packing!r}, which would not make it smaller or is not a multiple of its step; schemes of "
                 f"this layer: {known}"
             )
-        choices.append(fits[0])
+        choices.append(changed(fits[0], reason=choice.reason))
     return changed(plan, choices=tuple(choices), fingerprint=prepared.found.fingerprint)
 
 

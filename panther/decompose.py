@@ -58,14 +58,18 @@ def decompose(
         if pair.consumer == spec.name:
             schemes[CHANNELS] = channels_of(decomposer.weight, known.seen.inputs, known.seen.sensitivity)
         else:
-            factors = changed(factors, inputs=known.seen.inputs)
+            factors = changed(factors, inputs=_in_single_precision(known.seen.inputs))
     mean = known.mean
     if known.samples is not None:
         factors = _with_measured_errors(factors)
         mean = mean_patch(spec, module, known.samples)
-    # Covariances and samples are not needed again; the sensitivity is, by the refit, to which half the digits do.
+    # Samples and other covariances are not needed again; the sensitivity is, by the refit: half the digits will do.
     kept = None if known.seen.sensitivity is None else known.seen.sensitivity.bfloat16()
     return changed(factors, profile=Profile(known.rows, Seen(sensitivity=kept), mean))
+
+
+def _in_single_precision(moments: Moments) -> Moments:
+    return changed(moments, covariance=moments.covariance.float())
 
 
 def refuse_non_finite(weight: Tensor, name: str) -> None:

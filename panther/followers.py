@@ -101,7 +101,7 @@ def _follow(producer: fx.Node, later: Sequence[fx.Node], roles: Mapping[fx.Node,
         only_first = node.args[:1] == tuple(read)
         if role.kind == "elementwise" and reached.issuperset(node.all_input_nodes):
             reached.add(node)
-        elif role.kind in ("norm", "depthwise") and only_first:
+        elif only_first and (role.kind == "norm" or _is_depthwise_along(role, roles[producer].dims)):
             reached.add(node)
             between.append(role.module)
         elif only_first and _keeps_channels(role, roles[producer].dims):
@@ -112,6 +112,11 @@ def _follow(producer: fx.Node, later: Sequence[fx.Node], roles: Mapping[fx.Node,
             return None
     inside = frozenset(roles[node].module for node in reached if node is not producer)
     return Found(Pair(roles[producer].module, consumer, tuple(between)), inside) if consumer else None
+
+
+def _is_depthwise_along(role: Role, dims: int) -> bool:
+    """Whether a depthwise convolution is over the positions of the producer's channels, not of something else."""
+    return role.kind == "depthwise" and role.dims == dims
 
 
 def _keeps_channels(role: Role, dims: int) -> bool:
@@ -183,7 +188,7 @@ def _is_of_channels(modules: Mapping[str, nn.Module], name: str, layer: LayerSpe
     if module is None or not is_depthwise(module):
         return _is_norm_of(modules, name, layer, dims)
     registered = sum(other is module for other in modules.values())
-    plain = {"weight", "bias"}.issuperset(module._parameters) and not module._buffers
+    plain = set(module._parameters) == {"weight", "bias"} and module.weight is not None and not module._buffers
     return registered == 1 and plain and sizes_of(module)[0] == layer.out_features
 
 

@@ -64,10 +64,10 @@ def heal(
     calib_data, example_inputs: as for panther.compress. The last tenth of the data is held out and decides what stays.
     layers: the sketched layers that refit may solve again, in execution order (panther.compress gives them); with none,
         as for a student that panther did not make, refit is left out.
+    narrow: of these layers, those that have fewer channels: as they were before they were sketched.
     relu_after: of these layers, those whose output goes into a ReLU only, with the name of the BatchNorm between ("":
         none).
     checkpoint: a file that a killed run goes on from, given the same arguments; it is removed at the end.
-    narrow: of these layers, those that have fewer channels: as they were before they were sketched.
     identity: what else must be the same for that.
 
     Raises: ValueError or TypeError for bad settings, CalibrationError for unusable data, LoadError for a checkpoint of

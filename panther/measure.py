@@ -91,6 +91,7 @@ class _Watch:
     positions: int
     generator: torch.Generator
     channels: _Accumulator | None = None  # of the inputs too, where they may become fewer
+    channel_generator: torch.Generator = field(default_factory=lambda: torch.Generator().manual_seed(0))
     samples: list[Tensor] = field(default_factory=list)
     picks: dict[tuple[str, int], Tensor] = field(default_factory=dict)
 
@@ -283,7 +284,7 @@ def _hook(watch: _Watch, context: dict[str, Any]) -> Any:
     def see(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
         given = args[0] if args else kwargs["input"]
         if watch.channels is not None and watch.channels.rows < CHANNEL_ROWS * watch.spec.in_features:
-            watch.channels.add(_channel_rows(watch.spec, given, context["masks"]))
+            watch.channels.add(_channel_rows(watch, given, context["masks"]))
         if watch.spec.kind == "linear":
             _see_linear(watch, given, output, context["masks"])
         else:
@@ -292,15 +293,17 @@ def _hook(watch: _Watch, context: dict[str, Any]) -> Any:
     return see
 
 
-def _channel_rows(spec: LayerSpec, given: Tensor, masks: dict[tuple[int, ...], Tensor]) -> Tensor:
+def _channel_rows(watch: _Watch, given: Tensor, masks: dict[tuple[int, ...], Tensor]) -> Tensor:
     """The inputs of a linear layer or a 1 x 1 convolution, (rows, channels): a part of them where there are many."""
-    dims = len(spec.kernel_size)
+    spec, dims = watch.spec, len(watch.spec.kernel_size)
     if not dims:
         rows = masked_rows(given, masks)
     else:
         batched = given if given.dim() > 1 + dims else given.unsqueeze(0)
         rows = _read_by_a_point(batched, spec).movedim(1, -1).reshape(-1, spec.in_features)
-    return rows[:: max(1, len(rows) // spec.in_features)]
+    if len(rows) <= spec.in_features:
+        return rows
+    return rows[torch.randperm(len(rows), generator=watch.channel_generator)[: spec.in_features].to(rows.device)]
 
 
 def _see_linear(watch: _Watch, given: Tensor, output: Tensor, masks: dict[tuple[int, ...], Tensor]) -> None:

@@ -100,22 +100,25 @@ class Prepared:
     def options_for(self, budget: Budget, start: Plan | None = None) -> Mapping[str, Sequence[Choice]]:
         """The options of all layers: those that `start` was chosen from, where that has fewer channels."""
         if start is not None and any(choice.channels for choice in start.choices):
-            for found in self.narrow.values():
+            for (_share, is_timed), found in self.narrow.items():
+                if is_timed != (budget.latency_ms is not None):
+                    continue
                 if all(c.kind in {option.kind for option in found.options[c.layer]} for c in start.choices):
                     return found.options
         return self.options if budget.latency_ms is None else self.timed_options
 
-    def narrow_for(self, budget: Budget, kept: float) -> Narrow | None:
+    def narrow_for(self, budget: Budget, kept: float, seconds: dict[str, float]) -> Narrow | None:
         """The layers with fewer channels for a budget that keeps this share; None where that is not worth a try.
 
         It is not where nothing tells which channels matter, and where ranks are to be uniform or are the user's own.
+        seconds: gets what it took.
         """
         share = share_for(kept)
-        if share is None or self.request.search not in ("sensitivity", "tuned") or not self.reference.is_comparable:
+        if share is None or not self.request.may_narrow or not self.reference.is_comparable:
             return None
         is_timed = budget.latency_ms is not None
         if (share, is_timed) not in self.narrow:
-            with timed(self.seconds, "channels"):
+            with timed(seconds, "channels"):
                 found = narrow(
                     self.request.model,
                     self.factors,
@@ -128,13 +131,13 @@ class Prepared:
                 )
             if found is None:
                 return None
-            self.narrow[share, is_timed] = changed(found, options=self._timed(found)) if is_timed else found
+            self.narrow[share, is_timed] = changed(found, options=self._timed(found, seconds)) if is_timed else found
         return self.narrow[share, is_timed]
 
-    def _timed(self, found: Narrow) -> Mapping[str, Sequence[Choice]]:
+    def _timed(self, found: Narrow, seconds: dict[str, float]) -> Mapping[str, Sequence[Choice]]:
         """Layers that are as before keep the times that they have."""
         new = {name: options for name, options in found.options.items() if options[-1].channels}
-        with timed(self.seconds, "time layers"):
+        with timed(seconds, "time layers"):
             times = with_latency(
                 new, found.factors, build=self.layer, medians=medians_in_turn, progress=self.request.progress
             )

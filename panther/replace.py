@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator, Mapping
 
 from torch import nn
@@ -31,7 +30,7 @@ def sketched_layer(factors: Factors, choice: Choice) -> nn.Module:
     factors: of the layer with the choice's channels.
     """
     if choice.scheme == CHANNELS:
-        return copy.deepcopy(factors.module)
+        return narrowed(factors.module)
     parts, bias = factors.slice(choice)
     kind = next(dense for dense in SKETCHED if isinstance(factors.module, dense))
     # A subclass that capture offers computes what its parent does, and becomes what its parent would.

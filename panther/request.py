@@ -36,6 +36,13 @@ class Request:
     n_trials: int | None = None
     timeout: float | None = None
 
+    @property
+    def may_narrow(self) -> bool:
+        """Whether there may be fewer channels: not where ranks are to be uniform, or the user's own function's."""
+        if self.plan is not None:
+            return any(choice.channels for choice in self.plan.choices)
+        return self.search in ("sensitivity", "tuned")
+
 
 def check_arguments(
     *,

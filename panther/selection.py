@@ -32,7 +32,8 @@ def selected(found: Capture, model: nn.Module, include: Sequence[Any] | None, ex
         elif spec.name not in wanted:
             reasons.append("not among include=")
         layers.append(changed(spec, blockers=tuple(reasons)))
-    return changed(found, layers=tuple(layers))
+    followers = tuple(pair for pair in found.followers if unwanted.isdisjoint(pair.between))
+    return changed(found, layers=tuple(layers), followers=followers)
 
 
 def _matches(patterns: Any, argument: str, found: Capture, model: nn.Module) -> set[str]:

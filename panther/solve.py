@@ -9,7 +9,7 @@ from typing import Any, NamedTuple, cast
 from torch import nn
 
 from panther.allocate import allocate, is_met, with_layer_latency
-from panther.allocators.base import Options, total
+from panther.allocators.base import Options, excess, total
 from panther.channels import kept_of
 from panther.errors import one_line
 from panther.limits import held_by_the_whole, smallest_within_drop
@@ -47,13 +47,14 @@ def search_plan(prepared: Prepared, budget: Budget, target: Target, notes: list[
 
     def solve(wanted: Target) -> Plan:
         plan = allocated(options, wanted)
-        narrow = prepared.narrow_for(budget, kept_of(wanted, layers))
+        narrow = prepared.narrow_for(budget, kept_of(wanted, layers), seconds)
         if narrow is None:
             return plan
-        other = allocated(narrow.options, wanted)
-        if is_met(plan, wanted) and not is_met(other, wanted):
-            return plan
-        return min(plan, other, key=lambda one: prepared.divergence(one.choices))
+        both = [plan, allocated(narrow.options, wanted)]
+        met = [one for one in both if is_met(one, wanted)]
+        if not met:
+            return min(both, key=lambda one: excess(total(one.choices), wanted))
+        return min(met, key=lambda one: prepared.divergence(one.choices))
 
     def allocated(options: Options, wanted: Target) -> Plan:
         with timed(seconds, "allocate"):

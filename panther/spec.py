@@ -484,7 +484,14 @@ class Plan:
 
 
 def _choice_from(row: Mapping[str, Any]) -> Choice:
-    return Choice(**{**row, "ranks": tuple(int(r) for r in row["ranks"]), "cost": Cost(**row["cost"])})
+    return Choice(
+        **{
+            **row,
+            "ranks": tuple(int(r) for r in row["ranks"]),
+            "cost": Cost(**row["cost"]),
+            "channels": int(row.get("channels", 0)),
+        }
+    )
 
 
 @dataclass(frozen=True)

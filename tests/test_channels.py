@@ -73,6 +73,9 @@ def residual(**options: Any) -> tuple[nn.Module, list[Tensor]]:
 def inverted() -> tuple[nn.Module, list[Tensor]]:
     torch.manual_seed(0)
     model = Inverted()
+    with torch.no_grad():  # channels that nearly say the same, as a trained network has them
+        for layer in (model.expand, model.depthwise):
+            layer.weight[32:] = layer.weight[:32] + 0.1 * layer.weight[32:]
     for _ in range(8):  # statistics that every channel has for itself
         model(torch.randn(8, 3, 12, 12))
     return model.eval(), [torch.randn(8, 3, 12, 12) for _ in range(12)]
@@ -146,6 +149,38 @@ def test_outputs_that_the_model_does_not_react_to_count_less() -> None:
         chosen, solved = channels_of(weight, moments(rows), sensitivity).links(weight, (16,))
         errors.append(lost(weight[:2], rows, (chosen, solved[:2])))
     assert errors[1] < errors[0]
+
+
+def test_what_is_seen_of_the_inputs_says_the_same_as_of_the_outputs() -> None:
+    rows, weight = mixed(500, 32), torch.randn(48, 32)
+    factor = torch.randn(48, 48).double()
+    reacts = factor @ factor.T / 48
+    full = channels_of(weight, moments(rows), reacts)
+    # (n, n): what measuring gives where there are more outputs than inputs; both have their own small ridge
+    seen = channels_of(weight, moments(rows), weight.double().T @ reacts @ weight.double())
+    torch.testing.assert_close(torch.tensor(seen.errors), torch.tensor(full.errors), rtol=0.2, atol=0.01)
+
+
+def test_leaving_out_one_by_one_is_what_a_solver_says() -> None:
+    rows, weight = mixed(800, 24).double(), torch.randn(8, 24).double()
+    found = channels_of(weight.float(), moments(rows.float()), None)
+    covariance = moments(rows).covariance + RIDGE * moments(rows).covariance.diagonal().mean() * torch.eye(24)
+    left, lost, errors = list(range(24)), 0.0, {}
+    now = weight.clone()
+    while len(left) > STEP:
+        inverse = torch.linalg.inv(covariance[left][:, left])
+        cost = now.square().sum(0) / inverse.diagonal()
+        gone = int(cost.argmin())
+        lost += float(cost[gone])
+        now = now - torch.outer(now[:, gone], inverse[gone] / inverse[gone, gone])
+        left.pop(gone)
+        now = now[:, [i for i in range(len(left) + 1) if i != gone]]
+        errors[len(left)] = lost / float(((weight @ moments(rows).covariance) * weight).sum())
+    for (count,), error in zip(found.ranks, found.errors, strict=True):
+        assert error == pytest.approx(errors[count], rel=1e-3)
+    chosen, solved = found.links(weight.float(), (STEP,))
+    assert chosen.argmax(1).tolist() == left
+    torch.testing.assert_close(solved, now.float(), rtol=1e-2, atol=1e-3)
 
 
 def test_errors_rise_as_channels_go_and_counts_are_multiples_of_the_step() -> None:

@@ -21,7 +21,7 @@ from panther.healers.lockstep import Arrival, LeftStepError, Lockstep
 from panther.healers.losses import tensor_loss
 from panther.healers.training import Limits, Progressed, Task, train
 from panther.nn import SketchedLayer
-from panther.nn.narrow import CONVOLUTIONS, is_narrowed
+from panther.nn.narrow import DENSE_SIZES, NORMS, is_narrowed, sizes_of
 
 Lists = (nn.ModuleList, nn.ModuleDict)  # which never run themselves
 Containers = (*Lists, nn.Sequential)
@@ -51,8 +51,10 @@ def _blocks(module: nn.Module, name: str) -> Iterator[str]:
 
 
 def is_replaced(module: nn.Module) -> bool:
-    """Whether compression put a layer here: a sketched one, or a matrix that has fewer channels than it had."""
-    return isinstance(module, SketchedLayer) or (is_narrowed(module) and isinstance(module, (nn.Linear, *CONVOLUTIONS)))
+    """Whether compression put a layer here that can learn from the dense one's outputs: it has as many of them."""
+    if is_narrowed(module):
+        return not isinstance(module, NORMS) and sizes_of(module)[1] == vars(module)[DENSE_SIZES][1]
+    return isinstance(module, SketchedLayer)
 
 
 def _holds_sketched(module: nn.Module) -> bool:

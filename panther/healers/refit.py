@@ -217,6 +217,8 @@ def _refit_layer(layer: _Layer, calls: Sequence[Call], dense: Sequence[Arrival],
         solvers.append(_solve_narrowed if layer.is_narrowed else _solve_pointwise)
     if not layer.is_narrowed and (layer.gate is not None or not solvers):
         solvers.append(_solve_last_link)
+    if not solvers:
+        return f"its {layer.spec.fan_in} inputs are too many for a regression"
     checked = [i for i in range(len(calls)) if i % HELD_OUT_EVERY == HELD_OUT_EVERY - 1] if len(calls) > 1 else [0]
     checked = checked or [len(calls) - 1]
     fitted = [i for i in range(len(calls)) if i not in checked] or checked

@@ -77,9 +77,14 @@ def narrowed(
             new._parameters[name] = nn.Parameter(kept, requires_grad=old.requires_grad)
         else:
             new._buffers[name] = kept
+    for name, buffer in new._buffers.items():
+        if name not in NUMBERS and buffer is not None:
+            new._buffers[name] = buffer.clone()
     after = tuple(size if index is None else len(index) for size, index in zip(before, (inputs, outputs), strict=True))
     if gains_bias and new._parameters.get("bias") is None:
-        new._parameters["bias"] = nn.Parameter(_zeros(new, after[1]))
+        weight = new._parameters["weight"]
+        learns = weight is not None and weight.requires_grad
+        new._parameters["bias"] = nn.Parameter(_zeros(new, after[1]), requires_grad=learns)
     _resize(new, after[1] if follows else after[0], after[1])
     vars(new)[DENSE_SIZES] = vars(module).get(DENSE_SIZES, before)
     return new
