@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from panther.allocators.base import convex
-from panther.chains import CHANNELS, dense_cost
+from panther.chains import CHANNELS
 from panther.columns import STEP, Columns
 from panther.decompose import candidates, decompose
 from panther.errors import PlanError
@@ -96,7 +96,7 @@ def narrow(
 
     None where there is no pair. What the layers are with fewer channels is added to `factors` (Factors.narrow).
     """
-    counts = {name: _counts(factors, name, dtype_bytes) for name, known in factors.items() if CHANNELS in known.schemes}
+    counts = {name: _counts(factors, name) for name, known in factors.items() if CHANNELS in known.schemes}
     if not counts:
         return None
     target = Target(params=int(share * sum(choices[-1].cost.params for choices in counts.values())))
@@ -156,13 +156,13 @@ def counts_of(plan: Plan, factors: Mapping[str, Factors]) -> list[Choice]:
     return found
 
 
-def _counts(factors: Mapping[str, Factors], consumer: str, dtype_bytes: Mapping[str, int]) -> tuple[Choice, ...]:
-    """Every count of channels of a pair with the cost of both layers, in rising size, and last both whole."""
+def _counts(factors: Mapping[str, Factors], consumer: str) -> tuple[Choice, ...]:
+    """Every count of channels of a pair with the weights of both layers, in rising size, and last both whole."""
     known = factors[consumer]
     if known.pair is None:
         raise ValueError(f"{consumer} is in no pair")
     spec, first, scheme = known.spec, factors[known.pair.producer].spec, known.schemes[CHANNELS]
-    dense = sum((dense_cost(part, dtype_bytes[part.name]) for part in (first, spec)), Cost())
+    dense = Cost(first.params + spec.params)
     found = [
         Choice(
             spec.name,
@@ -257,7 +257,7 @@ def _choices(known: Factors, choice: Choice, bytes_per_number: int, *, gains_bia
     gains_bias: what was left out is made up for by a bias that the dense layer does not have.
     """
     lost = choice.error if known.axis == 1 else 0.0
-    gained = 0 if known.kept is None or not gains_bias else known.spec.out_features
+    gained = known.spec.out_features if gains_bias else 0
     more = Cost(gained, 0, gained * bytes_per_number)
     found = tuple(
         changed(c, channels=choice.channels, error=min(1.0, c.error + lost), cost=c.cost + more)
