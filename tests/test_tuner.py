@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import platform
 import signal
 import subprocess
 import sys
@@ -403,6 +404,22 @@ def test_memory_is_limited_around_the_objective():
     )
     assert tuner.optimize()[1] == 4
     assert {trial.status for trial in tuner.trials} == {"ok", "over_memory"}
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other allocators say nothing of what they keep")
+def test_memory_that_malloc_kept_of_an_earlier_trial_is_counted_again():
+    pytest.importorskip("psutil")
+    pins = []
+
+    def function(num_terms, low_rank):
+        held = [bytearray(b"x" * 100_000) for _ in range(800)]
+        pins.append(bytearray(b"x" * 120_000))  # at the top of the heap: what is freed below it stays with malloc
+        return len(held) + num_terms
+
+    tuner = study(function, bounds={"num_terms": (1, 4), "low_rank": (8, 8)}, max_memory_gb=1, initial=4, iterations=0)
+    tuner.optimize()
+    assert len(tuner.trials) == 4
+    assert all(trial.memory_gb > 0.05 for trial in tuner.trials)
 
 
 # --- many at once ----------------------------------------------------------------------------------------------------
