@@ -32,6 +32,7 @@ HELPERS = {
     "followers",
     "latency",
     "limits",
+    "malloc",
     "selection",
     "request",
 }
@@ -59,7 +60,8 @@ ALLOWED = {
     "nn": {"ops", *NOUNS},
     "sketches": {*NOUNS},
     "allocators": {*NOUNS, "tuner"},
-    "tuner": {"errors", "progress"},
+    "malloc": set(),
+    "tuner": {"errors", "malloc", "progress"},
     "factors": {"nn", "sketches", *NOUNS},
     "report": {*NOUNS},
     "healers": {*NOUNS, "answers", "batches", "factors", "nn", "progress", "sketches"},
