@@ -17,6 +17,7 @@ from torch.utils.hooks import RemovableHandle
 
 from panther.batches import Call, device_of, float_outputs, scale_of
 from panther.factors import dense_weight
+from panther.products import gram
 from panther.spec import LayerSpec
 
 CHUNK = 8  # samples a backward pass, at most: its activations are held, unlike those of a forward pass
@@ -44,8 +45,8 @@ class _Sum:
         self.energy += float(rows.square().sum())
         if self.spec.kind == "linear" and self.spec.out_features > self.spec.in_features:
             rows = rows @ self.weight.float()
-        products = rows.T @ rows
-        self.products = products if self.products is None else self.products + products
+        products = gram(rows)
+        self.products = products if self.products is None else self.products.add_(products)
 
     def _rows(self, gradient: Tensor) -> Tensor:
         if self.spec.kind == "linear":

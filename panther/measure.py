@@ -21,6 +21,7 @@ from panther.batches import Call, device_of, inference, masked_rows, run
 from panther.errors import CalibrationError
 from panther.factors import Profile
 from panther.gradients import CHUNK, Reactions
+from panther.products import gram
 from panther.progress import Progress
 from panther.sketches import Moments, Seen
 from panther.spec import LayerSpec
@@ -62,8 +63,8 @@ class _Accumulator:
             return
         rows = rows - self.shift
         self.total += rows.sum(0)
-        products = rows.T @ rows
-        self.products = products.double() if self.products is None else self.products + products
+        products = gram(rows)
+        self.products = products.double() if self.products is None else self.products.add_(products)
 
     def mean(self) -> Tensor | None:
         if self.shift is None or self.total is None:

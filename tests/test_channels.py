@@ -19,7 +19,9 @@ from panther.capture import capture
 from panther.channels import narrowable, share_for
 from panther.columns import RIDGE, STEP, channels_of
 from panther.errors import LoadError, PlanError
+from panther.healers import refit
 from panther.nn.narrow import is_narrowed, narrowed, sizes_of
+from panther.nn.surgery import with_layers
 from panther.sketches import Moments
 from panther.spec import LayerSpec, Pair, Plan
 
@@ -387,6 +389,36 @@ def test_healing_brings_it_nearer(case: Any, mode: str) -> None:
     assert [c.channels for c in healed.plan.choices] == [c.channels for c in result.plan.choices]
     if mode in ("distill", "auto"):
         assert healing.after < healing.before
+
+
+def test_a_narrowed_layer_without_a_bias_is_solved_again() -> None:
+    model, data = inverted()
+    kept = torch.arange(0, 64, 2)
+    parts = {name: narrowed(model.get_submodule(name), outputs=kept) for name in ("expand", *PAIRS["mobile"][2])}
+    parts["project"] = narrowed(model.get_submodule("project"), inputs=kept)
+    stem = copy.deepcopy(model.get_submodule("stem"))  # gives other mixtures, which the next layer could undo
+    with torch.no_grad():
+        mix = torch.eye(16) + 0.1 * torch.randn(16, 16)
+        stem.weight.copy_(torch.einsum("ij,jklm->iklm", mix, stem.weight))  # type: ignore[operator, arg-type]
+    student = with_layers(model, {"stem": stem, **copy.deepcopy(parts)})
+    calls = [as_call(x) for x in data]
+    specs = [spec for spec in capture(model, calls[0]).layers if spec.name in ("expand", "project")]
+
+    def lost(name: str) -> float:
+        found: list[Tensor] = []
+        for one in (model, student):
+            hook = one.get_submodule(name).register_forward_hook(lambda _m, _a, y: found.append(y))
+            with torch.no_grad():
+                one(data[-1])
+            hook.remove()
+        wanted = found[0][:, kept] if name == "expand" else found[0]
+        return float((wanted - found[1]).square().sum())
+
+    before = {name: lost(name) for name in ("expand", "project")}
+    done = refit(model, student, calls, specs, {}, narrow={"expand": parts["expand"], "project": parts["project"]})
+    assert set(done.accepted) == {"expand", "project"}, done.kept
+    assert lost("expand") < 0.4 * before["expand"]  # a quarter: half of the target undoes it, see ANCHOR
+    assert lost("project") < 0.8 * before["project"]
 
 
 def test_a_latency_budget_times_narrowed_layers() -> None:

@@ -25,6 +25,7 @@ from panther.factors import dense_weight
 from panther.healers.lockstep import Arrival, LeftStepError, Lockstep, in_precision
 from panther.nn import SketchedLayer
 from panther.nn.narrow import sizes_of
+from panther.products import gram
 from panther.progress import Progress
 from panther.sketches import with_ridge
 from panther.spec import LayerSpec
@@ -70,7 +71,7 @@ class _Products:
         x, h = x - self.shift[0], h - self.shift[1]
         self.rows += len(h)
         self.totals = [total + rows.sum(0).double() for total, rows in zip(self.totals, (x, h), strict=True)]
-        self.own = self.own + (h.T @ h).double()
+        self.own = self.own + gram(h).double()
         self.cross = self.cross + (x.T @ h).double()
 
     def means(self) -> tuple[Tensor, Tensor]:
@@ -81,6 +82,11 @@ class _Products:
         """E[h h^T] and E[x h^T] about the means."""
         x, h = (t / self.rows for t in self.totals)
         return self.own / self.rows - torch.outer(h, h), self.cross / self.rows - torch.outer(x, h)
+
+    def about_zero(self) -> tuple[Tensor, Tensor]:
+        """E[h h^T] and E[x h^T] as they are, for a layer that has no bias to set the means right with."""
+        (own, cross), (x, h) = self.covariances(), self.means()
+        return own + torch.outer(h, h), cross + torch.outer(x, h)
 
 
 def refit(
@@ -316,7 +322,7 @@ def _solve_narrowed(layer: _Layer, pairs: Sequence[_Pair]) -> str | None:
         return "no row of the calibration data reaches it"
     narrow: Any = layer.sketched
     weight, now = (dense_weight(module).flatten(1).double().cpu() for module in (layer.dense, layer.local))
-    own, cross = products.covariances()
+    own, cross = products.covariances() if narrow.bias is not None else products.about_zero()
     ridge = RIDGE * (float(own.diagonal().mean()) or 1.0) * torch.eye(len(own), dtype=torch.float64)
     target = (1 - ANCHOR) * now @ own + ANCHOR * weight @ cross + now @ ridge
     solved = torch.cholesky_solve(target.T, with_ridge(own + ridge, 0.0)).T
@@ -324,10 +330,11 @@ def _solve_narrowed(layer: _Layer, pairs: Sequence[_Pair]) -> str | None:
     bias = weight @ mean_x - solved @ mean_h
     if layer.dense.bias is not None:
         bias = bias + cast(Tensor, layer.dense.bias).detach().double().cpu()
-    if narrow.bias is None or not all(bool(torch.isfinite(t).all()) for t in (solved, bias)):
-        return "the regression gave values that are not finite, or it has no bias to correct"
+    if not all(bool(torch.isfinite(t).all()) for t in (solved, bias)):
+        return "the regression gave values that are not finite"
     narrow.weight.data.copy_(solved.reshape(narrow.weight.shape))
-    narrow.bias.data.copy_(bias)
+    if narrow.bias is not None:
+        narrow.bias.data.copy_(bias)
     return None
 
 
@@ -382,12 +389,12 @@ def regression(
         metric = None if sensitivity is None else with_ridge(sensitivity.double(), SENSITIVITY_RIDGE)
         left, right = _truncated(weight @ target, lower, metric, rank)
         return left, right
-    gram = weight.T @ weight
-    known = gram
+    squared = weight.T @ weight
+    known = squared
     if sensitivity is not None:
         seen = sensitivity.double()
         seen = weight.T @ seen @ weight if len(seen) == m else seen  # a convolution's is (m, m) whatever its inputs
-        known = (seen + SENSITIVITY_RIDGE * gram) / (1 + SENSITIVITY_RIDGE)
+        known = (seen + SENSITIVITY_RIDGE * squared) / (1 + SENSITIVITY_RIDGE)
     left, right = _truncated(target, lower, with_ridge(known, 1e-6), rank)
     return weight @ left, right
 
@@ -456,9 +463,9 @@ def _least_squares(inputs: Tensor, targets: Tensor, start: Tensor, gate: Gate | 
     """
     mean_in = inputs.mean(0, dtype=torch.float64)
     centred = inputs.sub_(mean_in.float())
-    gram = (centred.T @ centred).double() / len(centred)
-    ridge = RIDGE * (float(gram.diagonal().mean()) or 1.0)
-    lower = with_ridge(gram + ridge * torch.eye(len(gram), dtype=torch.float64), 0.0)
+    own = gram(centred).double() / len(centred)
+    ridge = RIDGE * (float(own.diagonal().mean()) or 1.0)
+    lower = with_ridge(own + ridge * torch.eye(len(own), dtype=torch.float64), 0.0)
     weight, wanted = start, targets
     for _ in range(RELU_ROUNDS):
         mean_out = wanted.mean(0, dtype=torch.float64)

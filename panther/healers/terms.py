@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from panther.batches import Call, inference, masked_rows, run
 from panther.chains import TWO_GEMM
 from panther.nn import SketchedLayer, SKLinear
+from panther.products import gram
 from panther.sketches import with_ridge
 
 RIDGE = 1e-6
@@ -39,7 +40,7 @@ def reorder(student: nn.Module, calls: Sequence[Call]) -> list[str]:
     def see(name: str) -> Callable[..., None]:
         def hook(layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any], _output: Any) -> None:
             rows = _inner_rows(layer, args[0] if args else kwargs["x"], masks)
-            sums[name] = sums.get(name, torch.zeros(())) + rows.T @ rows
+            sums[name] = sums.get(name, torch.zeros(())) + gram(rows)
 
         return hook
 
