@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import panther
-from benchmarks import common, crepe, minilm, onnx_speed, whisper
+from benchmarks import common, crepe, healed, minilm, onnx_speed, whisper
 from benchmarks.common import METHODS, compressed, factors_of, plans_of, rows_of, subject, table
 from benchmarks.peers.random_basis import projected
 from models.data import MissingDataError
@@ -250,6 +250,26 @@ def test_the_speed_script_prints_its_header_and_one_table(
         [name, search, "2"] for name in ("stand-in", "other") for search in ("uniform", "sensitivity")
     ]
     assert "one sample: stand-in 64; other 1 x 8 x 8" in text
+
+
+def test_the_healing_script_prints_a_row_a_model(
+    encoder: Recipe, tracker: Recipe, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    figures = [next(iter(recipe.metrics(recipe.model))) for recipe in (encoder, tracker)]
+    cases = {
+        "one": healed.Case(lambda: encoder, 0.5, figures[0]),
+        "two": healed.Case(lambda: changed(tracker, name="other"), 0.6, figures[1], (nn.Linear,)),
+    }
+    monkeypatch.setattr(healed, "CASES", cases)
+    assert start(healed, monkeypatch, "--models", "one", "two", "--minutes", "0.01") == 0
+    columns, _, *rows = printed_table(capsys.readouterr().out)
+    assert tuple(columns) == healed.COLUMNS
+    assert [row[:3] for row in rows] == [
+        ["stand-in", "0.5", figures[0].replace("_", " ")],
+        ["other", "0.6", figures[1].replace("_", " ")],
+    ]
+    for recipe, row, figure in zip((encoder, tracker), rows, figures, strict=True):
+        assert row[3] == f"{recipe.metrics(recipe.model)[figure]:.3f}"
 
 
 @pytest.mark.parametrize("script", [minilm, crepe, whisper, onnx_speed])
