@@ -1,77 +1,189 @@
-"""How long panther.ops.low_rank_linear takes, beside the two F.linear it replaces.
+"""How fast panther.ops.low_rank_linear is, beside the two F.linear that it replaces.
 
-    python benchmarks/ops.py [--repeats N] [--shapes 384x128x1536,...] [--rows 1,2,4] [--threads 1,2]
+`python -m benchmarks.ops` takes the layers of MiniLM, BERT, ViT and GPT-2 and 4096-wide ones, in and out of cache.
 
-Both run in turns, and the medians are compared: a ratio below 1 means that the op is faster.
+Both run in turns on the same inputs; a ratio above 1 means that the op is faster. Out of cache, every call reads other
+weights, as a layer of a whole model does; the speed of reading is given beside that of summing up a large tensor.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
+import math
 import statistics
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from benchmarks.common import command, say, table
 from panther.build_info import build_info
 from panther.ops import low_rank_linear
 
-# in x rank x out of layers at keep 0.5: MiniLM's attention and feed-forward, BERT-base's, Whisper tiny's, CREPE's head.
-SHAPES = "384x96x384,384x152x1536,1536x152x384,768x192x768,768x304x3072,3072x304x768,2048x152x360"
-ROWS = "1,2,3,4,6,8,16,32,64"
+LAYERS = {
+    "MiniLM": [(384, 384), (384, 1536), (1536, 384)],
+    "BERT, ViT, GPT-2": [(768, 768), (768, 2304), (768, 3072), (3072, 768)],
+    "4096-wide": [(4096, 4096), (4096, 11008), (11008, 4096)],
+}
+KEEPS = (0.5, 0.25)
+ROWS = (1, 2, 4, 6, 8, 12, 16, 32, 128, 512)
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+COLD_BYTES = 300_000_000  # of weights that calls take in turn: far more than any cache
+TURN_SECONDS = 0.002
+READ_BYTES = 400_000_000
 
 
-def seconds_of(function: Callable[[], Tensor], calls: int) -> float:
+@dataclass(frozen=True)
+class Case:
+    """One layer and batch, and what was found."""
+
+    group: str
+    size_in: int
+    rank: int
+    size_out: int
+    rows: int
+    dtype: str
+    threads: int
+    is_cold: bool
+    op: float = 0.0  # microseconds a call, as is
+    plain: float = 0.0
+
+    @property
+    def ratio(self) -> float:
+        return self.plain / self.op
+
+    @property
+    def gigabytes_a_second(self) -> float:
+        return self.rank * (self.size_in + self.size_out) * DTYPES[self.dtype].itemsize / self.op / 1e3
+
+
+def rank_of(size_in: int, size_out: int, keep: float) -> int:
+    return max(8, round(keep * size_in * size_out / (size_in + size_out) / 8) * 8)
+
+
+def cases(
+    groups: Sequence[str], rows: Sequence[int], dtypes: Sequence[str], threads: Sequence[int], caches: Sequence[bool]
+) -> Iterator[Case]:
+    for thread, dtype, is_cold in itertools.product(threads, dtypes, caches):
+        for group, keep in itertools.product(groups, KEEPS):
+            for (size_in, size_out), count in itertools.product(LAYERS[group], rows):
+                rank = rank_of(size_in, size_out, keep)
+                yield Case(group, size_in, rank, size_out, count, dtype, thread, is_cold)
+
+
+Inputs = tuple[Tensor, Tensor, Tensor, Tensor]
+
+
+def inputs_of(case: Case) -> list[Inputs]:
+    """One set of inputs, or as many as no cache holds."""
+    dtype = DTYPES[case.dtype]
+    size_bytes = case.rank * (case.size_in + case.size_out) * dtype.itemsize
+    count = math.ceil(COLD_BYTES / size_bytes) if case.is_cold else 1
+    x, bias = torch.randn(case.rows, case.size_in).to(dtype), torch.randn(case.size_out).to(dtype)
+    down, up = torch.randn(case.rank, case.size_in).to(dtype), torch.randn(case.size_out, case.rank).to(dtype)
+    return [(x, down.clone(), up.clone(), bias) for _ in range(count)]
+
+
+def plain(x: Tensor, down: Tensor, up: Tensor, bias: Tensor) -> Tensor:
+    return F.linear(F.linear(x, down), up, bias)
+
+
+def seconds_of(function: Callable[..., Tensor], inputs: Iterator[Inputs], calls: int) -> float:
     start = time.perf_counter()
     for _ in range(calls):
-        function()
+        function(*next(inputs))
     return (time.perf_counter() - start) / calls
 
 
-def medians(functions: list[Callable[[], Tensor]], repeats: int) -> list[float]:
-    """Median seconds a call of each function, measured in turns of about 2 ms."""
-    calls = [max(1, int(0.002 / seconds_of(function, 3))) for function in functions]
-    turns = [[seconds_of(f, n) for f, n in zip(functions, calls, strict=True)] for _ in range(repeats)]
-    return [statistics.median(times) for times in zip(*turns, strict=True)]
+def measured(case: Case, repeats: int) -> Case:
+    """Medians of both, in turns of about TURN_SECONDS."""
+    inputs = itertools.cycle(inputs_of(case))
+    calls = [max(1, int(TURN_SECONDS / seconds_of(f, inputs, 3))) for f in (low_rank_linear, plain)]
+    turns = [
+        [seconds_of(f, inputs, n) for f, n in zip((low_rank_linear, plain), calls, strict=True)] for _ in range(repeats)
+    ]
+    op, other = (1e6 * statistics.median(times) for times in zip(*turns, strict=True))
+    return Case(**{**vars(case), "op": op, "plain": other})
 
 
-def compare(size_in: int, rank: int, size_out: int, rows: int, repeats: int) -> tuple[float, float]:
-    """Median microseconds of the op and of two F.linear."""
-    x, down, up = torch.randn(rows, size_in), torch.randn(rank, size_in), torch.randn(size_out, rank)
-    bias = torch.randn(size_out)
-    op, plain = medians(
-        [lambda: low_rank_linear(x, down, up, bias), lambda: F.linear(F.linear(x, down), up, bias)], repeats
-    )
-    return op * 1e6, plain * 1e6
+def reading_speed(repeats: int = 7) -> float:
+    """GB/s of the best plain read: the sum of a large tensor."""
+    tensor = torch.ones(READ_BYTES // 4)
+    times = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        tensor.sum()
+        times.append(time.perf_counter() - start)
+    return READ_BYTES / min(times) / 1e9
 
 
-def numbers(text: str, separator: str = ",") -> list[int]:
-    return [int(part) for part in text.split(separator)]
+def geometric_mean(values: Sequence[float]) -> float:
+    return math.exp(statistics.fmean(map(math.log, values)))
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description="low_rank_linear beside two F.linear; ratios below 1 mean faster")
-    parser.add_argument("--repeats", type=int, default=31)
-    parser.add_argument("--shapes", default=SHAPES, help="in x rank x out, separated by commas")
-    parser.add_argument("--rows", default=ROWS)
-    parser.add_argument("--threads", default="1,2")
-    options = parser.parse_args()
+def summary(found: Sequence[Case], reads: dict[int, float]) -> str:
+    """By threads, type and cache: the ratio at every number of rows, the worst, and the share of the reading speed."""
+    lines = []
+    rows = sorted({case.rows for case in found})
+    for key, group in itertools.groupby(found, key=lambda case: (case.threads, case.dtype, case.is_cold)):
+        part = list(group)
+        threads, dtype, is_cold = key
+        single = [case.gigabytes_a_second / reads[threads] for case in part if case.rows == rows[0]]
+        lines.append(
+            [
+                f"{threads} threads, {dtype}, {'out of cache' if is_cold else 'in cache'}",
+                *(f"{geometric_mean([c.ratio for c in part if c.rows == count]):.2f}" for count in rows),
+                f"{min(case.ratio for case in part):.2f}",
+                f"{100 * statistics.median(single):.0f} %" if is_cold else "",
+            ]
+        )
+    columns = ["geometric mean of the ratios", *(f"{n} rows" for n in rows), "worst", f"reading, {rows[0]} rows"]
+    return table(columns, lines)
+
+
+def details(found: Sequence[Case]) -> str:
+    rows = sorted({case.rows for case in found})
+    by_layer: dict[tuple[str, ...], dict[int, Case]] = {}
+    for c in found:
+        where = "cold" if c.is_cold else "warm"
+        shape = f"{c.size_in} x {c.rank} x {c.size_out}"
+        by_layer.setdefault((c.group, shape, c.dtype, f"{c.threads} threads, {where}"), {})[c.rows] = c
+    lines = [[", ".join(key), *(f"{known[n].ratio:.2f}" for n in rows)] for key, known in by_layer.items()]
+    return table(["in x rank x out", *(f"{n} rows" for n in rows)], lines)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.ops", description=__doc__)
+    parser.add_argument("--repeats", type=int, default=9, help="turns of each (9)")
+    parser.add_argument("--layers", nargs="+", choices=LAYERS, default=list(LAYERS))
+    parser.add_argument("--rows", type=int, nargs="+", default=list(ROWS))
+    parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES))
+    parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--cache", nargs="+", choices=["in", "out"], default=["in", "out"])
+    given = parser.parse_args()
     torch.manual_seed(0)
-    for threads in numbers(options.threads):
-        torch.set_num_threads(threads)
-        print(build_info())
-        print(f"{'in x rank x out':>18} {'rows':>5} {'op us':>9} {'2 linear us':>12} {'ratio':>6}")
+    before, reads, found = torch.get_num_threads(), {}, []
+    try:
         with torch.no_grad():
-            for shape in options.shapes.split(","):
-                for rows in numbers(options.rows):
-                    size_in, rank, size_out = numbers(shape, "x")
-                    op, plain = compare(size_in, rank, size_out, rows, options.repeats)
-                    print(f"{shape:>18} {rows:>5} {op:>9.1f} {plain:>12.1f} {op / plain:>6.2f}")
-        print()
+            caches = [cache == "out" for cache in given.cache]
+            for case in cases(given.layers, given.rows, given.dtypes, given.threads, caches):
+                torch.set_num_threads(case.threads)
+                if case.threads not in reads:
+                    reads[case.threads] = reading_speed()
+                    say(f"{case.threads} threads: {reads[case.threads]:.1f} GB/s of plain reading")
+                found.append(measured(case, given.repeats))
+    finally:
+        torch.set_num_threads(before)
+    speeds = ", ".join(f"{speed:.1f} GB/s with {threads} threads" for threads, speed in reads.items())
+    lines = [f"command: {command()}", str(build_info()), f"plain reading: {speeds}"]
+    print("\n".join([*lines, "", details(found), "", summary(found, reads)]))
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import panther
-from benchmarks import common, crepe, healed, minilm, onnx_speed, whisper
+from benchmarks import common, crepe, healed, minilm, onnx_speed, ops, whisper
 from benchmarks.common import METHODS, compressed, factors_of, plans_of, rows_of, subject, table
 from benchmarks.peers.random_basis import projected
 from models.data import MissingDataError
@@ -270,6 +270,27 @@ def test_the_healing_script_prints_a_row_a_model(
     ]
     for recipe, row, figure in zip((encoder, tracker), rows, figures, strict=True):
         assert row[3] == f"{recipe.metrics(recipe.model)[figure]:.3f}"
+
+
+def test_the_op_script_prints_every_layer_and_the_means(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(ops, "TURN_SECONDS", 0.0)
+    monkeypatch.setattr(ops, "COLD_BYTES", 1_000_000)
+    monkeypatch.setattr(ops, "READ_BYTES", 1_000_000)
+    monkeypatch.setitem(ops.LAYERS, "MiniLM", [(64, 96), (96, 64)])
+    before = torch.get_num_threads()
+    arguments = ["--layers", "MiniLM", "--rows", "1", "3", "--threads", "1", "--repeats", "1"]
+    assert start(ops, monkeypatch, *arguments) == 0
+    assert torch.get_num_threads() == before
+    rows = printed_table(capsys.readouterr().out)
+    assert len(rows) == (2 + 2 * 2 * 2 * 2) + (2 + 2 * 2)  # layers x keeps x types x caches, types x caches
+    assert rows[0] == ["in x rank x out", "1 rows", "3 rows"]
+    assert rows[2][0].startswith("MiniLM, 64 x 16 x 96, float32, 1 threads, warm")
+    assert [row[0] for row in rows[-4:]] == [
+        f"1 threads, {dtype}, {cache} cache" for dtype in ("float32", "bfloat16") for cache in ("in", "out of")
+    ]
+    assert all(float(cell) > 0 for row in rows[2:18] for cell in row[1:])
 
 
 @pytest.mark.parametrize("script", [minilm, crepe, whisper, onnx_speed])

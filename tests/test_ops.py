@@ -16,6 +16,9 @@ COMPILED = _kernels.load()[0]
 needs_kernels = pytest.mark.skipif(COMPILED is None, reason=f"no compiled kernels here: {build_info().reason}")
 
 
+KERNEL_DTYPES = (torch.float32, torch.bfloat16)
+
+
 def factors(rows, size_in, rank, out, dtype=torch.float32):
     return (
         torch.randn(rows, size_in, dtype=dtype),
@@ -48,19 +51,21 @@ def threads():
     torch.set_num_threads(before)
 
 
+@pytest.mark.parametrize("dtype", KERNEL_DTYPES, ids=str)
 @pytest.mark.parametrize("rows", range(18))
 @pytest.mark.parametrize("sizes", [(8, 8, 8), (31, 5, 13), (64, 1, 3), (7, 9, 1), (129, 33, 66)], ids=str)
-def test_every_number_of_rows_is_within_the_rounding_bound(rows, sizes):
-    inputs = factors(rows, *sizes)
+def test_every_number_of_rows_is_within_the_rounding_bound(rows, sizes, dtype):
+    inputs = factors(rows, *sizes, dtype)
     assert_within_the_rounding_bound(low_rank_linear(*inputs), inputs)
 
 
 @needs_kernels
+@pytest.mark.parametrize("dtype", KERNEL_DTYPES, ids=str)
 @pytest.mark.parametrize("rows", range(1, 8))
 @pytest.mark.parametrize("sizes", [(8, 8, 8), (31, 5, 13), (129, 33, 66)], ids=str)
 @pytest.mark.usefixtures("scalar_kernels")
-def test_scalar_kernel_is_within_the_rounding_bound(rows, sizes):
-    inputs = factors(rows, *sizes)
+def test_scalar_kernel_is_within_the_rounding_bound(rows, sizes, dtype):
+    inputs = factors(rows, *sizes, dtype)
     assert COMPILED.build_info()["instruction_set"] == "scalar"
     assert_within_the_rounding_bound(low_rank_linear(*inputs), inputs)
 
@@ -71,6 +76,26 @@ def test_unknown_instruction_set_is_refused_and_changes_nothing():
     with pytest.raises(ValueError, match="'avx9' is not one that this processor has"):
         COMPILED.set_instruction_set("avx9")
     assert COMPILED.build_info()["instruction_set"] == before
+
+
+@needs_kernels
+@pytest.mark.parametrize("rows", range(1, 7))
+@pytest.mark.parametrize("rank", [16, 19])
+def test_bfloat16_is_rounded_once_at_the_end(rows, rank):
+    inputs = factors(rows, 72, rank, 37, torch.bfloat16)
+    x, down, up, bias = (value.float() for value in inputs)
+    expected = low_rank_linear(x, down, up, bias)  # the same sums in the same order
+    assert torch.equal(low_rank_linear(*inputs), expected.bfloat16())
+
+
+@needs_kernels
+def test_bfloat16_keeps_infinities_and_nans():
+    down, up = torch.eye(8).bfloat16(), torch.eye(8).bfloat16()
+    x = torch.tensor([[torch.inf, 1, 0, 0, 0, 0, 0, 0]]).bfloat16()
+    with_nan = x.clone()
+    with_nan[0, 0] = torch.nan
+    assert bool(low_rank_linear(with_nan, down, up).isnan().all())  # NaN * 0
+    assert not bool(low_rank_linear(x, down, up).isfinite().any())  # inf * 0 is NaN too
 
 
 @needs_kernels
@@ -86,8 +111,10 @@ def test_number_of_threads_changes_no_bit(rows, threads):
 
 
 @needs_kernels
-def test_result_of_a_row_does_not_depend_on_the_rows_beside_it():
-    x, down, up, bias = factors(6, 77, 19, 45)
+@pytest.mark.parametrize("dtype", KERNEL_DTYPES, ids=str)
+@pytest.mark.parametrize("sizes", [(77, 19, 45), (64, 16, 44)], ids=str)
+def test_result_of_a_row_does_not_depend_on_the_rows_beside_it(sizes, dtype):
+    x, down, up, bias = factors(6, *sizes, dtype)
     together = low_rank_linear(x, down, up, bias)
     for rows in (1, 2, 3, 4, 5):
         assert torch.equal(low_rank_linear(x[:rows], down, up, bias), together[:rows])

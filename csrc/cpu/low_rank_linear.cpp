@@ -1,7 +1,7 @@
 // panther::low_rank_linear on the CPU: y = (x down^T) up^T + bias.
 //
-// Up to kFewRows rows of float32 run in the kernel of core/thin_linear.h; the rest is two products of torch's own.
-// Bytes moved by the kernel: 4 * R * (in + out), each factor once, plus x, y and rows * R numbers between.
+// Up to kFewRows rows of float32 or bfloat16 run in the kernel of core/thin_linear.h; the rest is two products of torch's
+// own. Bytes moved by the kernel: those of R * (in + out) numbers, each factor once, plus x, y and rows * R floats between.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -19,6 +19,7 @@
 
 namespace {
 
+using panther::core::BFloat16;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
@@ -103,20 +104,45 @@ Tensor linear(const Tensor& x, const Tensor& weight, const std::optional<Tensor>
   return torch::stable::detail::to<Tensor>(stack[0]);
 }
 
-void run(const panther::core::ThinLinear& product) {
+template <class W>
+void run(const panther::core::ThinLinear<W>& product) {
   const int64_t work = std::max<int64_t>(1, product.rows * product.in);
   torch::stable::parallel_for(0, product.out, std::max<int64_t>(1, kGrain / work),
                               [&](int64_t first, int64_t last) { panther::core::thin_linear(product, first, last); });
 }
 
-const float* numbers(const Tensor& tensor) { return static_cast<const float*>(tensor.const_data_ptr()); }
+template <class W>
+const W* numbers(const Tensor& tensor) {
+  return static_cast<const W*>(tensor.const_data_ptr());
+}
 
-// x (rows, in), all contiguous float32 -> y (rows, out). The rows * R numbers between the products stay in the cache.
-void few_rows(const Inputs& inputs, int64_t rows, float* y) {
+// x (rows, in) -> y (rows, out), all contiguous. The rows * R numbers between the products stay in the cache.
+template <class W>
+void few_rows(const Inputs& inputs, const float* x, const float* bias, int64_t rows, float* y) {
   std::unique_ptr<float[]> inner(new float[rows * inputs.rank()]);
-  run({numbers(inputs.x), numbers(inputs.down), nullptr, inner.get(), rows, inputs.in(), inputs.rank()});
-  run({inner.get(), numbers(inputs.up), inputs.bias ? numbers(*inputs.bias) : nullptr, y, rows, inputs.rank(),
-       inputs.out()});
+  run<W>({x, numbers<W>(inputs.down), nullptr, inner.get(), rows, inputs.in(), inputs.rank()});
+  run<W>({inner.get(), numbers<W>(inputs.up), bias, y, rows, inputs.rank(), inputs.out()});
+}
+
+void few_float_rows(const Inputs& inputs, int64_t rows, void* y) {
+  const float* bias = inputs.bias ? numbers<float>(*inputs.bias) : nullptr;
+  few_rows<float>(inputs, numbers<float>(inputs.x), bias, rows, static_cast<float*>(y));
+}
+
+std::vector<float> widened(const Tensor& tensor) {
+  const BFloat16* values = numbers<BFloat16>(tensor);
+  std::vector<float> wide(tensor.numel());
+  std::transform(values, values + wide.size(), wide.begin(), [](BFloat16 value) { return panther::core::widened(value); });
+  return wide;
+}
+
+// All that is not a factor is float on the way, and rounded once, at the end.
+void few_bfloat16_rows(const Inputs& inputs, int64_t rows, void* y) {
+  const std::vector<float> x = widened(inputs.x);
+  const std::vector<float> bias = inputs.bias ? widened(*inputs.bias) : std::vector<float>();
+  std::vector<float> wide(rows * inputs.out());
+  few_rows<BFloat16>(inputs, x.data(), inputs.bias ? bias.data() : nullptr, rows, wide.data());
+  std::transform(wide.begin(), wide.end(), static_cast<BFloat16*>(y), panther::core::to_bfloat16);
 }
 
 // The tensor itself where it is contiguous, which costs less than asking torch.
@@ -126,14 +152,17 @@ Tensor low_rank_linear(const Tensor& x, const Tensor& down, const Tensor& up, co
   const Inputs inputs{x, down, up, bias};
   check(inputs);
   const int64_t rows = inputs.in() ? x.numel() / inputs.in() : 0;
-  if (x.scalar_type() != ScalarType::Float || rows < 1 || rows > kFewRows) return linear(linear(x, down, {}), up, bias);
+  const bool is_bfloat16 = x.scalar_type() == ScalarType::BFloat16;
+  const bool is_known = is_bfloat16 || x.scalar_type() == ScalarType::Float;
+  if (!is_known || rows < 1 || rows > kFewRows) return linear(linear(x, down, {}), up, bias);
 
   std::vector<int64_t> shape(x.sizes().begin(), x.sizes().end());
   shape.back() = inputs.out();
   const Tensor y = torch::stable::new_empty(x, shape);
   const Tensor packed_x = packed(x), packed_down = packed(down), packed_up = packed(up);
   const std::optional<Tensor> packed_bias = bias ? std::optional<Tensor>(packed(*bias)) : std::nullopt;
-  few_rows({packed_x, packed_down, packed_up, packed_bias}, rows, static_cast<float*>(y.mutable_data_ptr()));
+  const Inputs contiguous{packed_x, packed_down, packed_up, packed_bias};
+  (is_bfloat16 ? few_bfloat16_rows : few_float_rows)(contiguous, rows, y.mutable_data_ptr());
   return y;
 }
 
