@@ -99,8 +99,8 @@ PANTHER_AVX2 inline __m128 sum_lanes(__m256 a, __m256 b, __m256 c, __m256 d) {
   return _mm_add_ps(_mm256_castps256_ps128(halves), _mm256_extractf128_ps(halves, 1));
 }
 
-// A block of `Rows` rows of x times `Columns` rows of w, all of whose sums are in registers: at most twelve, beside four
-// weights. The sums of four columns of a row leave together.
+// A block of `Rows` rows of x times `Columns` rows of w, all of whose sums are in registers: twelve at most, beside the
+// weights and one value. Four sums leave together: those of a row, or of a column.
 template <int Rows, int Columns, class W>
 PANTHER_AVX2 inline void avx2_block(const ThinLinear<W>& p, int64_t row, int64_t column) {
   const float* x = p.x + row * p.in;
@@ -119,33 +119,58 @@ PANTHER_AVX2 inline void avx2_block(const ThinLinear<W>& p, int64_t row, int64_t
     }
   }
   const bool is_whole = whole == p.in;
-  for (int i = 0; i < Rows; ++i) {
-    float* y = p.y + (row + i) * p.out + column;
-    if constexpr (Columns % 4 == 0) {
+  const float* bias = is_whole && p.bias ? p.bias + column : nullptr;  // else `finish` adds it, after the last products
+  float* y = p.y + row * p.out + column;
+  if constexpr (Columns % 4 == 0) {
+    for (int i = 0; i < Rows; ++i) {
       for (int j = 0; j < Columns; j += 4) {
         const __m128 dots = sum_lanes(sums[i][j], sums[i][j + 1], sums[i][j + 2], sums[i][j + 3]);
-        const bool adds_bias = is_whole && p.bias;
-        _mm_storeu_ps(y + j, adds_bias ? _mm_add_ps(dots, _mm_loadu_ps(p.bias + column + j)) : dots);
+        _mm_storeu_ps(y + i * p.out + j, bias ? _mm_add_ps(dots, _mm_loadu_ps(bias + j)) : dots);
       }
-    } else {
-      static_assert(Columns == 1);
-      y[0] = _mm_cvtss_f32(sum_lanes(sums[i][0], sums[i][0], sums[i][0], sums[i][0]));
-      if (is_whole && p.bias) y[0] += p.bias[column];
     }
-    if (!is_whole) {
-      for (int j = 0; j < Columns; ++j) y[j] = finish(p, y[j], row + i, column + j);
+  } else {
+    for (int j = 0; j < Columns; ++j) {
+      for (int i = 0; i < Rows; i += 4) {
+        float dots[4];
+        _mm_storeu_ps(dots, sum_lanes(sums[i][j], sums[i + 1 < Rows ? i + 1 : i][j], sums[i + 2 < Rows ? i + 2 : i][j],
+                                      sums[i + 3 < Rows ? i + 3 : i][j]));
+        for (int s = 0; s < 4 && i + s < Rows; ++s) y[(i + s) * p.out + j] = bias ? dots[s] + bias[j] : dots[s];
+      }
+    }
+  }
+  if (!is_whole) {
+    for (int i = 0; i < Rows; ++i) {
+      for (int j = 0; j < Columns; ++j) y[i * p.out + j] = finish(p, y[i * p.out + j], row + i, column + j);
     }
   }
 }
 
-// All rows of x times some rows of w, which stay in the nearest caches between the blocks. Three rows at a time, but no
-// block of one where two of two do.
+// `Rows` rows of x times `Columns` rows of w, in blocks of twelve sums where there are so many.
+template <int Rows, int Columns, class W>
+PANTHER_AVX2 inline void avx2_blocks(const ThinLinear<W>& p, int64_t row, int64_t column) {
+  constexpr int kWidth = Columns % 12 == 0 ? (Rows == 4 ? 3 : 4) : Columns;
+  for (int j = 0; j < Columns; j += kWidth) avx2_block<Rows, kWidth>(p, row, column + j);
+}
+
+// All rows of x times some rows of w, which stay in the nearest caches meanwhile: four at a time, three where that
+// leaves no single one.
 template <int Columns, class W>
 PANTHER_AVX2 inline void avx2_rows(const ThinLinear<W>& p, int64_t column) {
-  int64_t row = 0, left = p.rows;
-  for (; left == 3 || left > 4; left -= 3, row += 3) avx2_block<3, Columns>(p, row, column);
-  for (; left >= 2; left -= 2, row += 2) avx2_block<2, Columns>(p, row, column);
-  if (left) avx2_block<1, Columns>(p, row, column);
+  constexpr int kMost = Columns % 12 == 0 || Columns == 1 ? 4 : 3;  // 4 x 4 sums would not fit
+  int64_t row = 0;
+  while (row < p.rows) {
+    const int64_t left = p.rows - row;
+    const int64_t count = left <= kMost ? left : (left % kMost == 0 || left >= 2 * kMost ? kMost : (left + 1) / 2);
+    switch (count) {
+      case 4:
+        if constexpr (kMost == 4) avx2_blocks<4, Columns>(p, row, column);
+        break;
+      case 3: avx2_blocks<3, Columns>(p, row, column); break;
+      case 2: avx2_blocks<2, Columns>(p, row, column); break;
+      default: avx2_blocks<1, Columns>(p, row, column);
+    }
+    row += count;
+  }
 }
 
 // A single row needs eight rows of w at a time to hide the latency of an addition.
@@ -154,6 +179,8 @@ PANTHER_AVX2 inline void thin_linear_avx2(const ThinLinear<W>& p, int64_t first,
   int64_t column = first;
   if (p.rows == 1) {
     for (; last - column >= 8; column += 8) avx2_block<1, 8>(p, 0, column);
+  } else {
+    for (; last - column >= 12; column += 12) avx2_rows<12>(p, column);
   }
   for (; last - column >= 4; column += 4) avx2_rows<4>(p, column);
   for (; column < last; ++column) avx2_rows<1>(p, column);

@@ -1,6 +1,6 @@
 // panther::low_rank_linear on the CPU: y = (x down^T) up^T + bias.
 //
-// Up to kFewRows rows of float32 or bfloat16 run in the kernel of core/thin_linear.h; the rest is two products of torch's
+// Few rows of float32 or bfloat16 run in the kernel of core/thin_linear.h; the rest is two products of torch's
 // own. Bytes moved by the kernel: those of R * (in + out) numbers, each factor once, plus x, y and rows * R floats between.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -23,14 +23,16 @@ using panther::core::BFloat16;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-// Above this a product is bound by arithmetic and no longer by reading the weights, and torch's own can be faster. Time
-// of the kernel over torch's, seven shapes, 1 and 2 threads (benchmarks/ops.py): 1 row 0.45 to 0.92, 4 rows 0.30 to
-// 1.02, 6 rows 0.36 to 1.05, 8 rows 0.47 to 1.30, 16 rows 0.65 to 1.48.
-constexpr int64_t kFewRows = 6;
+// Above this a product is bound by arithmetic and no longer by reading the weights, and torch's own can be faster. Speed
+// of the kernel over torch's, geometric mean of twenty layers in cache, 1 and 2 threads (benchmarks/ops.py): float32 1.4
+// and 1.8 at 1 row, 1.7 and 2.2 at 6, 1.2 and 1.6 at 12 (0.97 at worst), 1.1 and 1.4 at 16 (0.69 at worst). bfloat16 2.3
+// and 3.0 at 1 row, 2.2 and 2.9 at 2 (1.0 at worst), at 4 slower than torch's own in layers 4,096 wide.
+constexpr int64_t kFewRows = 12;
+constexpr int64_t kFewBFloat16Rows = 2;
 
-// Multiply-adds that a thread gets at least: below, waking it costs more than it saves. torch's own grain for simple
-// loops.
-constexpr int64_t kGrain = 32768;
+// Multiply-adds that a thread gets at least: below, waking it costs more than it saves. Where idle threads sleep
+// (OMP_WAIT_POLICY=PASSIVE), a quarter of this left a single row at 0.6 of torch's speed, and this at 1.0.
+constexpr int64_t kGrain = 131072;
 
 struct Inputs {
   const Tensor& x;
@@ -153,8 +155,8 @@ Tensor low_rank_linear(const Tensor& x, const Tensor& down, const Tensor& up, co
   check(inputs);
   const int64_t rows = inputs.in() ? x.numel() / inputs.in() : 0;
   const bool is_bfloat16 = x.scalar_type() == ScalarType::BFloat16;
-  const bool is_known = is_bfloat16 || x.scalar_type() == ScalarType::Float;
-  if (!is_known || rows < 1 || rows > kFewRows) return linear(linear(x, down, {}), up, bias);
+  const int64_t most = is_bfloat16 ? kFewBFloat16Rows : x.scalar_type() == ScalarType::Float ? kFewRows : 0;
+  if (rows < 1 || rows > most) return linear(linear(x, down, {}), up, bias);
 
   std::vector<int64_t> shape(x.sizes().begin(), x.sizes().end());
   shape.back() = inputs.out();
