@@ -1,9 +1,10 @@
 """How fast panther.ops.low_rank_linear is, beside the two F.linear that it replaces.
 
-`python -m benchmarks.ops` takes the layers of MiniLM, BERT, ViT and GPT-2 and 4096-wide ones, in and out of cache.
+`python -m benchmarks.ops` takes the layers of MiniLM, BERT, ViT and GPT-2 and 4096-wide ones.
 
-Both run in turns on the same inputs; a ratio above 1 means that the op is faster. Out of cache, every call reads other
-weights, as a layer of a whole model does; the speed of reading is given beside that of summing up a large tensor.
+Both run in turns; a ratio above 1 means that the op is faster. The weights are the same in each call, so that those of
+the smaller layers stay in the cache (warm), or others, which no cache holds, as in a whole model (cold); there the
+speed of reading is given beside that of summing up a large tensor.
 """
 
 from __future__ import annotations
@@ -136,7 +137,7 @@ def summary(found: Sequence[Case], reads: dict[int, float]) -> str:
         single = [case.gigabytes_a_second / reads[threads] for case in part if case.rows == rows[0]]
         lines.append(
             [
-                f"{threads} threads, {dtype}, {'out of cache' if is_cold else 'in cache'}",
+                f"{threads} threads, {dtype}, {'other weights each call' if is_cold else 'the same weights'}",
                 *(f"{geometric_mean([c.ratio for c in part if c.rows == count]):.2f}" for count in rows),
                 f"{min(case.ratio for case in part):.2f}",
                 f"{100 * statistics.median(single):.0f} %" if is_cold else "",

@@ -16,41 +16,43 @@ from typing import Any
 
 # mallopt(3)
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_MMAP_MAX = -1, -3, -4
-KEEP_ALL = ((M_MMAP_MAX, 0), (M_TRIM_THRESHOLD, 2**31 - 1))
+KEEP_ALL = ((M_MMAP_MAX, 0), (M_TRIM_THRESHOLD, -1))
 # Where glibc's own thresholds end once a few large blocks were freed, and its default number of blocks.
 AS_BEFORE = ((M_MMAP_THRESHOLD, 32 * 2**20), (M_TRIM_THRESHOLD, 64 * 2**20), (M_MMAP_MAX, 65536))
 
 _lock = threading.Lock()
-_users: list[None] = []  # one for each that is inside
+_users: list[object] = []  # one for each that is inside
 
 
 @contextmanager
 def kept() -> Iterator[None]:
     """Freed memory is kept for the next use inside, and given back to the system at the end.
 
-    For the whole process; it may be nested and entered by several threads. Nothing happens without glibc, or where the
-    user has settings of malloc in the environment.
+    For the whole process; it may be nested and entered by several threads. What threads other than the main one freed
+    is kept and given back in part only: glibc has heaps of at most 64 MiB for them. Afterwards malloc's thresholds are
+    fixed at AS_BEFORE. Nothing happens without glibc, or where the user has settings of malloc in the environment.
     """
     libc = _glibc()
     if libc is None or _has_settings():
         yield
         return
-    with _lock:
-        _users.append(None)
-        if len(_users) == 1:
-            _set(libc, KEEP_ALL)
+    me = object()
     try:
+        with _lock:
+            _users.append(me)
+            if len(_users) == 1:
+                _set(libc, KEEP_ALL)
         yield
     finally:
         with _lock:
-            _users.pop()
+            _users[:] = [one for one in _users if one is not me]
             if not _users:
                 _set(libc, AS_BEFORE)
                 give_back()
 
 
 def give_back() -> None:
-    """Return to the system what malloc keeps of freed memory."""
+    """Return to the system what malloc keeps of freed memory, as far as it can be told to."""
     libc = _glibc()
     if libc is not None:
         libc.malloc_trim(0)

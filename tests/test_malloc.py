@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import resource
 import threading
@@ -30,6 +31,12 @@ def resident():
     return int(pages) * resource.getpagesize()
 
 
+@pytest.fixture(autouse=True)
+def _no_settings(monkeypatch):
+    for name in [name for name in os.environ if name.startswith("MALLOC_") or name == "GLIBC_TUNABLES"]:
+        monkeypatch.delenv(name)
+
+
 @pytest.fixture
 def calls(monkeypatch):
     """What mallopt is told, instead of being told."""
@@ -51,6 +58,17 @@ def test_what_was_kept_goes_back_to_the_system():
         torch.ones(LARGE)
         before = resident()
     assert resident() < before - 2**26
+
+
+def test_a_hole_below_something_that_lives_on_is_used_again():
+    with malloc.kept():
+        first, pin = torch.ones(LARGE), torch.ones(1000)
+        del first
+        before = resident()
+        for _ in range(6):
+            torch.ones(LARGE)
+        assert resident() < before + 2 * 4 * LARGE  # at most once more, and not once more each time
+    assert len(pin) == 1000
 
 
 def test_nested_and_threaded_use_sets_it_once(calls):
@@ -76,7 +94,9 @@ def test_it_ends_with_an_error_too(calls):
     assert calls == [malloc.KEEP_ALL, malloc.AS_BEFORE]
 
 
-@pytest.mark.parametrize(("name", "value"), [("MALLOC_ARENA_MAX_", "1"), ("GLIBC_TUNABLES", "glibc.malloc.check=0")])
+@pytest.mark.parametrize(
+    ("name", "value"), [("MALLOC_TRIM_THRESHOLD_", "1"), ("GLIBC_TUNABLES", "glibc.malloc.check=0")]
+)
 def test_the_users_own_settings_stay(monkeypatch, calls, name, value):
     monkeypatch.setenv(name, value)
     with malloc.kept():

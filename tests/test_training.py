@@ -14,10 +14,13 @@ from torch import Tensor, nn
 from panther.healers.training import (
     CHECKS,
     MOST_HALVINGS,
+    MOST_PROBES,
+    PROBED_STEPS,
     Limits,
     Muon,
     Progressed,
     Task,
+    _find_rate,
     orthogonalised,
     train,
 )
@@ -79,7 +82,8 @@ def test_steps_bring_the_held_out_figure_down() -> None:
 def test_every_epoch_sees_every_batch_once_and_in_an_order_of_its_own() -> None:
     fit = Fit(batches=6)
     train(fit.task(), Limits(LONG, 24))
-    epochs = [fit.seen[i : i + 6] for i in range(0, 24, 6)]
+    seen = fit.seen[PROBED_STEPS:]
+    epochs = [seen[i : i + 6] for i in range(0, 24, 6)]
     assert all(sorted(epoch) == list(range(6)) for epoch in epochs) and len(set(map(tuple, epochs))) > 1
 
 
@@ -98,13 +102,13 @@ def test_no_time_is_no_step() -> None:
     assert train(fit.task(), Limits(0.0, 100)).step == 0 and same(fit.state(), before)
 
 
-@pytest.mark.parametrize("rate", [1e3, 1e30])
+@pytest.mark.parametrize("rate", [1e6, 1e30])
 def test_a_rate_that_diverges_is_halved_and_then_given_up_and_the_first_state_stays(rate: float) -> None:
     fit = Fit()
     before, figure = fit.state(), fit.held_out()
     run = train(fit.task(), Limits(LONG, 300, rate))
     assert run.stopped_by == "it kept diverging" and run.halvings == MOST_HALVINGS + 1
-    assert run.rate == 0.5**run.halvings and run.step < 300
+    assert run.rate == 0.5 ** (MOST_PROBES + run.halvings) and run.step < 300
     assert fit.held_out() <= figure and (run.best < figure or same(fit.state(), before))
 
 
@@ -125,7 +129,7 @@ def test_a_batch_that_is_never_finite_is_left_out_and_the_rest_goes_on() -> None
     fit.inputs[2] = fit.inputs[2] * math.nan
     run = train(fit.task(), Limits(LONG, 200, RATE))
     assert run.left_out == [2] and run.halvings == 0 and run.step == 200 and run.best < 0.2 * run.first
-    assert fit.seen.count(2) == 2  # when it came, and once more in the best state
+    assert fit.seen[PROBED_STEPS:].count(2) == 2  # when it came, and once more in the best state
 
 
 def test_a_loss_that_is_never_finite_ends_the_training_at_once() -> None:
@@ -165,7 +169,7 @@ def test_whatever_stops_it_in_the_middle_the_best_state_stays(error: type[BaseEx
     before = fit.held_out()
 
     def loss(batch: int) -> Tensor:
-        if len(fit.seen) == 60:
+        if len(fit.seen) == PROBED_STEPS + 60:
             raise error
         return fit.loss(batch)
 
@@ -173,6 +177,28 @@ def test_whatever_stops_it_in_the_middle_the_best_state_stays(error: type[BaseEx
     with pytest.raises(error):
         train(fit.task(loss=loss), limits, went_on=now)
     assert fit.held_out() == now.best < before and now.step == 60
+
+
+# The rate that is begun with
+
+
+@pytest.mark.parametrize(("rate", "most"), [(RATE, 1.0), (30.0, 0.5)])
+def test_a_rate_whose_first_steps_throw_the_model_off_is_lowered_before_the_run(rate: float, most: float) -> None:
+    fit = Fit()
+    figure, before = fit.held_out(), fit.state()
+    now = Progressed(first=figure, best=figure, best_state=before)
+    _find_rate(fit.task(), Limits(LONG, 100, rate), now, seed=0)
+    assert now.rate <= most and (now.rate == 1.0) == (rate == RATE)
+    assert same(fit.state(), before) and not now.halvings and not now.step
+
+
+def test_a_run_that_goes_on_keeps_its_rate() -> None:
+    fit = Fit()
+    saved: list[Progressed] = []
+    train(fit.task(), Limits(LONG, 40, 30.0), save=lambda now: saved.append(copy.deepcopy(now)))
+    rate, step, count = saved[0].rate, saved[0].step, len(fit.seen)
+    on = train(fit.task(), Limits(LONG, 40, 30.0), went_on=saved[0])
+    assert on.rate <= rate < 1 and len(fit.seen) - count == 40 - step  # no step was tried beforehand
 
 
 # Going on from a save

@@ -24,7 +24,7 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
 // Above this a product is bound by arithmetic and no longer by reading the weights, and torch's own can be faster. Speed
-// of the kernel over torch's, geometric mean of twenty layers in cache, 1 and 2 threads (benchmarks/ops.py): float32 1.4
+// of the kernel over torch's, geometric mean of twenty layers read again and again, 1 and 2 threads (benchmarks/ops.py): float32 1.4
 // and 1.8 at 1 row, 1.7 and 2.2 at 6, 1.2 and 1.6 at 12 (0.97 at worst), 1.1 and 1.4 at 16 (0.69 at worst). bfloat16 2.3
 // and 3.0 at 1 row, 2.2 and 2.9 at 2 (1.0 at worst), at 4 slower than torch's own in layers 4,096 wide.
 constexpr int64_t kFewRows = 12;

@@ -322,8 +322,10 @@ def _solve_narrowed(layer: _Layer, pairs: Sequence[_Pair]) -> str | None:
         return "no row of the calibration data reaches it"
     narrow: Any = layer.sketched
     weight, now = (dense_weight(module).flatten(1).double().cpu() for module in (layer.dense, layer.local))
-    own, cross = products.covariances() if narrow.bias is not None else products.about_zero()
+    own, cross = products.covariances()
     ridge = RIDGE * (float(own.diagonal().mean()) or 1.0) * torch.eye(len(own), dtype=torch.float64)
+    if narrow.bias is None:
+        own, cross = products.about_zero()
     target = (1 - ANCHOR) * now @ own + ANCHOR * weight @ cross + now @ ridge
     solved = torch.cholesky_solve(target.T, with_ridge(own + ridge, 0.0)).T
     mean_x, mean_h = products.means()

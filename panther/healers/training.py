@@ -22,6 +22,10 @@ LAST_RATE = 0.05  # of the peak
 CHECKS = 12  # held-out figures over the whole
 DIVERGED = 1.5  # times the first held-out figure
 MOST_HALVINGS = 3
+# Before a run a few steps are tried at the full rate and taken back; it is halved until they raise the held-out figure
+# by less than this. Held-out loss after three steps at 1e-3, 5e-4, 2.5e-4, 1.25e-4, times that before: MiniLM 1.06,
+# .98, .97, .97; EfficientNet-lite0 2.2, 1.33, 1.07, 1.00; Whisper 67 at 5e-4. 5e-4 is the best of these for MiniLM.
+PROBED_STEPS, PROBED_RISE, MOST_PROBES = 3, 1.05, 7
 CLIP = 1.0
 CLOCK_AHEAD = 0.02  # of the whole
 MUON_SCALE = 0.2  # times sqrt(larger side): the size of AdamW's steps, so that one learning rate serves both
@@ -212,12 +216,29 @@ def train(
         _restore(task.parameters, now.now[: len(task.parameters)])
         optimiser.go_on_from(now.now[len(task.parameters) :])
     try:
+        if not now.step:
+            _find_rate(task, limits, now, seed)
         _loop(task, limits, optimiser, now, seed, save, show)
         _check(task, now, task.held_out())
     finally:  # also after Ctrl-C, or an error in the middle of a step
         _restore(task.parameters, now.best_state)
     now.stopped_by = _why_it_ended(now, task)
     return now
+
+
+def _find_rate(task: Task, limits: Limits, now: Progressed, seed: int) -> None:
+    """Lower the rate where its first steps would already throw the model off; the parameters stay as they are."""
+    start = time.perf_counter()
+    for _ in range(MOST_PROBES):
+        optimiser = _Optimiser(task.parameters)
+        for step in range(min(PROBED_STEPS, limits.steps)):
+            _step(task, optimiser, limits.learning_rate * now.rate, _batch(task, step, seed))
+        figure = task.held_out()
+        _restore(task.parameters, now.best_state)
+        if figure <= PROBED_RISE * now.first or time.perf_counter() - start > limits.seconds / 2:
+            break
+        now.rate /= 2
+    now.seconds += time.perf_counter() - start
 
 
 def _why_it_ended(now: Progressed, task: Task) -> str:

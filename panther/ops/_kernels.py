@@ -23,8 +23,8 @@ def load() -> tuple[ModuleType | None, str]:
 def warn_that_they_are_missing() -> None:
     """Say once in a process that the CPU kernels are missing, what that costs and how to get them."""
     warnings.warn(
-        f"panther runs without its compiled CPU kernels: {load()[1]}. Results are the same; layers that see few rows "
-        "at a time are slower. To get them, install a C++17 compiler and run "
+        f"panther runs without its compiled CPU kernels: {load()[1]}. Results are the same within rounding; layers "
+        "that see few rows at a time are slower. To get them, install a C++17 compiler and run "
         "`pip install --force-reinstall --no-deps --no-build-isolation panther-compress` "
         "(see panther.build_info()).",
         RuntimeWarning,
