@@ -1,7 +1,8 @@
 // panther::low_rank_linear on the CPU: y = (x down^T) up^T + bias.
 //
 // Few rows of float32 or bfloat16 run in the kernel of core/thin_linear.h; the rest is two products of torch's
-// own. Bytes moved by the kernel: those of R * (in + out) numbers, each factor once, plus x, y and rows * R floats between.
+// own. Bytes moved by the kernel: those of R * (in + out) numbers, each factor once, plus x, y and rows * R floats
+// between.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -23,10 +24,11 @@ using panther::core::BFloat16;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-// Above this a product is bound by arithmetic and no longer by reading the weights, and torch's own can be faster. Speed
-// of the kernel over torch's, geometric mean of twenty layers read again and again, 1 and 2 threads (benchmarks/ops.py): float32 1.4
-// and 1.8 at 1 row, 1.7 and 2.2 at 6, 1.2 and 1.6 at 12 (0.97 at worst), 1.1 and 1.4 at 16 (0.69 at worst). bfloat16 2.3
-// and 3.0 at 1 row, 2.2 and 2.9 at 2 (1.0 at worst), at 4 slower than torch's own in layers 4,096 wide.
+// Above this a product is bound by arithmetic and no longer by reading the weights, and torch's own can be faster.
+// Speed of the kernel over torch's, geometric mean of twenty layers read again and again, 1 and 2 threads
+// (benchmarks/ops.py): float32 1.4 and 1.8 at 1 row, 1.7 and 2.2 at 6, 1.2 and 1.6 at 12 (0.97 at worst), 1.1 and 1.4
+// at 16 (0.69 at worst). bfloat16 2.3 and 3.0 at 1 row, 2.2 and 2.9 at 2 (1.0 at worst), at 4 slower than torch's own
+// in layers 4,096 wide.
 constexpr int64_t kFewRows = 12;
 constexpr int64_t kFewBFloat16Rows = 2;
 
@@ -134,7 +136,8 @@ void few_float_rows(const Inputs& inputs, int64_t rows, void* y) {
 std::vector<float> widened(const Tensor& tensor) {
   const BFloat16* values = numbers<BFloat16>(tensor);
   std::vector<float> wide(tensor.numel());
-  std::transform(values, values + wide.size(), wide.begin(), [](BFloat16 value) { return panther::core::widened(value); });
+  std::transform(values, values + wide.size(), wide.begin(),
+                 [](BFloat16 value) { return panther::core::widened(value); });
   return wide;
 }
 
