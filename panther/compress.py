@@ -13,7 +13,6 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from panther import malloc
 from panther.allocate import resolve
 from panther.allocators import Allocator
 from panther.batches import Calibration, Call, as_call, calibration
@@ -233,8 +232,7 @@ def prepared_for(request: Request) -> Prepared:
         )
         warnings.warn(text, UserWarning, stacklevel=3)
         notes.append(text)
-    with malloc.kept():
-        factors = _factors(request, found, data, seconds, notes)
+    factors = _factors(request, found, data, seconds, notes)
     notes.extend(_thin(factors))
     options = {name: candidates(f, dtype_bytes[name]) for name, f in factors.items()}
     with timed(seconds, "importance"):

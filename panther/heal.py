@@ -19,7 +19,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from panther import malloc
 from panther.answers import is_classifier, last_dense_call
 from panther.batches import Calibration, Call, as_call, calibration, float_outputs, inference, run
 from panther.batchnorm import reestimate
@@ -80,7 +79,7 @@ def heal(
         calib_data if isinstance(calib_data, Calibration) else calibration(calib_data, as_call(example_inputs), teacher)
     )
     shown = progress if isinstance(progress, Progress) else Progress(progress)
-    with _without_caches(teacher), _without_caches(student), malloc.kept():
+    with _without_caches(teacher), _without_caches(student):
         healer = _Healer(teacher, student, data, wanted, seed, shown)
         if checkpoint is not None:
             healer.checkpoint = Checkpoint(Path(checkpoint), {**healer.identity(), **(identity or {})})

@@ -12,7 +12,6 @@ from typing import Any, cast
 
 from torch import nn
 
-from panther import malloc
 from panther.batches import Calibration, inference, run
 from panther.channels import Narrow, narrow, share_for
 from panther.errors import PantherError, one_line
@@ -83,7 +82,7 @@ class Prepared:
         """Measured where the model answers with numbers; else every layer's error counts the same."""
         if not self.reference.is_comparable:
             return dict.fromkeys(self.options, Importance(1.0, 1.0))
-        with timed(self.seconds, "importance"), malloc.kept():
+        with timed(self.seconds, "importance"):
             return importance(self.reference, self.factors, self.options, progress=self.request.progress)
 
     @cached_property
