@@ -45,7 +45,7 @@ CASES = {
 def line(case: Case, recipe: Recipe, minutes: float, seed: int) -> list[str]:
     """One row of the table."""
     of = subject(recipe, exclude=case.exclude)
-    _, _, _, svd = next(iter(compressed(of, METHODS[:1], [case.keep], seed)))
+    _, _, _, svd = next(compressed(of, METHODS[:1], [case.keep], seed))
     say(f"{recipe.name}: plain SVD")
     plain = recipe.metrics(svd)[case.figure]
     del of, svd

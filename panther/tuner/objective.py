@@ -5,6 +5,7 @@ It never raises because of the function. It runs as it is in this process or, pi
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import inspect
 import math
@@ -19,7 +20,6 @@ from pathlib import Path
 from typing import Any
 
 from panther.errors import one_line
-from panther.malloc import give_back
 from panther.tuner.pruning import Monitor, PrunedError, Pruner, Reports, listening
 from panther.tuner.trial import Goal, Limit, Params, Scores, Trial, number_of
 
@@ -300,7 +300,7 @@ def _resident() -> Iterator[Resident]:
     import psutil
 
     process = psutil.Process()
-    give_back()  # memory that malloc kept and a trial uses again would not be seen
+    _give_back()
     marked = _mark_reset()
     before = process.memory_info().rss
     seen = Resident()
@@ -322,6 +322,14 @@ def _resident() -> Iterator[Resident]:
     finally:
         seen.done.set()
         thread.join()
+
+
+def _give_back() -> None:
+    """Return to the system what malloc keeps of freed memory: its use again inside a trial would not be seen."""
+    try:
+        ctypes.CDLL(None).malloc_trim(0)
+    except (AttributeError, OSError, TypeError):  # other systems have no such function, or no such library
+        return
 
 
 def _mark_reset() -> bool:
