@@ -316,12 +316,12 @@ def _resident() -> Iterator[Resident]:
     thread.start()
     try:
         yield seen
-        look()
-        if marked:
-            seen.most = max(seen.most, _mark() - before)
     finally:
         seen.done.set()
-        thread.join()
+        thread.join()  # before the last look: two threads in look() at once can lose what one of them saw
+    look()
+    if marked:
+        seen.most = max(seen.most, _mark() - before)
 
 
 def _give_back() -> None:
