@@ -1,10 +1,11 @@
-"""How fast panther.ops.low_rank_linear is, beside the two F.linear that it replaces.
+"""How fast panther.ops.low_rank_linear (and its form for int8) is, beside the two F.linear that it replaces.
 
 `python -m benchmarks.ops` takes the layers of MiniLM, BERT, ViT and GPT-2 and 4096-wide ones.
 
 Both run in turns; a ratio above 1 means that the op is faster. The weights are the same in each call, so that those of
 the smaller layers stay in the cache (warm), or others, which no cache holds, as in a whole model (cold); there the
-speed of reading is given beside that of summing up a large tensor.
+speed of reading is given beside that of summing up a large tensor. F.linear has float32 weights where the op's are
+int8, since torch has none of these.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,7 +26,7 @@ from torch.nn import functional as F
 
 from benchmarks.common import command, say, table
 from panther.build_info import build_info
-from panther.ops import low_rank_linear
+from panther.ops import low_rank_linear, low_rank_linear_int8, quantised
 
 LAYERS = {
     "MiniLM": [(384, 384), (384, 1536), (1536, 384)],
@@ -33,7 +35,7 @@ LAYERS = {
 }
 KEEPS = (0.5, 0.25)
 ROWS = (1, 2, 4, 6, 8, 12, 16, 32, 128, 512)
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int8": torch.int8}
 COLD_BYTES = 300_000_000  # of weights that calls take in turn: far more than any cache
 TURN_SECONDS = 0.002
 READ_BYTES = 400_000_000
@@ -77,17 +79,24 @@ def cases(
                 yield Case(group, size_in, rank, size_out, count, dtype, thread, is_cold)
 
 
-Inputs = tuple[Tensor, Tensor, Tensor, Tensor]
+Inputs = tuple[Tensor, ...]
 
 
 def inputs_of(case: Case) -> list[Inputs]:
-    """One set of inputs, or as many as no cache holds."""
-    dtype = DTYPES[case.dtype]
+    """One set of inputs of F.linear, or as many as no cache holds."""
+    dtype = torch.float32 if case.dtype == "int8" else DTYPES[case.dtype]
     size_bytes = case.rank * (case.size_in + case.size_out) * dtype.itemsize
     count = math.ceil(COLD_BYTES / size_bytes) if case.is_cold else 1
     x, bias = torch.randn(case.rows, case.size_in).to(dtype), torch.randn(case.size_out).to(dtype)
     down, up = torch.randn(case.rank, case.size_in).to(dtype), torch.randn(case.size_out, case.rank).to(dtype)
     return [(x, down.clone(), up.clone(), bias) for _ in range(count)]
+
+
+def in_eight_bits(inputs: list[Inputs]) -> list[Inputs]:
+    """The inputs of low_rank_linear_int8; the factors are equal numbers, in memory of their own."""
+    x, down, up, bias = inputs[0]
+    first, second = quantised(down), quantised(up)
+    return [(x, *(part.clone() for part in (*first, *second)), bias) for _ in inputs]
 
 
 def plain(x: Tensor, down: Tensor, up: Tensor, bias: Tensor) -> Tensor:
@@ -103,11 +112,11 @@ def seconds_of(function: Callable[..., Tensor], inputs: Iterator[Inputs], calls:
 
 def measured(case: Case, repeats: int) -> Case:
     """Medians of both, in turns of about TURN_SECONDS."""
-    inputs = itertools.cycle(inputs_of(case))
-    calls = [max(1, int(TURN_SECONDS / seconds_of(f, inputs, 3))) for f in (low_rank_linear, plain)]
-    turns = [
-        [seconds_of(f, inputs, n) for f, n in zip((low_rank_linear, plain), calls, strict=True)] for _ in range(repeats)
-    ]
+    given = inputs_of(case)
+    own = (low_rank_linear, given) if case.dtype != "int8" else (low_rank_linear_int8, in_eight_bits(given))
+    both = [(function, itertools.cycle(inputs)) for function, inputs in (own, (plain, given))]
+    calls = [max(1, int(TURN_SECONDS / seconds_of(function, inputs, 3))) for function, inputs in both]
+    turns = [[seconds_of(*one, count) for one, count in zip(both, calls, strict=True)] for _ in range(repeats)]
     op, other = (1e6 * statistics.median(times) for times in zip(*turns, strict=True))
     return Case(**{**vars(case), "op": op, "plain": other})
 
@@ -128,23 +137,30 @@ def geometric_mean(values: Sequence[float]) -> float:
 
 
 def summary(found: Sequence[Case], reads: dict[int, float]) -> str:
-    """By threads, type and cache: the ratio at every number of rows, the worst, and the share of the reading speed."""
+    """By threads, type and cache: the ratio at every number of rows, the worst, and what a single row tells."""
     lines = []
     rows = sorted({case.rows for case in found})
+    single_rows = {_without_dtype(case): case.op for case in found if case.dtype == "float32" and case.rows == rows[0]}
     for key, group in itertools.groupby(found, key=lambda case: (case.threads, case.dtype, case.is_cold)):
         part = list(group)
         threads, dtype, is_cold = key
         single = [case.gigabytes_a_second / reads[threads] for case in part if case.rows == rows[0]]
+        wider = [single_rows[_without_dtype(c)] / c.op for c in part if _without_dtype(c) in single_rows]
         lines.append(
             [
                 f"{threads} threads, {dtype}, {'other weights each call' if is_cold else 'the same weights'}",
                 *(f"{geometric_mean([c.ratio for c in part if c.rows == count]):.2f}" for count in rows),
                 f"{min(case.ratio for case in part):.2f}",
                 f"{100 * statistics.median(single):.0f} %" if is_cold else "",
+                f"{geometric_mean(wider):.2f}" if wider else "",
             ]
         )
-    columns = ["geometric mean of the ratios", *(f"{n} rows" for n in rows), "worst", f"reading, {rows[0]} rows"]
-    return table(columns, lines)
+    last = ["worst", f"reading, {rows[0]} rows", f"to the op in float32, {rows[0]} rows"]
+    return table(["geometric mean of the ratios", *(f"{n} rows" for n in rows), *last], lines)
+
+
+def _without_dtype(case: Case) -> tuple[Any, ...]:
+    return case.size_in, case.rank, case.size_out, case.rows, case.threads, case.is_cold
 
 
 def details(found: Sequence[Case]) -> str:

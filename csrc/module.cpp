@@ -19,7 +19,9 @@ py::dict build_info() {
   info["compiler"] = "unknown";
 #endif
   info["instruction_set"] = name_of(instruction_set_in_use());
-  info["instruction_sets"] = instruction_sets();
+  py::list names;
+  for (const InstructionSet set : instruction_sets()) names.append(name_of(set));
+  info["instruction_sets"] = names;
   return info;
 }
 

@@ -15,7 +15,7 @@ class BuildInfo:
     compiled: bool  # the module panther._C is loaded
     reason: str  # why it is not; empty when it is
     kernels: tuple[str, ...]  # the ops that have a compiled CPU kernel, as the dispatcher sees it
-    instruction_set: str  # "avx2", "scalar", or "none" without kernels
+    instruction_set: str  # "avx512", "avx2", "scalar", or "none" without kernels
     compiler: str
 
     def __str__(self) -> str:

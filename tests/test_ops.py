@@ -37,10 +37,14 @@ def assert_within_the_rounding_bound(got, inputs):
     assert bool(((got.double() - exact).abs() <= roundings * torch.finfo(got.dtype).eps * scale).all())
 
 
-@pytest.fixture
-def scalar_kernels():
-    before = COMPILED.set_instruction_set("scalar")
-    yield
+SETS = COMPILED.build_info()["instruction_sets"] if COMPILED else ["none"]
+
+
+@pytest.fixture(params=SETS)
+def instruction_set(request):
+    """Each set that this processor has, in use; the best one is what the other tests run with."""
+    before = COMPILED.set_instruction_set(request.param)
+    yield request.param
     COMPILED.set_instruction_set(before)
 
 
@@ -63,10 +67,9 @@ def test_every_number_of_rows_is_within_the_rounding_bound(rows, sizes, dtype):
 @pytest.mark.parametrize("dtype", KERNEL_DTYPES, ids=str)
 @pytest.mark.parametrize("rows", range(1, 14))
 @pytest.mark.parametrize("sizes", [(8, 8, 8), (31, 5, 13), (129, 33, 66)], ids=str)
-@pytest.mark.usefixtures("scalar_kernels")
-def test_scalar_kernel_is_within_the_rounding_bound(rows, sizes, dtype):
+def test_each_instruction_set_is_within_the_rounding_bound(rows, sizes, dtype, instruction_set):
     inputs = factors(rows, *sizes, dtype)
-    assert COMPILED.build_info()["instruction_set"] == "scalar"
+    assert COMPILED.build_info()["instruction_set"] == instruction_set
     assert_within_the_rounding_bound(low_rank_linear(*inputs), inputs)
 
 
@@ -120,6 +123,7 @@ def test_number_of_threads_changes_no_bit(rows, threads):
 @needs_kernels
 @pytest.mark.parametrize(("dtype", "most"), [(torch.float32, 12), (torch.bfloat16, 2)], ids=str)
 @pytest.mark.parametrize("sizes", [(77, 19, 45), (64, 16, 37)], ids=str)
+@pytest.mark.usefixtures("instruction_set")
 def test_result_of_a_row_does_not_depend_on_the_rows_beside_it(sizes, dtype, most):
     x, down, up, bias = factors(most, *sizes, dtype)
     together = low_rank_linear(x, down, up, bias)

@@ -1,44 +1,60 @@
 // Which instructions the kernels use: the best that this processor has, unless another set is asked for.
 #pragma once
 
+#include <array>
 #include <atomic>
 #include <stdexcept>
 #include <string>
 #include <vector>
 
-// GCC and Clang compile single functions for AVX2; elsewhere the scalar kernels serve alone.
+// GCC and Clang compile single functions for what not every processor has; elsewhere the scalar kernels serve alone.
 #if (defined(__x86_64__) || defined(__i386__)) && (defined(__GNUC__) || defined(__clang__))
-#define PANTHER_HAS_AVX2 1
+#define PANTHER_HAS_AVX 1
 #define PANTHER_AVX2 __attribute__((target("avx2,fma")))
+#define PANTHER_AVX512 __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma")))
 #else
-#define PANTHER_HAS_AVX2 0
+#define PANTHER_HAS_AVX 0
 #endif
 
 namespace panther::core {
 
-enum class InstructionSet { scalar, avx2 };
+enum class InstructionSet { scalar, avx2, avx512 };
+
+inline constexpr std::array<const char*, 3> kInstructionSetNames{"scalar", "avx2", "avx512"};
+
+inline std::string name_of(InstructionSet set) { return kInstructionSetNames[static_cast<size_t>(set)]; }
+
+inline bool has(InstructionSet set) {
+#if PANTHER_HAS_AVX
+  const bool has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+  if (set == InstructionSet::avx2) return has_avx2;
+  if (set == InstructionSet::avx512) {
+    return has_avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+           __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+  }
+#endif
+  return set == InstructionSet::scalar;
+}
 
 // The sets this processor can run, the best one last.
-inline std::vector<std::string> instruction_sets() {
-  std::vector<std::string> names{"scalar"};
-#if PANTHER_HAS_AVX2
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) names.push_back("avx2");
-#endif
-  return names;
+inline std::vector<InstructionSet> instruction_sets() {
+  std::vector<InstructionSet> sets;
+  for (const auto set : {InstructionSet::scalar, InstructionSet::avx2, InstructionSet::avx512}) {
+    if (has(set)) sets.push_back(set);
+  }
+  return sets;
 }
 
 inline InstructionSet instruction_set_named(const std::string& name) {
-  for (const std::string& known : instruction_sets()) {
-    if (known == name) return name == "avx2" ? InstructionSet::avx2 : InstructionSet::scalar;
+  for (const InstructionSet set : instruction_sets()) {
+    if (name_of(set) == name) return set;
   }
   throw std::invalid_argument("instruction set '" + name + "' is not one that this processor has");
 }
 
 inline std::atomic<InstructionSet>& instruction_set_in_use() {
-  static std::atomic<InstructionSet> chosen{instruction_set_named(instruction_sets().back())};
+  static std::atomic<InstructionSet> chosen{instruction_sets().back()};
   return chosen;
 }
-
-inline std::string name_of(InstructionSet set) { return set == InstructionSet::avx2 ? "avx2" : "scalar"; }
 
 }  // namespace panther::core

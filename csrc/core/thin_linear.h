@@ -1,51 +1,37 @@
 // y = x w^T + bias for few rows of x: reads every number of w once, which is what such a product costs.
 //
-// Notation: x (rows, in), w (out, in), bias (out) or null, y (rows, out); all row-major and contiguous. W is what the
-// numbers of w are stored as, float or BFloat16; they are widened when they are read, and everything else is float.
+// Notation: x (rows, in), w (out, in), bias (out) or null, y (rows, out); all row-major and contiguous. How the numbers
+// of w are stored is in core/weights.h; they are widened when they are read, and everything else is float.
 // A call fills the columns [first, last) of y, so that threads share the columns.
 //
-// Each dot product is summed in the same order whatever the columns of a call, the rows beside it and the
-// block it falls into. So the number of threads changes no bit, and a row's result does not depend on its batch.
+// With one set of instructions each dot product is summed in the same order whatever the columns of a call, the rows
+// beside it and the block it falls into. So the number of threads changes no bit, and a row's result does not depend on
+// its batch.
 #pragma once
 
-#include <algorithm>
 #include <cstdint>
-#include <cstring>
 
 #include "core/instruction_set.h"
+#include "core/weights.h"
 
-#if PANTHER_HAS_AVX2
+#if PANTHER_HAS_AVX
+#if defined(__GNUC__) && !defined(__clang__)  // GCC 12 warns of the registers that its own intrinsics leave undefined
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wuninitialized"
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#endif
 #include <immintrin.h>
+#if defined(__GNUC__) && !defined(__clang__)
+#pragma GCC diagnostic pop
+#endif
 #endif
 
 namespace panther::core {
 
-// The upper half of a float.
-struct BFloat16 {
-  uint16_t bits;
-};
-
-inline float widened(float value) { return value; }
-
-inline float widened(BFloat16 value) {
-  const uint32_t bits = static_cast<uint32_t>(value.bits) << 16;
-  float wide;
-  std::memcpy(&wide, &bits, sizeof(wide));
-  return wide;
-}
-
-// Rounded to the nearest, ties to even; NaN stays NaN.
-inline BFloat16 to_bfloat16(float value) {
-  uint32_t bits;
-  std::memcpy(&bits, &value, sizeof(bits));
-  if (value != value) return {static_cast<uint16_t>((bits >> 16) | 0x40u)};
-  return {static_cast<uint16_t>((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16)};
-}
-
 template <class W>
 struct ThinLinear {
   const float* x;
-  const W* w;
+  W w;
   const float* bias;
   float* y;
   int64_t rows;
@@ -53,147 +39,149 @@ struct ThinLinear {
   int64_t out;
 };
 
-// Numbers summed side by side in one dot product: the width of an AVX2 register.
-inline constexpr int64_t kLanes = 8;
-
-// A dot product from the sum of its whole registers: the last in % 8 products and the bias are added.
-template <class W>
-inline float finish(const ThinLinear<W>& p, float sum, int64_t row, int64_t column) {
-  const float* x = p.x + row * p.in;
-  const W* w = p.w + column * p.in;
-  for (int64_t k = p.in - p.in % kLanes; k < p.in; ++k) sum += x[k] * widened(w[k]);
-  return p.bias ? sum + p.bias[column] : sum;
-}
-
-// The twin without intrinsics: what every other processor runs, and what the AVX2 kernel is tested against.
+// The twin without intrinsics: what every other processor runs, and what the vector kernels are tested against.
 template <class W>
 inline void thin_linear_scalar(const ThinLinear<W>& p, int64_t first, int64_t last) {
-  const int64_t whole = p.in - p.in % kLanes;
+  constexpr int64_t kSums = 8;  // side by side, so that no addition waits for the one before
+  const int64_t whole = p.in - p.in % kSums;
   for (int64_t column = first; column < last; ++column) {
-    const W* w = p.w + column * p.in;
     for (int64_t row = 0; row < p.rows; ++row) {
       const float* x = p.x + row * p.in;
-      float partial[kLanes] = {};
-      for (int64_t k = 0; k < whole; k += kLanes) {
-        for (int64_t lane = 0; lane < kLanes; ++lane) partial[lane] += x[k + lane] * widened(w[k + lane]);
+      float partial[kSums] = {};
+      for (int64_t k = 0; k < whole; k += kSums) {
+        for (int64_t s = 0; s < kSums; ++s) partial[s] += x[k + s] * p.w.value(column, k + s);
       }
-      const float sum = ((partial[0] + partial[1]) + (partial[2] + partial[3])) +
-                        ((partial[4] + partial[5]) + (partial[6] + partial[7]));
-      p.y[row * p.out + column] = finish(p, sum, row, column);
+      float sum = ((partial[0] + partial[1]) + (partial[2] + partial[3])) +
+                  ((partial[4] + partial[5]) + (partial[6] + partial[7]));
+      for (int64_t k = whole; k < p.in; ++k) sum += x[k] * p.w.value(column, k);
+      p.y[row * p.out + column] = p.bias ? sum + p.bias[column] : sum;
     }
   }
 }
 
-#if PANTHER_HAS_AVX2
+#if PANTHER_HAS_AVX
 
-PANTHER_AVX2 inline __m256 eight(const float* numbers) { return _mm256_loadu_ps(numbers); }
+// What core/thin_linear_block.h needs of a set of instructions: registers of kLanes floats, how to fill them from x and
+// from w (the whole one, or the first `count` lanes and zeros), and the shape of its blocks.
+namespace avx2 {
 
-PANTHER_AVX2 inline __m256 eight(const BFloat16* numbers) {
+using Vector = __m256;
+inline constexpr int64_t kLanes = 8;
+// Sixteen registers: twelve sums, the weights of a block's columns and one value.
+constexpr int most_rows(int columns) { return columns % 12 == 0 || columns == 1 ? 4 : 3; }
+constexpr int width(int rows, int columns) { return columns % 12 ? columns : rows == 4 ? 3 : 4; }
+inline constexpr int kStrip = 12;
+
+PANTHER_AVX2 inline Vector zeros() { return _mm256_setzero_ps(); }
+PANTHER_AVX2 inline Vector multiply_add(Vector a, Vector b, Vector c) { return _mm256_fmadd_ps(a, b, c); }
+
+PANTHER_AVX2 inline Vector load(const float* numbers) { return _mm256_loadu_ps(numbers); }
+
+PANTHER_AVX2 inline Vector load(const BFloat16* numbers) {
   const __m128i halves = _mm_loadu_si128(reinterpret_cast<const __m128i*>(numbers));
   return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(halves), 16));
 }
 
+PANTHER_AVX2 inline Vector load(const int8_t* numbers) {
+  const __m128i bytes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(numbers));
+  return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(bytes));
+}
+
+PANTHER_AVX2 inline Vector load(const float* numbers, int64_t count) {
+  const __m256i lanes = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
+  return _mm256_maskload_ps(numbers, _mm256_cmpgt_epi32(_mm256_set1_epi32(static_cast<int>(count)), lanes));
+}
+
+template <class T>  // of narrower numbers
+PANTHER_AVX2 inline Vector load(const T* numbers, int64_t count) {
+  float some[kLanes] = {};
+  for (int64_t lane = 0; lane < count; ++lane) some[lane] = widened(numbers[lane]);
+  return _mm256_loadu_ps(some);
+}
+
+PANTHER_AVX2 inline Vector all_lanes(float number) { return _mm256_set1_ps(number); }
+PANTHER_AVX2 inline Vector multiply(Vector a, Vector b) { return _mm256_mul_ps(a, b); }
+
 // The sums of the lanes of a, b, c and d.
-PANTHER_AVX2 inline __m128 sum_lanes(__m256 a, __m256 b, __m256 c, __m256 d) {
+PANTHER_AVX2 inline __m128 sum_lanes(Vector a, Vector b, Vector c, Vector d) {
   const __m256 halves = _mm256_hadd_ps(_mm256_hadd_ps(a, b), _mm256_hadd_ps(c, d));
   return _mm_add_ps(_mm256_castps256_ps128(halves), _mm256_extractf128_ps(halves, 1));
 }
 
-// A block of `Rows` rows of x times `Columns` rows of w, all of whose sums are in registers: twelve at most, beside the
-// weights and one value. Four sums leave together: those of a row, or of a column.
-template <int Rows, int Columns, class W>
-PANTHER_AVX2 inline void avx2_block(const ThinLinear<W>& p, int64_t row, int64_t column) {
-  const float* x = p.x + row * p.in;
-  const W* w = p.w + column * p.in;
-  const int64_t whole = p.in - p.in % kLanes;
-  __m256 sums[Rows][Columns];
-  for (auto& of_row : sums) {
-    for (__m256& sum : of_row) sum = _mm256_setzero_ps();
-  }
-  for (int64_t k = 0; k < whole; k += kLanes) {
-    __m256 weights[Columns];
-    for (int j = 0; j < Columns; ++j) weights[j] = eight(w + j * p.in + k);
-    for (int i = 0; i < Rows; ++i) {
-      const __m256 values = _mm256_loadu_ps(x + i * p.in + k);
-      for (int j = 0; j < Columns; ++j) sums[i][j] = _mm256_fmadd_ps(values, weights[j], sums[i][j]);
-    }
-  }
-  const bool is_whole = whole == p.in;
-  const float* bias = is_whole && p.bias ? p.bias + column : nullptr;  // else `finish` adds it, after the last products
-  float* y = p.y + row * p.out + column;
-  if constexpr (Columns % 4 == 0) {
-    for (int i = 0; i < Rows; ++i) {
-      for (int j = 0; j < Columns; j += 4) {
-        const __m128 dots = sum_lanes(sums[i][j], sums[i][j + 1], sums[i][j + 2], sums[i][j + 3]);
-        _mm_storeu_ps(y + i * p.out + j, bias ? _mm_add_ps(dots, _mm_loadu_ps(bias + j)) : dots);
-      }
-    }
-  } else {
-    for (int j = 0; j < Columns; ++j) {
-      for (int i = 0; i < Rows; i += 4) {
-        float dots[4];
-        _mm_storeu_ps(dots, sum_lanes(sums[i][j], sums[i + 1 < Rows ? i + 1 : i][j], sums[i + 2 < Rows ? i + 2 : i][j],
-                                      sums[i + 3 < Rows ? i + 3 : i][j]));
-        for (int s = 0; s < 4 && i + s < Rows; ++s) y[(i + s) * p.out + j] = bias ? dots[s] + bias[j] : dots[s];
-      }
-    }
-  }
-  if (!is_whole) {
-    for (int i = 0; i < Rows; ++i) {
-      for (int j = 0; j < Columns; ++j) y[i * p.out + j] = finish(p, y[i * p.out + j], row + i, column + j);
-    }
-  }
+#define PANTHER_VECTOR PANTHER_AVX2
+#include "core/thin_linear_block.h"
+#undef PANTHER_VECTOR
+
+}  // namespace avx2
+
+namespace avx512 {
+
+using Vector = __m512;
+inline constexpr int64_t kLanes = 16;
+// Thirty-two registers: 24 sums, the weights of a block's columns and one value.
+constexpr int most_rows(int) { return 6; }
+constexpr int width(int rows, int columns) { return columns == 8 && rows > 3 ? 4 : columns; }
+inline constexpr int kStrip = 8;
+
+PANTHER_AVX512 inline Vector zeros() { return _mm512_setzero_ps(); }
+PANTHER_AVX512 inline Vector multiply_add(Vector a, Vector b, Vector c) { return _mm512_fmadd_ps(a, b, c); }
+PANTHER_AVX512 inline __mmask16 first_lanes(int64_t count) { return static_cast<__mmask16>((1u << count) - 1); }
+
+PANTHER_AVX512 inline Vector load(const float* numbers) { return _mm512_loadu_ps(numbers); }
+
+PANTHER_AVX512 inline Vector load(const float* numbers, int64_t count) {
+  return _mm512_maskz_loadu_ps(first_lanes(count), numbers);
 }
 
-// `Rows` rows of x times `Columns` rows of w, in blocks of twelve sums where there are so many.
-template <int Rows, int Columns, class W>
-PANTHER_AVX2 inline void avx2_blocks(const ThinLinear<W>& p, int64_t row, int64_t column) {
-  constexpr int kWidth = Columns % 12 == 0 ? (Rows == 4 ? 3 : 4) : Columns;
-  for (int j = 0; j < Columns; j += kWidth) avx2_block<Rows, kWidth>(p, row, column + j);
+PANTHER_AVX512 inline Vector widened_lanes(__m256i halves) {
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(halves), 16));
 }
 
-// All rows of x times some rows of w, which stay in the nearest caches meanwhile: four at a time, three where that
-// leaves no single one.
-template <int Columns, class W>
-PANTHER_AVX2 inline void avx2_rows(const ThinLinear<W>& p, int64_t column) {
-  constexpr int kMost = Columns % 12 == 0 || Columns == 1 ? 4 : 3;  // 4 x 4 sums would not fit
-  int64_t row = 0;
-  while (row < p.rows) {
-    const int64_t left = p.rows - row;
-    const int64_t count = left <= kMost ? left : (left % kMost == 0 || left >= 2 * kMost ? kMost : (left + 1) / 2);
-    switch (count) {
-      case 4:
-        if constexpr (kMost == 4) avx2_blocks<4, Columns>(p, row, column);
-        break;
-      case 3: avx2_blocks<3, Columns>(p, row, column); break;
-      case 2: avx2_blocks<2, Columns>(p, row, column); break;
-      default: avx2_blocks<1, Columns>(p, row, column);
-    }
-    row += count;
-  }
+PANTHER_AVX512 inline Vector load(const BFloat16* numbers) {
+  return widened_lanes(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(numbers)));
 }
 
-// A single row needs eight rows of w at a time to hide the latency of an addition.
-template <class W>
-PANTHER_AVX2 inline void thin_linear_avx2(const ThinLinear<W>& p, int64_t first, int64_t last) {
-  int64_t column = first;
-  if (p.rows == 1) {
-    for (; last - column >= 8; column += 8) avx2_block<1, 8>(p, 0, column);
-  } else {
-    for (; last - column >= 12; column += 12) avx2_rows<12>(p, column);
-  }
-  for (; last - column >= 4; column += 4) avx2_rows<4>(p, column);
-  for (; column < last; ++column) avx2_rows<1>(p, column);
+PANTHER_AVX512 inline Vector load(const BFloat16* numbers, int64_t count) {
+  return widened_lanes(_mm256_maskz_loadu_epi16(first_lanes(count), numbers));
 }
+
+PANTHER_AVX512 inline Vector widened_lanes(__m128i bytes) { return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(bytes)); }
+
+PANTHER_AVX512 inline Vector load(const int8_t* numbers) {
+  return widened_lanes(_mm_loadu_si128(reinterpret_cast<const __m128i*>(numbers)));
+}
+
+PANTHER_AVX512 inline Vector load(const int8_t* numbers, int64_t count) {
+  return widened_lanes(_mm_maskz_loadu_epi8(first_lanes(count), numbers));
+}
+
+PANTHER_AVX512 inline Vector all_lanes(float number) { return _mm512_set1_ps(number); }
+PANTHER_AVX512 inline Vector multiply(Vector a, Vector b) { return _mm512_mul_ps(a, b); }
+
+PANTHER_AVX512 inline __m256 halved(Vector a) {
+  return _mm256_add_ps(_mm512_castps512_ps256(a), _mm512_extractf32x8_ps(a, 1));
+}
+
+PANTHER_AVX512 inline __m128 sum_lanes(Vector a, Vector b, Vector c, Vector d) {
+  const __m256 first = _mm256_hadd_ps(halved(a), halved(b)), second = _mm256_hadd_ps(halved(c), halved(d));
+  const __m256 halves = _mm256_hadd_ps(first, second);
+  return _mm_add_ps(_mm256_castps256_ps128(halves), _mm256_extractf128_ps(halves, 1));
+}
+
+#define PANTHER_VECTOR PANTHER_AVX512
+#include "core/thin_linear_block.h"
+#undef PANTHER_VECTOR
+
+}  // namespace avx512
 
 #endif
 
 template <class W>
 inline void thin_linear(const ThinLinear<W>& p, int64_t first, int64_t last) {
-#if PANTHER_HAS_AVX2
-  if (instruction_set_in_use().load(std::memory_order_relaxed) == InstructionSet::avx2) {
-    return thin_linear_avx2(p, first, last);
-  }
+#if PANTHER_HAS_AVX
+  const InstructionSet set = instruction_set_in_use().load(std::memory_order_relaxed);
+  if (set == InstructionSet::avx512) return avx512::thin_linear(p, first, last);
+  if (set == InstructionSet::avx2) return avx2::thin_linear(p, first, last);
 #endif
   thin_linear_scalar(p, first, last);
 }

@@ -3,26 +3,20 @@
 // Few rows of float32 or bfloat16 run in the kernel of core/thin_linear.h; the rest is two products of torch's
 // own. Bytes moved by the kernel: those of R * (in + out) numbers, each factor once, plus x, y and rows * R floats
 // between.
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-
 #include <algorithm>
-#include <array>
 #include <memory>
 #include <optional>
-#include <sstream>
 #include <stdexcept>
 #include <string>
 #include <vector>
 
-#include "core/thin_linear.h"
+#include "cpu/tensors.h"
 
 namespace {
 
+using namespace panther::cpu;
 using panther::core::BFloat16;
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
+using panther::core::Plain;
 
 // Above this a product is bound by arithmetic and no longer by reading the weights, and torch's own can be faster.
 // Speed of the kernel over torch's, geometric mean of twenty layers read again and again, 1 and 2 threads
@@ -31,10 +25,6 @@ using torch::stable::Tensor;
 // in layers 4,096 wide.
 constexpr int64_t kFewRows = 12;
 constexpr int64_t kFewBFloat16Rows = 2;
-
-// Multiply-adds that a thread gets at least: below, waking it costs more than it saves. Where idle threads sleep
-// (OMP_WAIT_POLICY=PASSIVE), a quarter of this left a single row at 0.6 of torch's speed, and this at 1.0.
-constexpr int64_t kGrain = 131072;
 
 struct Inputs {
   const Tensor& x;
@@ -66,27 +56,6 @@ bool shapes_fit(const Inputs& inputs) {
   return inputs.x.size(inputs.x.dim() - 1) == inputs.in() && inputs.rank() == inputs.up.size(1);
 }
 
-std::string shape_text(const Tensor& tensor) {
-  std::ostringstream text;
-  text << "(";
-  for (int64_t i = 0; i < tensor.dim(); ++i) text << (i ? ", " : "") << tensor.size(i);
-  text << ")";
-  return text.str();
-}
-
-std::string dtype_text(const Tensor& tensor) {
-  switch (tensor.scalar_type()) {
-    case ScalarType::Float: return "float32";
-    case ScalarType::Double: return "float64";
-    case ScalarType::Half: return "float16";
-    case ScalarType::BFloat16: return "bfloat16";
-    case ScalarType::Int: return "int32";
-    case ScalarType::Long: return "int64";
-    case ScalarType::Bool: return "bool";
-    default: return torch::headeronly::toString(tensor.scalar_type());
-  }
-}
-
 // Refuses in the words of panther/ops/low_rank_linear.py.
 void check(const Inputs& inputs) {
   if (!shapes_fit(inputs)) {
@@ -101,31 +70,14 @@ void check(const Inputs& inputs) {
   }
 }
 
-Tensor linear(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias) {
-  std::array<StableIValue, 3> stack{torch::stable::detail::from(x), torch::stable::detail::from(weight),
-                                    torch::stable::detail::from(bias)};
-  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::linear", "", stack.data(), TORCH_ABI_VERSION));
-  return torch::stable::detail::to<Tensor>(stack[0]);
-}
-
-template <class W>
-void run(const panther::core::ThinLinear<W>& product) {
-  const int64_t work = std::max<int64_t>(1, product.rows * product.in);
-  torch::stable::parallel_for(0, product.out, std::max<int64_t>(1, kGrain / work),
-                              [&](int64_t first, int64_t last) { panther::core::thin_linear(product, first, last); });
-}
-
-template <class W>
-const W* numbers(const Tensor& tensor) {
-  return static_cast<const W*>(tensor.const_data_ptr());
-}
-
 // x (rows, in) -> y (rows, out), all contiguous. The rows * R numbers between the products stay in the cache.
-template <class W>
+template <class T>
 void few_rows(const Inputs& inputs, const float* x, const float* bias, int64_t rows, float* y) {
-  std::unique_ptr<float[]> inner(new float[rows * inputs.rank()]);
-  run<W>({x, numbers<W>(inputs.down), nullptr, inner.get(), rows, inputs.in(), inputs.rank()});
-  run<W>({inner.get(), numbers<W>(inputs.up), bias, y, rows, inputs.rank(), inputs.out()});
+  const int64_t in = inputs.in(), rank = inputs.rank(), out = inputs.out();
+  const Plain<T> down{numbers<T>(inputs.down), in}, up{numbers<T>(inputs.up), rank};
+  std::unique_ptr<float[]> inner(new float[rows * rank]);
+  run<Plain<T>>({x, down, nullptr, inner.get(), rows, in, rank});
+  run<Plain<T>>({inner.get(), up, bias, y, rows, rank, out});
 }
 
 void few_float_rows(const Inputs& inputs, int64_t rows, void* y) {
@@ -149,9 +101,6 @@ void few_bfloat16_rows(const Inputs& inputs, int64_t rows, void* y) {
   few_rows<BFloat16>(inputs, x.data(), inputs.bias ? bias.data() : nullptr, rows, wide.data());
   std::transform(wide.begin(), wide.end(), static_cast<BFloat16*>(y), panther::core::to_bfloat16);
 }
-
-// The tensor itself where it is contiguous, which costs less than asking torch.
-Tensor packed(const Tensor& tensor) { return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor); }
 
 Tensor low_rank_linear(const Tensor& x, const Tensor& down, const Tensor& up, const std::optional<Tensor>& bias) {
   const Inputs inputs{x, down, up, bias};

@@ -9,9 +9,11 @@ from __future__ import annotations
 from panther.ops import _kernels
 from panther.ops._define import Op
 from panther.ops.low_rank_linear import LOW_RANK_LINEAR, low_rank_linear
+from panther.ops.low_rank_linear_int8 import LOW_RANK_LINEAR_INT8, dequantised, low_rank_linear_int8, quantised
 
 OPS: dict[str, Op] = {
     "low_rank_linear": LOW_RANK_LINEAR,
+    "low_rank_linear_int8": LOW_RANK_LINEAR_INT8,
 }
 
 # What to give to `exported_program.run_decompositions(REFERENCES)`: afterwards only standard ATen ops are left.
@@ -19,4 +21,4 @@ REFERENCES = {op.overload: op.reference for op in OPS.values()}
 
 _kernels.load()  # the schemas exist by now, so the kernels take over here
 
-__all__ = ["OPS", "REFERENCES", "Op", "low_rank_linear"]
+__all__ = ["OPS", "REFERENCES", "Op", "dequantised", "low_rank_linear", "low_rank_linear_int8", "quantised"]

@@ -24,7 +24,7 @@ def _check(x: Tensor, down: Tensor, up: Tensor, bias: Tensor | None) -> None:
     """The compiled kernel refuses the same inputs in the same words (csrc/cpu/low_rank_linear.cpp)."""
     tensors = [x, down, up] + ([] if bias is None else [bias])
     if not _shapes_fit(x, down, up, bias):
-        got = ", ".join(_shape(tensor) for tensor in (x, down, up, bias))
+        got = ", ".join(shape_text(tensor) for tensor in (x, down, up, bias))
         wanted = "x (..., in), down (R, in), up (out, R), bias (out) or None"
         raise ValueError(f"low_rank_linear: expected the shapes {wanted}; got {got}")
     if any(tensor.dtype != x.dtype for tensor in tensors):
@@ -43,7 +43,7 @@ def _shapes_fit(x: Tensor, down: Tensor, up: Tensor, bias: Tensor | None) -> boo
     return bool(x.shape[-1] == down.shape[1] and down.shape[0] == up.shape[1])
 
 
-def _shape(tensor: Tensor | None) -> str:
+def shape_text(tensor: Tensor | None) -> str:
     return "None" if tensor is None else "(" + ", ".join(map(str, tensor.shape)) + ")"
 
 

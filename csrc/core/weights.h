@@ -1,0 +1,61 @@
+// How the numbers of a matrix (out, in) are stored: `value` is one of them as a float, and the vector kernels read
+// `numbers` from `at` on, to the end of a group at most, and multiply them by its `scale` where they have one.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <cstring>
+
+namespace panther::core {
+
+// The upper half of a float.
+struct BFloat16 {
+  uint16_t bits;
+};
+
+inline float widened(float value) { return value; }
+inline float widened(int8_t value) { return value; }
+
+inline float widened(BFloat16 value) {
+  const uint32_t bits = static_cast<uint32_t>(value.bits) << 16;
+  float wide;
+  std::memcpy(&wide, &bits, sizeof(wide));
+  return wide;
+}
+
+// Rounded to the nearest, ties to even; NaN stays NaN.
+inline BFloat16 to_bfloat16(float value) {
+  uint32_t bits;
+  std::memcpy(&bits, &value, sizeof(bits));
+  if (value != value) return {static_cast<uint16_t>((bits >> 16) | 0x40u)};
+  return {static_cast<uint16_t>((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16)};
+}
+
+// float or BFloat16, as they are.
+template <class T>
+struct Plain {
+  static constexpr bool kHasScales = false;
+  const T* numbers;
+  int64_t in;
+
+  int64_t at(int64_t column, int64_t k) const { return column * in + k; }
+  int64_t group_end(int64_t) const { return in; }
+  float value(int64_t column, int64_t k) const { return widened(numbers[at(column, k)]); }
+};
+
+// Whole numbers of eight bits, each times the scale of its group: 2^shift neighbours in a row of w, or all of them.
+struct Int8 {
+  static constexpr bool kHasScales = true;
+  const int8_t* numbers;
+  int64_t in;
+  const float* scales;  // (out, groups)
+  int64_t groups;
+  int shift;
+
+  int64_t at(int64_t column, int64_t k) const { return column * in + k; }
+  int64_t group_end(int64_t k) const { return std::min(in, ((k >> shift) + 1) << shift); }
+  float scale(int64_t column, int64_t k) const { return scales[column * groups + (k >> shift)]; }
+  float value(int64_t column, int64_t k) const { return widened(numbers[at(column, k)]) * scale(column, k); }
+};
+
+}  // namespace panther::core

@@ -1,0 +1,174 @@
+"""A linear layer whose two factors are whole numbers of eight bits with scales: a quarter of the bytes to read.
+
+Notation: as in low_rank_linear. A scale belongs to a group of numbers that are neighbours in a row of a factor: to all
+of the row, or to 32, 64 or 128 of them, the last ones of a row maybe fewer. A number is its int8 value times its scale.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from panther.ops._define import define
+from panther.ops.low_rank_linear import shape_text
+
+GROUP_SIZES = (32, 64, 128)
+LARGEST = 127  # -128 is left out, so that a group and its negative are stored alike
+
+
+def quantised(weight: Tensor, group_size: int | None = None) -> tuple[Tensor, Tensor]:
+    """int8 values and their scales: each group rounded to the nearest multiples of 1/127 of its largest number.
+
+    group_size: 32, 64 or 128; None for one scale a row. A group of zeros has the scale 1.
+
+    Shapes: weight (m, n) -> int8 (m, n) and (m, ceil(n / group_size)) of the weight's dtype.
+    Raises: ValueError for another group size, for a weight that is not a matrix of floating-point numbers, and for NaN
+            or Inf.
+    """
+    if group_size is not None and group_size not in GROUP_SIZES:
+        raise ValueError(f"quantised: group_size is {group_size!r}; use None or one of {GROUP_SIZES}")
+    if weight.dim() != 2 or not weight.is_floating_point():
+        raise ValueError(f"quantised: expected a floating-point matrix; got {shape_text(weight)} {weight.dtype}")
+    if not bool(torch.isfinite(weight).all()):
+        raise ValueError("quantised: the weight holds NaN or Inf")
+    rows, columns = weight.shape
+    size = group_size or max(1, columns)
+    count = max(1, -(-columns // size))
+    groups = F.pad(weight.float(), (0, size * count - columns)).reshape(rows, count, size)
+    scales = (groups.abs().amax(-1) / LARGEST).to(weight.dtype)
+    scales = torch.where(scales > 0, scales, 1.0)
+    values = (groups / scales.float().unsqueeze(-1)).round().clamp(-LARGEST, LARGEST).to(torch.int8)
+    return values.flatten(1)[:, :columns].contiguous(), scales
+
+
+def dequantised(values: Tensor, scales: Tensor) -> Tensor:
+    """The matrix that values and scales stand for, in the dtype of the scales."""
+    columns = values.shape[1]
+    size = _group_size(columns, scales.shape[1])
+    return values.to(scales.dtype) * (scales if size == columns else scales.repeat_interleave(size, 1)[:, :columns])
+
+
+def _group_size(columns: int, groups: int) -> int:
+    """How many numbers of a row share a scale; 0 where so many scales fit none of the sizes."""
+    if groups == 1:
+        return columns
+    return next((size for size in GROUP_SIZES if groups == -(-columns // size)), 0)
+
+
+def reference(
+    x: Tensor, down: Tensor, down_scales: Tensor, up: Tensor, up_scales: Tensor, bias: Tensor | None
+) -> Tensor:
+    """What `low_rank_linear_int8` computes, in standard PyTorch operations."""
+    _check(x, down, down_scales, up, up_scales, bias)
+    return F.linear(F.linear(x, dequantised(down, down_scales)), dequantised(up, up_scales), bias)
+
+
+def _check(x: Tensor, down: Tensor, down_scales: Tensor, up: Tensor, up_scales: Tensor, bias: Tensor | None) -> None:
+    """The compiled kernel refuses the same inputs in the same words (csrc/cpu/low_rank_linear_int8.cpp)."""
+    given = (x, down, down_scales, up, up_scales, bias)
+    tensors = [tensor for tensor in given if tensor is not None]
+    name = "low_rank_linear_int8"
+    if not _shapes_fit(*given):
+        got = ", ".join(shape_text(tensor) for tensor in given)
+        raise ValueError(
+            f"{name}: expected the shapes x (..., in), down (R, in), its scales (R, groups), up (out, R), its scales "
+            f"(out, groups), bias (out) or None, one group a row or one for 32, 64 or 128 numbers; got {got}"
+        )
+    like_x = [x, down_scales, up_scales] + ([] if bias is None else [bias])
+    if down.dtype != torch.int8 or up.dtype != torch.int8 or any(tensor.dtype != x.dtype for tensor in like_x):
+        got = ", ".join(str(tensor.dtype).removeprefix("torch.") for tensor in tensors)
+        raise ValueError(f"{name}: expected int8 factors, and one dtype for x, scales, bias; got {got}")
+    if any(tensor.device != x.device for tensor in tensors):
+        got = ", ".join(str(tensor.device) for tensor in tensors)
+        raise ValueError(f"{name}: expected one device for all tensors; got {got}")
+
+
+def _shapes_fit(
+    x: Tensor, down: Tensor, down_scales: Tensor, up: Tensor, up_scales: Tensor, bias: Tensor | None
+) -> bool:
+    for values, scales in ((down, down_scales), (up, up_scales)):
+        if values.dim() != 2 or scales.dim() != 2 or values.shape[0] != scales.shape[0]:
+            return False
+        if scales.shape[1] != 1 and not _group_size(values.shape[1], scales.shape[1]):
+            return False
+    if bias is not None and (bias.dim() != 1 or bias.shape[0] != up.shape[0]):
+        return False
+    return bool(x.dim() >= 1 and x.shape[-1] == down.shape[1] and down.shape[0] == up.shape[1])
+
+
+def _setup_context(ctx: Any, inputs: tuple[Tensor | None, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs[:5])
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    """Gradients of x, both scales and the bias; the int8 values have none."""
+    x, down, down_scales, up, up_scales = ctx.saved_tensors
+    wants_x, _, wants_down, _, wants_up, wants_bias = ctx.needs_input_grad
+    rows, grad_rows = x.reshape(-1, x.shape[-1]), grad.reshape(-1, grad.shape[-1])
+    wide_down = dequantised(down, down_scales) if wants_x or wants_up else None
+    inner = grad_rows @ dequantised(up, up_scales) if wants_x or wants_down else None  # gradient of x down^T, (rows, R)
+    return (
+        (inner @ wide_down).reshape(x.shape) if wants_x and inner is not None and wide_down is not None else None,
+        None,
+        _scale_gradient(inner.T @ rows, down, down_scales) if wants_down and inner is not None else None,
+        None,
+        _scale_gradient(grad_rows.T @ (rows @ wide_down.T), up, up_scales)
+        if wants_up and wide_down is not None
+        else None,
+        grad_rows.sum(0) if wants_bias else None,
+    )
+
+
+def _scale_gradient(grad: Tensor, values: Tensor, scales: Tensor) -> Tensor:
+    """The gradient of scales from that of the whole matrix."""
+    columns, groups = values.shape[1], scales.shape[1]
+    size = _group_size(columns, groups)
+    return F.pad(grad * values, (0, groups * size - columns)).reshape(-1, groups, size).sum(-1)
+
+
+def _samples(dtype: torch.dtype) -> list[tuple[Tensor | None, ...]]:
+    """Inputs of odd sizes: one scale a row or several, no rows, views that are no copies, with and without bias."""
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(shape, dtype=dtype, generator=generator)
+
+    def factor(rows: int, columns: int, groups: int) -> tuple[Tensor, Tensor]:
+        values = torch.randint(-127, 128, (rows, columns), dtype=torch.int8, generator=generator)
+        return values, torch.rand(rows, groups, dtype=dtype, generator=generator) / 64
+
+    generator = torch.Generator().manual_seed(0)
+    down, down_scales = factor(12, 3, 1)
+    return [
+        (random(1, 13), *factor(3, 13, 1), *factor(7, 3, 1), random(7)),
+        (random(5, 39), *factor(33, 39, 2), *factor(1, 33, 2), None),
+        (random(2, 9, 70), *factor(4, 70, 2), *factor(3, 4, 1), random(3)),
+        (random(17), *factor(5, 17, 1), *factor(8, 5, 1), random(8)),
+        (random(0, 6), *factor(2, 6, 1), *factor(5, 2, 1), random(5)),
+        (random(12, 3).T, down.T, down_scales[:3], *factor(18, 3, 1), random(36)[::2]),
+    ]
+
+
+LOW_RANK_LINEAR_INT8 = define(
+    "low_rank_linear_int8(Tensor x, Tensor down, Tensor down_scales, Tensor up, Tensor up_scales, Tensor? bias)"
+    " -> Tensor",
+    reference=reference,
+    setup_context=_setup_context,
+    backward=_backward,
+    samples=_samples,
+)
+
+
+def low_rank_linear_int8(
+    x: Tensor, down: Tensor, down_scales: Tensor, up: Tensor, up_scales: Tensor, bias: Tensor | None = None
+) -> Tensor:
+    """`low_rank_linear` with factors that `quantised` made: low_rank_linear(x, down * scales, up * scales, bias).
+
+    Shapes: x (..., in), down int8 (R, in), down_scales (R, groups), up int8 (out, R), up_scales (out, groups), bias
+            (out) or None -> (..., out).
+    Cost:   2*rows*R*(in + out) flops; on a CPU the factors are never widened as a whole.
+    Raises: ValueError when shapes, dtypes or devices do not fit together.
+    """
+    return LOW_RANK_LINEAR_INT8(x, down, down_scales, up, up_scales, bias)
