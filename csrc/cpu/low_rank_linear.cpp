@@ -10,7 +10,7 @@
 #include <string>
 #include <vector>
 
-#include "cpu/tensors.h"
+#include "cpu_tensors.h"
 
 namespace {
 

@@ -9,7 +9,7 @@
 #include <string>
 #include <vector>
 
-#include "cpu/tensors.h"
+#include "cpu_tensors.h"
 
 namespace {
 
