@@ -10,8 +10,11 @@
 #if (defined(__x86_64__) || defined(__i386__)) && (defined(__GNUC__) || defined(__clang__))
 #define PANTHER_HAS_AVX2 1
 #define PANTHER_AVX2 __attribute__((target("avx2,fma")))
+// A body that is compiled for whoever calls it: once for every processor and once for AVX2.
+#define PANTHER_INLINE __attribute__((always_inline)) inline
 #else
 #define PANTHER_HAS_AVX2 0
+#define PANTHER_INLINE inline
 #endif
 
 namespace panther::core {

@@ -11,15 +11,17 @@
 #include <array>
 #include <memory>
 #include <optional>
-#include <sstream>
 #include <stdexcept>
 #include <string>
 #include <vector>
 
 #include "core/thin_linear.h"
+#include "tensor_text.h"
 
 namespace {
 
+using panther::dtype_text;
+using panther::shape_text;
 using panther::core::BFloat16;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
@@ -64,27 +66,6 @@ bool shapes_fit(const Inputs& inputs) {
   if (inputs.x.dim() < 1 || inputs.down.dim() != 2 || inputs.up.dim() != 2) return false;
   if (inputs.bias && (inputs.bias->dim() != 1 || inputs.bias->size(0) != inputs.out())) return false;
   return inputs.x.size(inputs.x.dim() - 1) == inputs.in() && inputs.rank() == inputs.up.size(1);
-}
-
-std::string shape_text(const Tensor& tensor) {
-  std::ostringstream text;
-  text << "(";
-  for (int64_t i = 0; i < tensor.dim(); ++i) text << (i ? ", " : "") << tensor.size(i);
-  text << ")";
-  return text.str();
-}
-
-std::string dtype_text(const Tensor& tensor) {
-  switch (tensor.scalar_type()) {
-    case ScalarType::Float: return "float32";
-    case ScalarType::Double: return "float64";
-    case ScalarType::Half: return "float16";
-    case ScalarType::BFloat16: return "bfloat16";
-    case ScalarType::Int: return "int32";
-    case ScalarType::Long: return "int64";
-    case ScalarType::Bool: return "bool";
-    default: return torch::headeronly::toString(tensor.scalar_type());
-  }
 }
 
 // Refuses in the words of panther/ops/low_rank_linear.py.

@@ -8,10 +8,14 @@ from __future__ import annotations
 
 from panther.ops import _kernels
 from panther.ops._define import Op
+from panther.ops.hadamard import HADAMARD, hadamard
 from panther.ops.low_rank_linear import LOW_RANK_LINEAR, low_rank_linear
+from panther.ops.sparse_sign_sketch import SPARSE_SIGN_SKETCH, sparse_sign_sketch
 
 OPS: dict[str, Op] = {
     "low_rank_linear": LOW_RANK_LINEAR,
+    "sparse_sign_sketch": SPARSE_SIGN_SKETCH,
+    "hadamard": HADAMARD,
 }
 
 # What to give to `exported_program.run_decompositions(REFERENCES)`: afterwards only standard ATen ops are left.
@@ -19,4 +23,4 @@ REFERENCES = {op.overload: op.reference for op in OPS.values()}
 
 _kernels.load()  # the schemas exist by now, so the kernels take over here
 
-__all__ = ["OPS", "REFERENCES", "Op", "low_rank_linear"]
+__all__ = ["OPS", "REFERENCES", "Op", "hadamard", "low_rank_linear", "sparse_sign_sketch"]
