@@ -55,7 +55,8 @@ def define(
 
     The reference serves every device that has no kernel of its own, and tensors without data. Under autocast the
     floating inputs are cast to the autocast dtype, as they are for F.linear. torch.func transforms see the reference.
-    An op that accumulates has neither backward nor autocast, whose casts would be copies of what it adds to.
+    An op that accumulates comes without backward, and then without autocast: its casts would be copies, not what is
+    added to.
     """
     name = schema.partition("(")[0]
     qualified = f"panther::{name}"
@@ -66,7 +67,7 @@ def define(
     # The key that every torch.func transform sets first: the transforms meet standard ops only. A backward from
     # register_autograd would raise inside them.
     _LIBRARY.impl(name, reference, "FuncTorchDynamicLayerFrontMode")
-    if op.accumulates or backward is None:
+    if backward is None:
         return op
     torch.library.register_autograd(qualified, backward, setup_context=setup_context, lib=_LIBRARY)
     for device_type in ("cpu", "cuda"):

@@ -15,7 +15,7 @@ def reference(x: Tensor) -> Tensor:
     """What `hadamard` computes, in standard PyTorch operations. The 16-bit types are float32 on the way."""
     _check(x)
     n = x.shape[-1]
-    y = (x.float() if x.dtype.itemsize == 2 else x).contiguous() * n**-0.5
+    y: Tensor = (x.float() if x.dtype.itemsize == 2 else x).contiguous() * n**-0.5
     half = n // 2
     while half:
         pairs = y.reshape(-1, 2, half)

@@ -42,7 +42,9 @@ def _entries(rows: Tensor, size: int, seed: int, nonzeros: int) -> tuple[Tensor,
         for word in philox((rows & _WORD, (rows >> 32) & _WORD, zero + call, zero), key)
     ]
     starts = [part * size // nonzeros for part in range(nonzeros + 1)]
-    targets = [start + (word * (end - start) >> 32) for word, start, end in zip(words, starts, starts[1:], strict=False)]
+    targets = [
+        start + (word * (end - start) >> 32) for word, start, end in zip(words, starts, starts[1:], strict=False)
+    ]
     signs = [1 - 2 * (word & 1) for word in words[:nonzeros]]
     return torch.stack(targets, 1), torch.stack(signs, 1)
 
@@ -93,8 +95,8 @@ def sparse_sign_sketch(x: Tensor, sketch: Tensor, *, first_row: int, seed: int, 
     """Add the sketch of some rows to `sketch`, whose product with itself estimates that of all rows seen so far.
 
     `first_row` counts the rows that came before, which makes the result independent of how they are batched. Where a
-    row goes follows from its number, `seed` and `nonzeros` alone: the same bits for any batches and number of threads.
-    No gradient is recorded.
+    row goes follows from its number, `seed` and `nonzeros` alone: on the CPU, the same bits for any batches and number
+    of threads. No gradient is recorded.
 
     Shapes: x (rows, n), sketch (l, n).
     Cost:   nonzeros*rows*n additions.
