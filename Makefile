@@ -10,8 +10,8 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 # Keeps every later install from replacing the torch that the kernels were built against.
 PINS := $(VENV)/pins.txt
-KERNELS := $(wildcard csrc/*.cpp csrc/*/*)
-BENCHMARKS := ops minilm crepe whisper healed onnx_speed fidelity
+KERNELS := $(wildcard csrc/*.* csrc/*/*)
+BENCHMARKS := ops sketches minilm crepe whisper healed onnx_speed fidelity
 
 # The CPU build of torch, where there is one, unless TORCH was set: from the configured index, or else from PyTorch's.
 ifeq ($(origin TORCH),file)

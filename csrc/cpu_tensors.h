@@ -1,4 +1,4 @@
-// What the CPU ops share: tensors in the words of an error message, torch's own product, and the kernel on all threads.
+// What the linear ops share on the CPU: torch's own product, and the kernel on all threads.
 #pragma once
 
 #include <torch/csrc/stable/library.h>
@@ -8,10 +8,9 @@
 #include <algorithm>
 #include <array>
 #include <optional>
-#include <sstream>
-#include <string>
 
 #include "core/thin_linear.h"
+#include "tensor_text.h"
 
 namespace panther::cpu {
 
@@ -21,28 +20,6 @@ using torch::stable::Tensor;
 // Multiply-adds that a thread gets at least: below, waking it costs more than it saves. Where idle threads sleep
 // (OMP_WAIT_POLICY=PASSIVE), a quarter of this left a single row at 0.6 of torch's speed, and this at 1.0.
 constexpr int64_t kGrain = 131072;
-
-inline std::string shape_text(const Tensor& tensor) {
-  std::ostringstream text;
-  text << "(";
-  for (int64_t i = 0; i < tensor.dim(); ++i) text << (i ? ", " : "") << tensor.size(i);
-  text << ")";
-  return text.str();
-}
-
-inline std::string dtype_text(const Tensor& tensor) {
-  switch (tensor.scalar_type()) {
-    case ScalarType::Float: return "float32";
-    case ScalarType::Double: return "float64";
-    case ScalarType::Half: return "float16";
-    case ScalarType::BFloat16: return "bfloat16";
-    case ScalarType::Char: return "int8";
-    case ScalarType::Int: return "int32";
-    case ScalarType::Long: return "int64";
-    case ScalarType::Bool: return "bool";
-    default: return torch::headeronly::toString(tensor.scalar_type());
-  }
-}
 
 inline Tensor linear(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias) {
   std::array<StableIValue, 3> stack{torch::stable::detail::from(x), torch::stable::detail::from(weight),

@@ -20,3 +20,19 @@ def _same_random_numbers():
 def _short_healing(monkeypatch):
     """Healing of a test model ends after a few steps, unless a test says how many."""
     monkeypatch.setattr(import_module("panther.heal"), "EPOCHS", 2)  # the name panther.heal is the function
+
+
+@pytest.fixture
+def scalar_kernels():
+    from tests.kernels import COMPILED
+
+    before = COMPILED.set_instruction_set("scalar")
+    yield
+    COMPILED.set_instruction_set(before)
+
+
+@pytest.fixture
+def threads():
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)

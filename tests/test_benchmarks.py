@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import panther
-from benchmarks import common, crepe, healed, minilm, onnx_speed, ops, whisper
+from benchmarks import common, crepe, healed, minilm, onnx_speed, ops, sketches, whisper
 from benchmarks.common import METHODS, compressed, factors_of, plans_of, rows_of, subject, table
 from benchmarks.peers.random_basis import projected
 from models.data import MissingDataError
@@ -293,6 +293,22 @@ def test_the_op_script_prints_every_layer_and_the_means(
         for cache in ("the same weights", "other weights each call")
     ]
     assert all(float(cell) >= 0 for row in rows[2:18] for cell in row[1:])
+
+
+def test_the_sketch_script_prints_every_way_and_the_exact_one_loses_nothing(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sketches, "HADAMARD_NUMBERS", 1 << 10)
+    monkeypatch.setattr(sketches, "HADAMARD_SIZES", (16, 64))
+    arguments = ["--widths", "24", "--rows", "700", "--multiples", "2", "8", "--batch", "256", "--repeats", "1"]
+    assert start(sketches, monkeypatch, *arguments) == 0
+    rows = printed_table(capsys.readouterr().out)
+    ways = ["exact", "sketch, l = 2n", "2n random rows", "sketch, l = 8n", "8n random rows"]
+    assert [row[0].partition(": ")[2] for row in rows[2:22]] == ways * 4
+    excess = [[float(cell.removesuffix(" %")) for cell in row[4:]] for row in rows[2:22]]
+    assert all(lost == ([0.0] * 3 if index % 5 == 0 else lost) and min(lost) >= 0 for index, lost in enumerate(excess))
+    assert all(sum(excess[first + 3]) < sum(excess[first + 1]) for first in range(0, 20, 5))  # more rows lose less
+    assert [row[0] for row in rows[24:]] == ["64 x 16", "16 x 64"]
 
 
 @pytest.mark.parametrize("script", [minilm, crepe, whisper, onnx_speed])

@@ -9,12 +9,10 @@ import torch
 from torch.nn import functional as F
 
 from panther.build_info import build_info
-from panther.ops import OPS, _kernels, low_rank_linear
+from panther.ops import OPS, low_rank_linear
+from tests.kernels import COMPILED, needs_kernels
 
 REFERENCE = OPS["low_rank_linear"].reference
-COMPILED = _kernels.load()[0]
-needs_kernels = pytest.mark.skipif(COMPILED is None, reason=f"no compiled kernels here: {build_info().reason}")
-
 
 KERNEL_DTYPES = (torch.float32, torch.bfloat16)
 
@@ -46,13 +44,6 @@ def instruction_set(request):
     before = COMPILED.set_instruction_set(request.param)
     yield request.param
     COMPILED.set_instruction_set(before)
-
-
-@pytest.fixture
-def threads():
-    before = torch.get_num_threads()
-    yield torch.set_num_threads
-    torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize("dtype", KERNEL_DTYPES, ids=str)

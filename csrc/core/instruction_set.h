@@ -12,8 +12,11 @@
 #define PANTHER_HAS_AVX 1
 #define PANTHER_AVX2 __attribute__((target("avx2,fma")))
 #define PANTHER_AVX512 __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma")))
+// A body that is compiled for whoever calls it: once for every processor and once for AVX2.
+#define PANTHER_INLINE __attribute__((always_inline)) inline
 #else
 #define PANTHER_HAS_AVX 0
+#define PANTHER_INLINE inline
 #endif
 
 namespace panther::core {

@@ -15,6 +15,8 @@
 namespace {
 
 using namespace panther::cpu;
+using panther::dtype_text;
+using panther::shape_text;
 using panther::core::BFloat16;
 using panther::core::Plain;
 

@@ -14,6 +14,8 @@
 namespace {
 
 using namespace panther::cpu;
+using panther::dtype_text;
+using panther::shape_text;
 using panther::core::Int8;
 
 constexpr int64_t kFewRows = 8;

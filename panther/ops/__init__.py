@@ -1,24 +1,40 @@
 """Operations of panther's own, by name.
 
 An op is one file: a schema, a plain PyTorch `reference` that is also its fallback, fake kernel and decomposition, and a
-backward. Compiled code only implements it for a device. To add one, write the file and add its line to `OPS`.
+backward (none where it adds to its first input). Compiled code only implements it for a device. To add one, write the
+file and add its line to `OPS`.
 """
 
 from __future__ import annotations
 
 from panther.ops import _kernels
 from panther.ops._define import Op
+from panther.ops.hadamard import HADAMARD, hadamard
 from panther.ops.low_rank_linear import LOW_RANK_LINEAR, low_rank_linear
 from panther.ops.low_rank_linear_int8 import LOW_RANK_LINEAR_INT8, dequantised, low_rank_linear_int8, quantised
+from panther.ops.sparse_sign_sketch import SPARSE_SIGN_SKETCH, sparse_sign_sketch
 
 OPS: dict[str, Op] = {
     "low_rank_linear": LOW_RANK_LINEAR,
     "low_rank_linear_int8": LOW_RANK_LINEAR_INT8,
+    "sparse_sign_sketch": SPARSE_SIGN_SKETCH,
+    "hadamard": HADAMARD,
 }
 
-# What to give to `exported_program.run_decompositions(REFERENCES)`: afterwards only standard ATen ops are left.
-REFERENCES = {op.overload: op.reference for op in OPS.values()}
+# What to give to `exported_program.run_decompositions(REFERENCES)`: afterwards only standard ATen ops are left. Torch
+# decomposes no op that changes its inputs; those are for calibration.
+REFERENCES = {op.overload: op.reference for op in OPS.values() if not op.accumulates}
 
 _kernels.load()  # the schemas exist by now, so the kernels take over here
 
-__all__ = ["OPS", "REFERENCES", "Op", "dequantised", "low_rank_linear", "low_rank_linear_int8", "quantised"]
+__all__ = [
+    "OPS",
+    "REFERENCES",
+    "Op",
+    "dequantised",
+    "hadamard",
+    "low_rank_linear",
+    "low_rank_linear_int8",
+    "quantised",
+    "sparse_sign_sketch",
+]

@@ -20,21 +20,22 @@ class Op:
     """One registered op: its name in the dispatcher, and what it computes in plain PyTorch."""
 
     name: str
-    reference: Callable[..., Tensor]
+    reference: Callable[..., Any]
     overload: torch._ops.OpOverload
-    samples: Callable[
-        [torch.dtype], list[tuple[Tensor | None, ...]]
-    ]  # valid inputs at the edges, for the contract tests
+    samples: Callable[[torch.dtype], list[tuple[Any, ...]]]  # valid inputs at the edges, for the contract tests
 
-    def __call__(self, *inputs: Tensor | None) -> Tensor:
+    def __call__(self, *inputs: Any) -> Any:
         """Run the op; where no gradient is recorded, without a visit to its backward, which is written in Python."""
         if torch.is_grad_enabled() or torch.compiler.is_compiling():
-            result: Tensor = self.overload(*inputs)
-        else:
-            # The visit costs as much as the rest of the call: 4 us beside 4 us for small inputs.
-            with torch._C._AutoDispatchBelowAutograd():
-                result = self.overload(*inputs)
-        return result
+            return self.overload(*inputs)
+        # The visit costs as much as the rest of the call: 4 us beside 4 us for small inputs.
+        with torch._C._AutoDispatchBelowAutograd():
+            return self.overload(*inputs)
+
+    @property
+    def accumulates(self) -> bool:
+        """Whether it adds to its first input and returns nothing."""
+        return bool(self.overload._schema.is_mutable)
 
     def has_kernel(self, device_type: str) -> bool:
         """Whether compiled code serves this device, as the dispatcher sees it."""
@@ -45,15 +46,17 @@ class Op:
 def define(
     schema: str,
     *,
-    reference: Callable[..., Tensor],
-    setup_context: Callable[..., None],
-    backward: Callable[..., Any],
-    samples: Callable[[torch.dtype], list[tuple[Tensor | None, ...]]],
+    reference: Callable[..., Any],
+    samples: Callable[[torch.dtype], list[tuple[Any, ...]]],
+    setup_context: Callable[..., None] | None = None,
+    backward: Callable[..., Any] | None = None,
 ) -> Op:
     """Register an op of the `panther` namespace from its schema, its formula and its backward.
 
     The reference serves every device that has no kernel of its own, and tensors without data. Under autocast the
     floating inputs are cast to the autocast dtype, as they are for F.linear. torch.func transforms see the reference.
+    An op that accumulates comes without backward, and then without autocast: its casts would be copies, not what is
+    added to.
     """
     name = schema.partition("(")[0]
     qualified = f"panther::{name}"
@@ -61,19 +64,21 @@ def define(
     op = Op(name, reference, getattr(torch.ops.panther, name).default, samples)
     _LIBRARY.impl(name, _falling_back_to(reference), "CompositeExplicitAutograd")
     torch.library.register_fake(qualified, reference, lib=_LIBRARY)
-    torch.library.register_autograd(qualified, backward, setup_context=setup_context, lib=_LIBRARY)
     # The key that every torch.func transform sets first: the transforms meet standard ops only. A backward from
     # register_autograd would raise inside them.
     _LIBRARY.impl(name, reference, "FuncTorchDynamicLayerFrontMode")
+    if backward is None:
+        return op
+    torch.library.register_autograd(qualified, backward, setup_context=setup_context, lib=_LIBRARY)
     for device_type in ("cpu", "cuda"):
         _LIBRARY.impl(name, _casting(op.overload, device_type), "Autocast" + device_type.upper())
     return op
 
 
-def _falling_back_to(reference: Callable[..., Tensor]) -> Callable[..., Tensor]:
+def _falling_back_to(reference: Callable[..., Any]) -> Callable[..., Any]:
     """The reference as a kernel: it runs for real tensors only where no compiled kernel does."""
 
-    def kernel(x: Tensor, *others: Any) -> Tensor:
+    def kernel(x: Tensor, *others: Any) -> Any:
         if x.is_cpu and _kernels.load()[0] is None:
             _kernels.warn_that_they_are_missing()
         return reference(x, *others)

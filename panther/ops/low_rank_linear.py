@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from panther.ops._define import define
+from panther.ops._text import dtype_text, shape_text
 
 
 def reference(x: Tensor, down: Tensor, up: Tensor, bias: Tensor | None) -> Tensor:
@@ -28,7 +29,7 @@ def _check(x: Tensor, down: Tensor, up: Tensor, bias: Tensor | None) -> None:
         wanted = "x (..., in), down (R, in), up (out, R), bias (out) or None"
         raise ValueError(f"low_rank_linear: expected the shapes {wanted}; got {got}")
     if any(tensor.dtype != x.dtype for tensor in tensors):
-        got = ", ".join(str(tensor.dtype).removeprefix("torch.") for tensor in tensors)
+        got = ", ".join(map(dtype_text, tensors))
         raise ValueError(f"low_rank_linear: expected one dtype for x, down, up, bias; got {got}")
     if any(tensor.device != x.device for tensor in tensors):
         got = ", ".join(str(tensor.device) for tensor in tensors)
@@ -41,10 +42,6 @@ def _shapes_fit(x: Tensor, down: Tensor, up: Tensor, bias: Tensor | None) -> boo
     if bias is not None and (bias.dim() != 1 or bias.shape[0] != up.shape[0]):
         return False
     return bool(x.shape[-1] == down.shape[1] and down.shape[0] == up.shape[1])
-
-
-def shape_text(tensor: Tensor | None) -> str:
-    return "None" if tensor is None else "(" + ", ".join(map(str, tensor.shape)) + ")"
 
 
 def _setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor, Tensor | None], output: Tensor) -> None:
@@ -102,4 +99,5 @@ def low_rank_linear(x: Tensor, down: Tensor, up: Tensor, bias: Tensor | None = N
     if records and not torch.is_autocast_enabled(x.device.type):  # the op casts its inputs, the reference does not
         # It keeps x down^T for the backward, which the op computes again: a sixth less.
         return reference(x, down, up, bias)
-    return LOW_RANK_LINEAR(x, down, up, bias)
+    result: Tensor = LOW_RANK_LINEAR(x, down, up, bias)
+    return result

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from panther.ops._define import define
-from panther.ops.low_rank_linear import shape_text
+from panther.ops._text import dtype_text, shape_text
 
 GROUP_SIZES = (32, 64, 128)
 LARGEST = 127  # -128 is left out, so that a group and its negative are stored alike
@@ -79,7 +79,7 @@ def _check(x: Tensor, down: Tensor, down_scales: Tensor, up: Tensor, up_scales: 
         )
     like_x = [x, down_scales, up_scales] + ([] if bias is None else [bias])
     if down.dtype != torch.int8 or up.dtype != torch.int8 or any(tensor.dtype != x.dtype for tensor in like_x):
-        got = ", ".join(str(tensor.dtype).removeprefix("torch.") for tensor in tensors)
+        got = ", ".join(dtype_text(tensor) for tensor in tensors)
         raise ValueError(f"{name}: expected int8 factors, and one dtype for x, scales, bias; got {got}")
     if any(tensor.device != x.device for tensor in tensors):
         got = ", ".join(str(tensor.device) for tensor in tensors)
@@ -171,4 +171,5 @@ def low_rank_linear_int8(
     Cost:   2*rows*R*(in + out) flops; on a CPU the factors are never widened as a whole.
     Raises: ValueError when shapes, dtypes or devices do not fit together.
     """
-    return LOW_RANK_LINEAR_INT8(x, down, down_scales, up, up_scales, bias)
+    y: Tensor = LOW_RANK_LINEAR_INT8(x, down, down_scales, up, up_scales, bias)
+    return y

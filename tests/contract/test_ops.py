@@ -10,23 +10,28 @@ from panther.ops import OPS, REFERENCES
 # result of the 16-bit types is rounded as well, which the same 16 cover.
 ROUNDINGS = 16
 
-ops = pytest.mark.parametrize("op", OPS.values(), ids=OPS)
+FUNCTIONS = {name: op for name, op in OPS.items() if not op.accumulates}
+ACCUMULATING = {name: op for name, op in OPS.items() if op.accumulates}
+
+every = pytest.mark.parametrize("op", OPS.values(), ids=OPS)
+ops = pytest.mark.parametrize("op", FUNCTIONS.values(), ids=FUNCTIONS)
+accumulating = pytest.mark.parametrize("op", ACCUMULATING.values(), ids=ACCUMULATING)
 dtypes = pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
 
 
 def is_float(value):
-    return value is not None and value.is_floating_point()
+    return isinstance(value, torch.Tensor) and value.is_floating_point()
 
 
 def each(inputs, change):
-    """The inputs with all floating-point tensors changed; int8 values and None stay."""
+    """The inputs with all floating-point tensors changed; int8 values, numbers and None stay."""
     return tuple(change(value) if is_float(value) else value for value in inputs)
 
 
 def sizes(inputs):
     """What roundings are relative to: all numbers without their signs, in float64."""
     return tuple(
-        value if value is None else value.detach().abs()
+        value.detach().abs() if isinstance(value, torch.Tensor) else value
         for value in each(inputs, lambda value: value.detach().double())
     )
 
@@ -34,7 +39,8 @@ def sizes(inputs):
 def assert_near(got, op, inputs):
     """`got` is what the reference gives in float64, within the roundings of its dtype."""
     exact = op.reference(*each(inputs, lambda value: value.detach().double()))
-    scale = op.reference(*sizes(inputs))
+    # What the roundings are relative to: the largest of a row, since where an op subtracts the other sums are smaller.
+    scale = op.reference(*sizes(inputs)).amax(-1, keepdim=True)
     assert got.shape == exact.shape
     assert bool(((got.double() - exact).abs() <= ROUNDINGS * torch.finfo(got.dtype).eps * scale).all())
 
@@ -178,7 +184,65 @@ def test_gradients_per_sample_equal_a_loop(op):
     torch.testing.assert_close(torch.vmap(gradient)(stacked), torch.stack([gradient(value) for value in stacked]))
 
 
-@ops
+@accumulating
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+def test_accumulating_op_adds_what_its_reference_adds_bit_for_bit(op, dtype):
+    for first, *others in op.samples(dtype):
+        own, known = first.clone(), first.clone()
+        assert op(own, *others) is None
+        op.reference(known, *others)
+        assert torch.equal(own, known)
+        assert others[0].numel() == 0 or not torch.equal(own, first)
+
+
+@accumulating
+def test_accumulating_op_passes_opcheck(op):
+    for inputs in op.samples(torch.float32):
+        torch.library.opcheck(op.overload, each(inputs, torch.clone))
+
+
+@accumulating
+def test_accumulating_op_adds_into_views(op):
+    for first, *others in op.samples(torch.float32):
+        room = torch.zeros(*first.shape, 2)
+        room[..., 0] = first
+        op(room[..., 0], *others)
+        op(first, *others)
+        assert torch.equal(room[..., 0], first)
+        assert not room[..., 1].any()
+
+
+@accumulating
+def test_accumulating_op_takes_tensors_without_data(op):
+    for inputs in op.samples(torch.float32):
+        op(*each(inputs, lambda value: value.to("meta")))
+
+
+@accumulating
+def test_compiled_function_keeps_accumulating_op_in_one_graph_and_adds_the_same(op):
+    def twice(first, *others):
+        op(first, *others)
+        op(first, *others)
+        return first * 2
+
+    first, *others = op.samples(torch.float32)[0]
+    eager, compiled = first.clone(), first.clone()
+    expected = twice(eager, *others)
+    assert torch.equal(torch.compile(twice, fullgraph=True, backend="aot_eager")(compiled, *others), expected)
+    assert torch.equal(compiled, eager)
+
+
+@accumulating
+def test_accumulating_op_leaves_autocast_alone(op):
+    first, *others = op.samples(torch.float32)[0]
+    own, known = first.clone(), first.clone()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        op(own, *others)
+    op(known, *others)
+    assert own.dtype == torch.float32 and torch.equal(own, known)
+
+
+@every
 def test_dispatcher_has_the_kernel_that_build_info_names(op):
     info = build_info()
     if not info.compiled:
