@@ -1,7 +1,7 @@
 // y = x w^T + bias for few rows of x: reads every number of w once, which is what such a product costs.
 //
-// Notation: x (rows, in), w (out, in), bias (out) or null, y (rows, out); all row-major and contiguous. How the numbers
-// of w are stored is in core/weights.h; they are widened when they are read, and everything else is float.
+// Notation: x (rows, in), w (out, in), bias (out) or null, y (rows, out); row-major, w and bias contiguous. How the
+// numbers of w are stored is in core/weights.h; they are widened when they are read, and everything else is float.
 // A call fills the columns [first, last) of y, so that threads share the columns.
 //
 // With one set of instructions each dot product is summed in the same order whatever the columns of a call, the rows
@@ -37,6 +37,8 @@ struct ThinLinear {
   int64_t rows;
   int64_t in;
   int64_t out;
+  int64_t x_stride;  // from a row to the next one
+  int64_t y_stride;
 };
 
 // The twin without intrinsics: what every other processor runs, and what the vector kernels are tested against.
@@ -46,7 +48,7 @@ inline void thin_linear_scalar(const ThinLinear<W>& p, int64_t first, int64_t la
   const int64_t whole = p.in - p.in % kSums;
   for (int64_t column = first; column < last; ++column) {
     for (int64_t row = 0; row < p.rows; ++row) {
-      const float* x = p.x + row * p.in;
+      const float* x = p.x + row * p.x_stride;
       float partial[kSums] = {};
       for (int64_t k = 0; k < whole; k += kSums) {
         for (int64_t s = 0; s < kSums; ++s) partial[s] += x[k + s] * p.w.value(column, k + s);
@@ -54,7 +56,7 @@ inline void thin_linear_scalar(const ThinLinear<W>& p, int64_t first, int64_t la
       float sum = ((partial[0] + partial[1]) + (partial[2] + partial[3])) +
                   ((partial[4] + partial[5]) + (partial[6] + partial[7]));
       for (int64_t k = whole; k < p.in; ++k) sum += x[k] * p.w.value(column, k);
-      p.y[row * p.out + column] = p.bias ? sum + p.bias[column] : sum;
+      p.y[row * p.y_stride + column] = p.bias ? sum + p.bias[column] : sum;
     }
   }
 }

@@ -14,7 +14,7 @@ PANTHER_VECTOR inline void add_products(const ThinLinear<W>& p, const float* x, 
     }
   }
   for (int i = 0; i < Rows; ++i) {
-    const float* values = x + i * p.in + k;
+    const float* values = x + i * p.x_stride + k;
     const Vector value = count == kLanes ? load(values) : load(values, count);
     for (int j = 0; j < Columns; ++j) sums[i][j] = multiply_add(value, weights[j], sums[i][j]);
   }
@@ -24,7 +24,7 @@ PANTHER_VECTOR inline void add_products(const ThinLinear<W>& p, const float* x, 
 // those of a row, or of a column.
 template <int Rows, int Columns, class W>
 PANTHER_VECTOR inline void block(const ThinLinear<W>& p, int64_t row, int64_t column) {
-  const float* x = p.x + row * p.in;
+  const float* x = p.x + row * p.x_stride;
   Vector sums[Rows][Columns], scales[Columns] = {};
   for (auto& of_row : sums) {
     for (Vector& sum : of_row) sum = zeros();
@@ -37,13 +37,13 @@ PANTHER_VECTOR inline void block(const ThinLinear<W>& p, int64_t row, int64_t co
     for (; end - k >= kLanes; k += kLanes) add_products(p, x, column, k, kLanes, scales, sums);
     if (k < end) add_products(p, x, column, k, end - k, scales, sums);
   }
-  float* y = p.y + row * p.out + column;
+  float* y = p.y + row * p.y_stride + column;
   const float* bias = p.bias ? p.bias + column : nullptr;
   if constexpr (Columns % 4 == 0) {
     for (int i = 0; i < Rows; ++i) {
       for (int j = 0; j < Columns; j += 4) {
         const __m128 dots = sum_lanes(sums[i][j], sums[i][j + 1], sums[i][j + 2], sums[i][j + 3]);
-        _mm_storeu_ps(y + i * p.out + j, bias ? _mm_add_ps(dots, _mm_loadu_ps(bias + j)) : dots);
+        _mm_storeu_ps(y + i * p.y_stride + j, bias ? _mm_add_ps(dots, _mm_loadu_ps(bias + j)) : dots);
       }
     }
   } else {
@@ -52,7 +52,7 @@ PANTHER_VECTOR inline void block(const ThinLinear<W>& p, int64_t row, int64_t co
         float dots[4];
         _mm_storeu_ps(dots, sum_lanes(sums[i][j], sums[i + 1 < Rows ? i + 1 : i][j], sums[i + 2 < Rows ? i + 2 : i][j],
                                       sums[i + 3 < Rows ? i + 3 : i][j]));
-        for (int s = 0; s < 4 && i + s < Rows; ++s) y[(i + s) * p.out + j] = bias ? dots[s] + bias[j] : dots[s];
+        for (int s = 0; s < 4 && i + s < Rows; ++s) y[(i + s) * p.y_stride + j] = bias ? dots[s] + bias[j] : dots[s];
       }
     }
   }

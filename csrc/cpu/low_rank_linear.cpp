@@ -78,8 +78,8 @@ void few_rows(const Inputs& inputs, const float* x, const float* bias, int64_t r
   const int64_t in = inputs.in(), rank = inputs.rank(), out = inputs.out();
   const Plain<T> down{numbers<T>(inputs.down), in}, up{numbers<T>(inputs.up), rank};
   std::unique_ptr<float[]> inner(new float[rows * rank]);
-  run<Plain<T>>({x, down, nullptr, inner.get(), rows, in, rank});
-  run<Plain<T>>({inner.get(), up, bias, y, rows, rank, out});
+  run<Plain<T>>({x, down, nullptr, inner.get(), rows, in, rank, in, rank});
+  run<Plain<T>>({inner.get(), up, bias, y, rows, rank, out, rank, out});
 }
 
 void few_float_rows(const Inputs& inputs, int64_t rows, void* y) {

@@ -111,9 +111,10 @@ Tensor few_rows(const Inputs& p, int64_t rows, const std::vector<int64_t>& shape
   const std::optional<Tensor> bias = p.bias ? std::optional<Tensor>(as_float(*p.bias)) : std::nullopt;
   const Tensor y = torch::stable::new_empty(x, shape);
   std::unique_ptr<float[]> inner(new float[rows * down.rows()]);
-  run<Int8>({numbers<float>(x), weights(down), nullptr, inner.get(), rows, down.columns(), down.rows()});
+  const int64_t in = down.columns(), rank = down.rows(), out = up.rows();
+  run<Int8>({numbers<float>(x), weights(down), nullptr, inner.get(), rows, in, rank, in, rank});
   run<Int8>({inner.get(), weights(up), bias ? numbers<float>(*bias) : nullptr,
-             static_cast<float*>(y.mutable_data_ptr()), rows, up.columns(), up.rows()});
+             static_cast<float*>(y.mutable_data_ptr()), rows, rank, out, rank, out});
   if (p.x.scalar_type() == ScalarType::Float) return y;
   Tensor rounded = torch::stable::new_empty(p.x, shape);
   torch::stable::copy_(rounded, y);

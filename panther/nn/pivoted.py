@@ -25,6 +25,7 @@ from panther.nn.conv import CONFIG_KEYS as CONV_KEYS
 from panther.nn.conv import SKConv1d, SKConv2d, SKConv3d, SketchedConv
 from panther.nn.factor import compose
 from panther.nn.linear import SKLinear
+from panther.ops import pivoted_linear
 
 SIDES = (chains.ROWS, chains.COLUMNS)
 ORDERS = ("row_order", "column_order")
@@ -420,6 +421,14 @@ class SKPivotedLinear(PivotedLayer):
         self.in_features, self.out_features = shape.in_features, shape.out_features
         chain = self._chain(self.scheme, shape, (rank,))
         self._allocate(shape, chain, low_rank=rank, bias=bias, device=device, dtype=dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        size, order = (
+            (self.out_features, self.row_order) if self.side == chains.ROWS else (self.in_features, self.column_order)
+        )
+        if self.ranks[0] == size:  # there are no others beside the pivots
+            return super().forward(x)
+        return pivoted_linear(x, self.down, self.up, self.offset, order)
 
     def _product(self, x: Tensor, weight: Tensor, bias: Tensor | None, link: chains.Link) -> Tensor:
         return F.linear(x, weight, bias)

@@ -12,11 +12,13 @@ from panther.ops._define import Op
 from panther.ops.hadamard import HADAMARD, hadamard
 from panther.ops.low_rank_linear import LOW_RANK_LINEAR, low_rank_linear
 from panther.ops.low_rank_linear_int8 import LOW_RANK_LINEAR_INT8, dequantised, low_rank_linear_int8, quantised
+from panther.ops.pivoted_linear import PIVOTED_LINEAR, pivoted_linear
 from panther.ops.sparse_sign_sketch import SPARSE_SIGN_SKETCH, sparse_sign_sketch
 
 OPS: dict[str, Op] = {
     "low_rank_linear": LOW_RANK_LINEAR,
     "low_rank_linear_int8": LOW_RANK_LINEAR_INT8,
+    "pivoted_linear": PIVOTED_LINEAR,
     "sparse_sign_sketch": SPARSE_SIGN_SKETCH,
     "hadamard": HADAMARD,
 }
@@ -35,6 +37,7 @@ __all__ = [
     "hadamard",
     "low_rank_linear",
     "low_rank_linear_int8",
+    "pivoted_linear",
     "quantised",
     "sparse_sign_sketch",
 ]
