@@ -3,26 +3,21 @@
 // Few rows of float32 or bfloat16 run in the kernel of core/thin_linear.h; the rest is two products of torch's
 // own. Bytes moved by the kernel: those of R * (in + out) numbers, each factor once, plus x, y and rows * R floats
 // between.
+#include "low_rank_linear.h"
+
 #include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
 
 #include <algorithm>
-#include <array>
 #include <memory>
 #include <optional>
-#include <sstream>
-#include <stdexcept>
-#include <string>
 #include <vector>
 
 #include "core/thin_linear.h"
 
 namespace {
 
+using namespace panther;
 using panther::core::BFloat16;
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
 
 // Above this a product is bound by arithmetic and no longer by reading the weights, and torch's own can be faster.
 // Speed of the kernel over torch's, geometric mean of twenty layers read again and again, 1 and 2 threads
@@ -36,88 +31,11 @@ constexpr int64_t kFewBFloat16Rows = 2;
 // (OMP_WAIT_POLICY=PASSIVE), a quarter of this left a single row at 0.6 of torch's speed, and this at 1.0.
 constexpr int64_t kGrain = 131072;
 
-struct Inputs {
-  const Tensor& x;
-  const Tensor& down;
-  const Tensor& up;
-  const std::optional<Tensor>& bias;
-
-  int64_t rank() const { return down.size(0); }
-  int64_t in() const { return down.size(1); }
-  int64_t out() const { return up.size(0); }
-
-  template <class Claim>
-  bool all(const Claim& claim) const {
-    return claim(x) && claim(down) && claim(up) && (!bias || claim(*bias));
-  }
-
-  // A list for an error message: what `text` says of each tensor.
-  template <class Text>
-  std::string list(const Text& text, bool with_none) const {
-    std::string joined = text(x) + ", " + text(down) + ", " + text(up);
-    if (bias) return joined + ", " + text(*bias);
-    return with_none ? joined + ", None" : joined;
-  }
-};
-
-bool shapes_fit(const Inputs& inputs) {
-  if (inputs.x.dim() < 1 || inputs.down.dim() != 2 || inputs.up.dim() != 2) return false;
-  if (inputs.bias && (inputs.bias->dim() != 1 || inputs.bias->size(0) != inputs.out())) return false;
-  return inputs.x.size(inputs.x.dim() - 1) == inputs.in() && inputs.rank() == inputs.up.size(1);
-}
-
-std::string shape_text(const Tensor& tensor) {
-  std::ostringstream text;
-  text << "(";
-  for (int64_t i = 0; i < tensor.dim(); ++i) text << (i ? ", " : "") << tensor.size(i);
-  text << ")";
-  return text.str();
-}
-
-std::string dtype_text(const Tensor& tensor) {
-  switch (tensor.scalar_type()) {
-    case ScalarType::Float: return "float32";
-    case ScalarType::Double: return "float64";
-    case ScalarType::Half: return "float16";
-    case ScalarType::BFloat16: return "bfloat16";
-    case ScalarType::Int: return "int32";
-    case ScalarType::Long: return "int64";
-    case ScalarType::Bool: return "bool";
-    default: return torch::headeronly::toString(tensor.scalar_type());
-  }
-}
-
-// Refuses in the words of panther/ops/low_rank_linear.py.
-void check(const Inputs& inputs) {
-  if (!shapes_fit(inputs)) {
-    throw std::invalid_argument(
-        "low_rank_linear: expected the shapes x (..., in), down (R, in), up (out, R), bias (out) or None; got " +
-        inputs.list(shape_text, true));
-  }
-  const ScalarType dtype = inputs.x.scalar_type();
-  if (!inputs.all([&](const Tensor& tensor) { return tensor.scalar_type() == dtype; })) {
-    throw std::invalid_argument("low_rank_linear: expected one dtype for x, down, up, bias; got " +
-                                inputs.list(dtype_text, false));
-  }
-}
-
-Tensor linear(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias) {
-  std::array<StableIValue, 3> stack{torch::stable::detail::from(x), torch::stable::detail::from(weight),
-                                    torch::stable::detail::from(bias)};
-  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::linear", "", stack.data(), TORCH_ABI_VERSION));
-  return torch::stable::detail::to<Tensor>(stack[0]);
-}
-
 template <class W>
 void run(const panther::core::ThinLinear<W>& product) {
   const int64_t work = std::max<int64_t>(1, product.rows * product.in);
   torch::stable::parallel_for(0, product.out, std::max<int64_t>(1, kGrain / work),
                               [&](int64_t first, int64_t last) { panther::core::thin_linear(product, first, last); });
-}
-
-template <class W>
-const W* numbers(const Tensor& tensor) {
-  return static_cast<const W*>(tensor.const_data_ptr());
 }
 
 // x (rows, in) -> y (rows, out), all contiguous. The rows * R numbers between the products stay in the cache.
@@ -150,9 +68,6 @@ void few_bfloat16_rows(const Inputs& inputs, int64_t rows, void* y) {
   std::transform(wide.begin(), wide.end(), static_cast<BFloat16*>(y), panther::core::to_bfloat16);
 }
 
-// The tensor itself where it is contiguous, which costs less than asking torch.
-Tensor packed(const Tensor& tensor) { return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor); }
-
 Tensor low_rank_linear(const Tensor& x, const Tensor& down, const Tensor& up, const std::optional<Tensor>& bias) {
   const Inputs inputs{x, down, up, bias};
   check(inputs);
@@ -161,9 +76,7 @@ Tensor low_rank_linear(const Tensor& x, const Tensor& down, const Tensor& up, co
   const int64_t most = is_bfloat16 ? kFewBFloat16Rows : x.scalar_type() == ScalarType::Float ? kFewRows : 0;
   if (rows < 1 || rows > most) return linear(linear(x, down, {}), up, bias);
 
-  std::vector<int64_t> shape(x.sizes().begin(), x.sizes().end());
-  shape.back() = inputs.out();
-  const Tensor y = torch::stable::new_empty(x, shape);
+  const Tensor y = new_output(inputs);
   const Tensor packed_x = packed(x), packed_down = packed(down), packed_up = packed(up);
   const std::optional<Tensor> packed_bias = bias ? std::optional<Tensor>(packed(*bias)) : std::nullopt;
   const Inputs contiguous{packed_x, packed_down, packed_up, packed_bias};
