@@ -17,6 +17,8 @@ OPS: dict[str, Op] = {
 # What to give to `exported_program.run_decompositions(REFERENCES)`: afterwards only standard ATen ops are left.
 REFERENCES = {op.overload: op.reference for op in OPS.values()}
 
-_kernels.load()  # the schemas exist by now, so the kernels take over here
+# The schemas exist by now, so the kernels take over here.
+_kernels.load()
+_kernels.load_cuda()
 
 __all__ = ["OPS", "REFERENCES", "Op", "low_rank_linear"]
