@@ -6,8 +6,9 @@
 #include <string>
 #include <vector>
 
-// GCC and Clang compile single functions for AVX2; elsewhere the scalar kernels serve alone.
-#if (defined(__x86_64__) || defined(__i386__)) && (defined(__GNUC__) || defined(__clang__))
+// GCC and Clang compile single functions for AVX2; elsewhere, and where PANTHER_SCALAR is defined, the scalar kernels
+// serve alone.
+#if !defined(PANTHER_SCALAR) && (defined(__x86_64__) || defined(__i386__)) && (defined(__GNUC__) || defined(__clang__))
 #define PANTHER_HAS_AVX2 1
 #define PANTHER_AVX2 __attribute__((target("avx2,fma")))
 #else
