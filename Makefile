@@ -68,10 +68,15 @@ bench: $(VENV)/models.stamp
 	done; \
 	if [ -n "$$failed" ]; then echo "failed:$$failed" >&2; exit 1; fi
 
-# Without build/, which may still hold files that the tree no longer has.
+# Without build/, which may still hold files that the tree no longer has. Then the wheel is tried in an environment that
+# holds nothing else than torch and what the wheel itself asks for.
+EMPTY := build/empty
 wheel: $(VENV)/panther.stamp
-	rm -rf build
+	rm -rf build dist
 	$(BIN)/python -m pip wheel --no-build-isolation --no-deps --wheel-dir dist .
+	$(MAKE) VENV=$(EMPTY) $(EMPTY)/pins.txt
+	$(EMPTY)/bin/python -m pip install --quiet -c $(EMPTY)/pins.txt dist/*.whl
+	$(EMPTY)/bin/python tests/smoke.py
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info panther/_C.*
