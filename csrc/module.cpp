@@ -3,6 +3,7 @@
 #include <pybind11/stl.h>
 
 #include <string>
+#include <vector>
 
 #include "core/instruction_set.h"
 
@@ -19,7 +20,9 @@ py::dict build_info() {
   info["compiler"] = "unknown";
 #endif
   info["instruction_set"] = name_of(instruction_set_in_use());
-  info["instruction_sets"] = instruction_sets();
+  std::vector<std::string> names;
+  for (InstructionSet set : instruction_sets()) names.push_back(name_of(set));
+  info["instruction_sets"] = names;
   return info;
 }
 

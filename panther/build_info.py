@@ -15,7 +15,7 @@ class BuildInfo:
     compiled: bool  # the module panther._C is loaded
     reason: str  # why it is not; empty when it is
     kernels: tuple[str, ...]  # the ops that have a compiled CPU kernel, as the dispatcher sees it
-    instruction_set: str  # "avx2", "scalar", or "none" without kernels
+    instruction_set: str  # "avx2", "neon", "scalar", or "none" without kernels
     compiler: str
     cuda: str  # the CUDA that torch was built with; empty without
     cuda_kernels: tuple[str, ...]  # the ops that have a CUDA kernel of panther's own

@@ -16,6 +16,8 @@
 
 #if PANTHER_HAS_AVX2
 #include <immintrin.h>
+#elif PANTHER_HAS_NEON
+#include <arm_neon.h>
 #endif
 
 namespace panther::core {
@@ -188,11 +190,81 @@ PANTHER_AVX2 inline void thin_linear_avx2(const ThinLinear<W>& p, int64_t first,
 
 #endif
 
+#if PANTHER_HAS_NEON
+
+struct Eight {
+  float32x4_t low, high;
+};
+
+inline Eight eight(const float* numbers) { return {vld1q_f32(numbers), vld1q_f32(numbers + 4)}; }
+
+inline Eight eight(const BFloat16* numbers) {
+  const uint16x8_t halves = vld1q_u16(&numbers->bits);
+  return {vreinterpretq_f32_u32(vshll_n_u16(vget_low_u16(halves), 16)),
+          vreinterpretq_f32_u32(vshll_high_n_u16(halves, 16))};
+}
+
+// A block of `Rows` rows of x times `Columns` rows of w, all of whose sums are in registers: 16 at most, beside two
+// registers for each of the weights and for one value.
+template <int Rows, int Columns, class W>
+inline void neon_block(const ThinLinear<W>& p, int64_t row, int64_t column) {
+  const float* x = p.x + row * p.in;
+  const W* w = p.w + column * p.in;
+  float32x4_t sums[Rows][Columns];
+  for (auto& of_row : sums) {
+    for (float32x4_t& sum : of_row) sum = vdupq_n_f32(0);
+  }
+  for (int64_t k = 0; k < p.in - p.in % kLanes; k += kLanes) {
+    Eight weights[Columns];
+    for (int j = 0; j < Columns; ++j) weights[j] = eight(w + j * p.in + k);
+    for (int i = 0; i < Rows; ++i) {
+      const Eight values = eight(x + i * p.in + k);
+      for (int j = 0; j < Columns; ++j) {
+        sums[i][j] = vfmaq_f32(vfmaq_f32(sums[i][j], values.low, weights[j].low), values.high, weights[j].high);
+      }
+    }
+  }
+  for (int i = 0; i < Rows; ++i) {
+    for (int j = 0; j < Columns; ++j) {
+      p.y[(row + i) * p.out + column + j] = finish(p, vaddvq_f32(sums[i][j]), row + i, column + j);
+    }
+  }
+}
+
+// All rows of x times some rows of w, which stay in the nearest caches meanwhile.
+template <int Columns, class W>
+inline void neon_rows(const ThinLinear<W>& p, int64_t column) {
+  int64_t row = 0;
+  for (; p.rows - row >= 4; row += 4) neon_block<4, Columns>(p, row, column);
+  switch (p.rows - row) {
+    case 3: return neon_block<3, Columns>(p, row, column);
+    case 2: return neon_block<2, Columns>(p, row, column);
+    case 1: return neon_block<1, Columns>(p, row, column);
+  }
+}
+
+// A single row needs eight rows of w at a time to hide the latency of an addition.
+template <class W>
+inline void thin_linear_neon(const ThinLinear<W>& p, int64_t first, int64_t last) {
+  int64_t column = first;
+  if (p.rows == 1) {
+    for (; last - column >= 8; column += 8) neon_block<1, 8>(p, 0, column);
+  }
+  for (; last - column >= 4; column += 4) neon_rows<4>(p, column);
+  for (; column < last; ++column) neon_rows<1>(p, column);
+}
+
+#endif
+
 template <class W>
 inline void thin_linear(const ThinLinear<W>& p, int64_t first, int64_t last) {
 #if PANTHER_HAS_AVX2
   if (instruction_set_in_use().load(std::memory_order_relaxed) == InstructionSet::avx2) {
     return thin_linear_avx2(p, first, last);
+  }
+#elif PANTHER_HAS_NEON
+  if (instruction_set_in_use().load(std::memory_order_relaxed) == InstructionSet::neon) {
+    return thin_linear_neon(p, first, last);
   }
 #endif
   thin_linear_scalar(p, first, last);

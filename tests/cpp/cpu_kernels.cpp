@@ -83,10 +83,10 @@ void check_unknown_instruction_set() {
 int main() {
   check_bfloat16();
   check_unknown_instruction_set();
-  for (const std::string& name : instruction_sets()) {
-    instruction_set_in_use() = instruction_set_named(name);
+  for (InstructionSet set : instruction_sets()) {
+    instruction_set_in_use() = set;
     check_products<float>();
     check_products<BFloat16>();
-    std::printf("%s\n", name.c_str());
+    std::printf("%s\n", name_of(set).c_str());
   }
 }
