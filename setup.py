@@ -66,7 +66,7 @@ def cuda_kernels() -> Extension:
     return Extension(
         "panther._C_cuda",
         sources=found("csrc/cuda/*.cu"),
-        depends=[*found("csrc/*.h"), *found("csrc/cuda/*.h")],
+        depends=[*found("csrc/*.h"), *found("csrc/core/*.h")],
         include_dirs=["csrc", *include_paths()],
         library_dirs=library_paths(),
         # Beside the CPU build of torch the kernels are compiled all the same, as a check; they cannot be loaded.

@@ -14,13 +14,13 @@
 #include <stdexcept>
 #include <string>
 
-#include "cuda/thin_linear.h"
+#include "core/warp_thin_linear.h"
 #include "low_rank_linear.h"
 
 namespace {
 
 using namespace panther;
-using namespace panther::cuda;
+using namespace panther::warp;
 using torch::headeronly::BFloat16;
 using torch::headeronly::Half;
 

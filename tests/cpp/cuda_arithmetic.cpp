@@ -6,11 +6,11 @@
 #include <cstring>
 
 #include "check.h"
-#include "cuda/thin_linear.h"
+#include "core/warp_thin_linear.h"
 
 namespace {
 
-using namespace panther::cuda;
+using namespace panther::warp;
 using check::Buffer;
 using check::require;
 using torch::headeronly::BFloat16;
