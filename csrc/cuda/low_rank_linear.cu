@@ -114,7 +114,7 @@ void check_devices(const Inputs& inputs) {
 
 cudaStream_t current_stream(int32_t device) {
   void* stream;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
   return static_cast<cudaStream_t>(stream);
 }
 
