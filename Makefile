@@ -1,4 +1,4 @@
-# make demo | test | lint | format | bench | wheel | clean: each first sets up what it needs in .venv.
+# make demo | test | sanitize | cuda | lint | format | bench | wheel | clean: each first sets up what it needs in .venv.
 #
 # Set PYTHON for another interpreter, and TORCH for another torch: TORCH=torch takes what the package index has, which
 # on Linux is the CUDA build of several GB.
@@ -11,6 +11,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 # Keeps every later install from replacing the torch that the kernels were built against.
 PINS := $(VENV)/pins.txt
 KERNELS := $(wildcard csrc/*.* csrc/*/*)
+CPP := $(KERNELS) $(wildcard tests/cpp/*)
 BENCHMARKS := ops sketches minilm crepe whisper healed onnx_speed fidelity
 
 # The CPU build of torch, where there is one, unless TORCH was set: from the configured index, or else from PyTorch's.
@@ -27,7 +28,7 @@ endif
 # Weights come from the installed packages only.
 export HF_HUB_OFFLINE := 1
 
-.PHONY: demo test lint format bench wheel clean
+.PHONY: demo test sanitize cuda lint format bench wheel clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/models.stamp
@@ -36,16 +37,24 @@ demo: $(VENV)/models.stamp
 test: $(VENV)/models.stamp
 	$(BIN)/python -m pytest -q
 
+# The C++ under the address and undefined-behaviour sanitizers; `make test` runs this as well.
+sanitize: $(VENV)/panther.stamp
+	$(BIN)/python -m pytest -q tests/test_sanitizers.py
+
+# Compiles the CUDA kernels for all their GPUs, which needs nvcc but neither a GPU nor a torch with CUDA.
+cuda: $(VENV)/panther.stamp
+	PANTHER_CUDA=1 $(BIN)/python setup.py -q build_ext --build-lib build/cuda --build-temp build/cuda
+
 lint: $(VENV)/panther.stamp
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/clang-format --dry-run -Werror $(KERNELS)
+	$(BIN)/clang-format --dry-run -Werror $(CPP)
 
 format: $(VENV)/panther.stamp
 	$(BIN)/ruff check --fix-only --quiet .
 	$(BIN)/ruff format .
-	$(BIN)/clang-format -i $(KERNELS)
+	$(BIN)/clang-format -i $(CPP)
 
 # The data of some benchmarks comes from npm and Debian's mirrors; what cannot be had is said, and its script fails.
 # All scripts run, and those that failed are named at the end.
@@ -59,10 +68,15 @@ bench: $(VENV)/models.stamp
 	done; \
 	if [ -n "$$failed" ]; then echo "failed:$$failed" >&2; exit 1; fi
 
-# Without build/, which may still hold files that the tree no longer has.
+# Without build/, which may still hold files that the tree no longer has. Then the wheel is tried in an environment that
+# holds nothing else than torch and what the wheel itself asks for.
+EMPTY := build/empty
 wheel: $(VENV)/panther.stamp
-	rm -rf build
+	rm -rf build dist
 	$(BIN)/python -m pip wheel --no-build-isolation --no-deps --wheel-dir dist .
+	$(MAKE) VENV=$(EMPTY) $(EMPTY)/pins.txt
+	$(EMPTY)/bin/python -m pip install --quiet -c $(EMPTY)/pins.txt dist/*.whl
+	$(EMPTY)/bin/python tests/smoke.py
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info panther/_C.*

@@ -15,15 +15,21 @@ class BuildInfo:
     compiled: bool  # the module panther._C is loaded
     reason: str  # why it is not; empty when it is
     kernels: tuple[str, ...]  # the ops that have a compiled CPU kernel, as the dispatcher sees it
-    instruction_set: str  # "avx512", "avx2", "scalar", or "none" without kernels
+    instruction_set: str  # "avx512", "avx2", "neon", "scalar", or "none" without kernels
     compiler: str
+    cuda: str  # the CUDA that torch was built with; empty without
+    cuda_kernels: tuple[str, ...]  # the ops that have a CUDA kernel of panther's own
+    cuda_reason: str  # why there are none; empty when there are
 
     def __str__(self) -> str:
-        lines = [f"panther {self.version}, torch {self.torch}, {self.threads} threads"]
-        if not self.compiled:
-            return "\n".join([*lines, f"compiled CPU kernels: none; {self.reason}"])
-        how = f"{self.instruction_set}, compiler {self.compiler}"
-        return "\n".join([*lines, f"compiled CPU kernels: {', '.join(self.kernels)} ({how})"])
+        cpu = f"{', '.join(self.kernels)} ({self.instruction_set}, compiler {self.compiler})"
+        lines = [
+            f"panther {self.version}, torch {self.torch}, {self.threads} threads",
+            f"compiled CPU kernels: {cpu if self.compiled else f'none; {self.reason}'}",
+        ]
+        if self.cuda:
+            lines.append(f"compiled CUDA kernels: {', '.join(self.cuda_kernels) or f'none; {self.cuda_reason}'}")
+        return "\n".join(lines)
 
 
 def build_info() -> BuildInfo:
@@ -44,4 +50,7 @@ def build_info() -> BuildInfo:
         kernels=tuple(name for name, op in OPS.items() if op.has_kernel("cpu")),
         instruction_set=built["instruction_set"],
         compiler=built["compiler"],
+        cuda=torch.version.cuda or "",
+        cuda_kernels=tuple(name for name, op in OPS.items() if op.has_kernel("cuda")),
+        cuda_reason=_kernels.load_cuda(),
     )

@@ -73,7 +73,7 @@ def test_unknown_instruction_set_is_refused_and_changes_nothing():
 
 
 @needs_kernels
-@pytest.mark.parametrize("rows", [1, 2])
+@pytest.mark.parametrize("rows", [1, 2, 6])
 @pytest.mark.parametrize("rank", [16, 19])
 def test_bfloat16_is_rounded_once_at_the_end(rows, rank):
     inputs = factors(rows, 72, rank, 37, torch.bfloat16)
@@ -112,8 +112,17 @@ def test_number_of_threads_changes_no_bit(rows, threads):
 
 
 @needs_kernels
-@pytest.mark.parametrize(("dtype", "most"), [(torch.float32, 12), (torch.bfloat16, 2)], ids=str)
-@pytest.mark.parametrize("sizes", [(77, 19, 45), (64, 16, 37)], ids=str)
+@pytest.mark.parametrize(
+    ("dtype", "sizes", "most"),
+    [
+        (torch.float32, (77, 19, 45), 8),
+        (torch.float32, (64, 16, 37), 8),
+        (torch.float32, (80, 200, 45), 32),
+        (torch.bfloat16, (77, 19, 45), 6),
+        (torch.bfloat16, (64, 16, 37), 6),
+    ],
+    ids=str,
+)
 @pytest.mark.usefixtures("instruction_set")
 def test_result_of_a_row_does_not_depend_on_the_rows_beside_it(sizes, dtype, most):
     x, down, up, bias = factors(most, *sizes, dtype)

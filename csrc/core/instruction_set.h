@@ -7,23 +7,31 @@
 #include <string>
 #include <vector>
 
-// GCC and Clang compile single functions for what not every processor has; elsewhere the scalar kernels serve alone.
-#if (defined(__x86_64__) || defined(__i386__)) && (defined(__GNUC__) || defined(__clang__))
+// GCC and Clang compile single functions for what not every x86 processor has; every 64-bit ARM processor has NEON.
+// Elsewhere, and where PANTHER_SCALAR is defined, the scalar kernels serve alone.
+#define PANTHER_HAS_AVX 0
+#define PANTHER_HAS_NEON 0
+#define PANTHER_INLINE inline
+#if !defined(PANTHER_SCALAR) && (defined(__GNUC__) || defined(__clang__))
+#if defined(__x86_64__) || defined(__i386__)
+#undef PANTHER_HAS_AVX
 #define PANTHER_HAS_AVX 1
 #define PANTHER_AVX2 __attribute__((target("avx2,fma")))
 #define PANTHER_AVX512 __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma")))
 // A body that is compiled for whoever calls it: once for every processor and once for AVX2.
+#undef PANTHER_INLINE
 #define PANTHER_INLINE __attribute__((always_inline)) inline
-#else
-#define PANTHER_HAS_AVX 0
-#define PANTHER_INLINE inline
+#elif defined(__aarch64__)
+#undef PANTHER_HAS_NEON
+#define PANTHER_HAS_NEON 1
+#endif
 #endif
 
 namespace panther::core {
 
-enum class InstructionSet { scalar, avx2, avx512 };
+enum class InstructionSet { scalar, avx2, avx512, neon };
 
-inline constexpr std::array<const char*, 3> kInstructionSetNames{"scalar", "avx2", "avx512"};
+inline constexpr std::array<const char*, 4> kInstructionSetNames{"scalar", "avx2", "avx512", "neon"};
 
 inline std::string name_of(InstructionSet set) { return kInstructionSetNames[static_cast<size_t>(set)]; }
 
@@ -35,6 +43,8 @@ inline bool has(InstructionSet set) {
     return has_avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
            __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
   }
+#elif PANTHER_HAS_NEON
+  if (set == InstructionSet::neon) return true;
 #endif
   return set == InstructionSet::scalar;
 }
@@ -42,7 +52,7 @@ inline bool has(InstructionSet set) {
 // The sets this processor can run, the best one last.
 inline std::vector<InstructionSet> instruction_sets() {
   std::vector<InstructionSet> sets;
-  for (const auto set : {InstructionSet::scalar, InstructionSet::avx2, InstructionSet::avx512}) {
+  for (const auto set : {InstructionSet::scalar, InstructionSet::avx2, InstructionSet::avx512, InstructionSet::neon}) {
     if (has(set)) sets.push_back(set);
   }
   return sets;

@@ -10,6 +10,7 @@
 #pragma once
 
 #include <cstdint>
+#include <cstring>
 
 #include "core/instruction_set.h"
 #include "core/weights.h"
@@ -24,6 +25,8 @@
 #if defined(__GNUC__) && !defined(__clang__)
 #pragma GCC diagnostic pop
 #endif
+#elif PANTHER_HAS_NEON
+#include <arm_neon.h>
 #endif
 
 namespace panther::core {
@@ -64,7 +67,8 @@ inline void thin_linear_scalar(const ThinLinear<W>& p, int64_t first, int64_t la
 #if PANTHER_HAS_AVX
 
 // What core/thin_linear_block.h needs of a set of instructions: registers of kLanes floats, how to fill them from x and
-// from w (the whole one, or the first `count` lanes and zeros), and the shape of its blocks.
+// from w (the whole one, or the first `count` lanes and zeros), how to store the sums of the lanes of four of them,
+// plus four numbers of the bias where there is one, and the shape of its blocks.
 namespace avx2 {
 
 using Vector = __m256;
@@ -104,10 +108,13 @@ PANTHER_AVX2 inline Vector load(const T* numbers, int64_t count) {
 PANTHER_AVX2 inline Vector all_lanes(float number) { return _mm256_set1_ps(number); }
 PANTHER_AVX2 inline Vector multiply(Vector a, Vector b) { return _mm256_mul_ps(a, b); }
 
-// The sums of the lanes of a, b, c and d.
-PANTHER_AVX2 inline __m128 sum_lanes(Vector a, Vector b, Vector c, Vector d) {
+PANTHER_AVX2 inline void store(__m128 sums, const float* bias, float* to) {
+  _mm_storeu_ps(to, bias ? _mm_add_ps(sums, _mm_loadu_ps(bias)) : sums);
+}
+
+PANTHER_AVX2 inline void store_sums(Vector a, Vector b, Vector c, Vector d, const float* bias, float* to) {
   const __m256 halves = _mm256_hadd_ps(_mm256_hadd_ps(a, b), _mm256_hadd_ps(c, d));
-  return _mm_add_ps(_mm256_castps256_ps128(halves), _mm256_extractf128_ps(halves, 1));
+  store(_mm_add_ps(_mm256_castps256_ps128(halves), _mm256_extractf128_ps(halves, 1)), bias, to);
 }
 
 #define PANTHER_VECTOR PANTHER_AVX2
@@ -164,10 +171,8 @@ PANTHER_AVX512 inline __m256 halved(Vector a) {
   return _mm256_add_ps(_mm512_castps512_ps256(a), _mm512_extractf32x8_ps(a, 1));
 }
 
-PANTHER_AVX512 inline __m128 sum_lanes(Vector a, Vector b, Vector c, Vector d) {
-  const __m256 first = _mm256_hadd_ps(halved(a), halved(b)), second = _mm256_hadd_ps(halved(c), halved(d));
-  const __m256 halves = _mm256_hadd_ps(first, second);
-  return _mm_add_ps(_mm256_castps256_ps128(halves), _mm256_extractf128_ps(halves, 1));
+PANTHER_AVX512 inline void store_sums(Vector a, Vector b, Vector c, Vector d, const float* bias, float* to) {
+  avx2::store_sums(halved(a), halved(b), halved(c), halved(d), bias, to);
 }
 
 #define PANTHER_VECTOR PANTHER_AVX512
@@ -175,6 +180,51 @@ PANTHER_AVX512 inline __m128 sum_lanes(Vector a, Vector b, Vector c, Vector d) {
 #undef PANTHER_VECTOR
 
 }  // namespace avx512
+
+#elif PANTHER_HAS_NEON
+
+namespace neon {
+
+using Vector = float32x4_t;
+inline constexpr int64_t kLanes = 4;
+// Thirty-two registers, as above.
+constexpr int most_rows(int) { return 6; }
+constexpr int width(int rows, int columns) { return columns == 8 && rows > 3 ? 4 : columns; }
+inline constexpr int kStrip = 8;
+
+inline Vector zeros() { return vdupq_n_f32(0); }
+inline Vector multiply_add(Vector a, Vector b, Vector c) { return vfmaq_f32(c, a, b); }
+inline Vector all_lanes(float number) { return vdupq_n_f32(number); }
+inline Vector multiply(Vector a, Vector b) { return vmulq_f32(a, b); }
+
+inline Vector load(const float* numbers) { return vld1q_f32(numbers); }
+
+inline Vector load(const BFloat16* numbers) { return vreinterpretq_f32_u32(vshll_n_u16(vld1_u16(&numbers->bits), 16)); }
+
+inline Vector load(const int8_t* numbers) {
+  int32_t bytes;
+  std::memcpy(&bytes, numbers, sizeof(bytes));
+  const int16x8_t wide = vmovl_s8(vreinterpret_s8_s32(vdup_n_s32(bytes)));
+  return vcvtq_f32_s32(vmovl_s16(vget_low_s16(wide)));
+}
+
+template <class T>
+inline Vector load(const T* numbers, int64_t count) {
+  float some[kLanes] = {};
+  for (int64_t lane = 0; lane < count; ++lane) some[lane] = widened(numbers[lane]);
+  return vld1q_f32(some);
+}
+
+inline void store_sums(Vector a, Vector b, Vector c, Vector d, const float* bias, float* to) {
+  const Vector sums = vpaddq_f32(vpaddq_f32(a, b), vpaddq_f32(c, d));
+  vst1q_f32(to, bias ? vaddq_f32(sums, vld1q_f32(bias)) : sums);
+}
+
+#define PANTHER_VECTOR
+#include "core/thin_linear_block.h"
+#undef PANTHER_VECTOR
+
+}  // namespace neon
 
 #endif
 
@@ -184,6 +234,9 @@ inline void thin_linear(const ThinLinear<W>& p, int64_t first, int64_t last) {
   const InstructionSet set = instruction_set_in_use().load(std::memory_order_relaxed);
   if (set == InstructionSet::avx512) return avx512::thin_linear(p, first, last);
   if (set == InstructionSet::avx2) return avx2::thin_linear(p, first, last);
+#elif PANTHER_HAS_NEON
+  const InstructionSet set = instruction_set_in_use().load(std::memory_order_relaxed);
+  if (set == InstructionSet::neon) return neon::thin_linear(p, first, last);
 #endif
   thin_linear_scalar(p, first, last);
 }

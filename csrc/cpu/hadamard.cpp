@@ -8,12 +8,11 @@
 #include <algorithm>
 #include <stdexcept>
 
-#include "tensor_text.h"
+#include "tensors.h"
 
 namespace {
 
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
+using namespace panther;
 
 // Numbers that a thread gets at least: below, waking it costs more than it saves.
 constexpr int64_t kGrain = 32768;

@@ -3,72 +3,36 @@
 // Few rows of float32 or bfloat16 run in the kernel of core/thin_linear.h; the rest is two products of torch's
 // own. Bytes moved by the kernel: those of R * (in + out) numbers, each factor once, plus x, y and rows * R floats
 // between.
+#include "low_rank_linear.h"
+
+#include <torch/csrc/stable/library.h>
+
 #include <algorithm>
 #include <memory>
 #include <optional>
-#include <stdexcept>
-#include <string>
 #include <vector>
 
-#include "cpu_tensors.h"
+#include "threads.h"
 
 namespace {
 
-using namespace panther::cpu;
-using panther::dtype_text;
-using panther::shape_text;
+using namespace panther;
 using panther::core::BFloat16;
 using panther::core::Plain;
 
-// Above this a product is bound by arithmetic and no longer by reading the weights, and torch's own can be faster.
-// Speed of the kernel over torch's, geometric mean of twenty layers read again and again, 1 and 2 threads
-// (benchmarks/ops.py): float32 1.4 and 1.8 at 1 row, 1.7 and 2.2 at 6, 1.2 and 1.6 at 12 (0.97 at worst), 1.1 and 1.4
-// at 16 (0.69 at worst). bfloat16 2.3 and 3.0 at 1 row, 2.2 and 2.9 at 2 (1.0 at worst), at 4 slower than torch's own
-// in layers 4,096 wide.
-constexpr int64_t kFewRows = 12;
-constexpr int64_t kFewBFloat16Rows = 2;
+// Above these a product is bound by arithmetic and no longer by reading the weights, and torch's own can be faster; so
+// it is for fewer rows where the rank is small, since the second product then sums up few numbers at a time. Measured
+// with benchmarks/ops.py, AVX-512, twenty layers read again and again, 1 and 2 threads.
+constexpr int64_t kFewRows = 8;
+constexpr int64_t kFewRowsOfLargeRank = 32, kLargeRank = 192;
+constexpr int64_t kFewBFloat16Rows = 6;
 
-struct Inputs {
-  const Tensor& x;
-  const Tensor& down;
-  const Tensor& up;
-  const std::optional<Tensor>& bias;
-
-  int64_t rank() const { return down.size(0); }
-  int64_t in() const { return down.size(1); }
-  int64_t out() const { return up.size(0); }
-
-  template <class Claim>
-  bool all(const Claim& claim) const {
-    return claim(x) && claim(down) && claim(up) && (!bias || claim(*bias));
-  }
-
-  // A list for an error message: what `text` says of each tensor.
-  template <class Text>
-  std::string list(const Text& text, bool with_none) const {
-    std::string joined = text(x) + ", " + text(down) + ", " + text(up);
-    if (bias) return joined + ", " + text(*bias);
-    return with_none ? joined + ", None" : joined;
-  }
-};
-
-bool shapes_fit(const Inputs& inputs) {
-  if (inputs.x.dim() < 1 || inputs.down.dim() != 2 || inputs.up.dim() != 2) return false;
-  if (inputs.bias && (inputs.bias->dim() != 1 || inputs.bias->size(0) != inputs.out())) return false;
-  return inputs.x.size(inputs.x.dim() - 1) == inputs.in() && inputs.rank() == inputs.up.size(1);
-}
-
-// Refuses in the words of panther/ops/low_rank_linear.py.
-void check(const Inputs& inputs) {
-  if (!shapes_fit(inputs)) {
-    throw std::invalid_argument(
-        "low_rank_linear: expected the shapes x (..., in), down (R, in), up (out, R), bias (out) or None; got " +
-        inputs.list(shape_text, true));
-  }
-  const ScalarType dtype = inputs.x.scalar_type();
-  if (!inputs.all([&](const Tensor& tensor) { return tensor.scalar_type() == dtype; })) {
-    throw std::invalid_argument("low_rank_linear: expected one dtype for x, down, up, bias; got " +
-                                inputs.list(dtype_text, false));
+// The most rows that run in the kernel.
+int64_t few_rows_of(const Inputs& inputs) {
+  switch (inputs.x.scalar_type()) {
+    case ScalarType::Float: return inputs.rank() < kLargeRank ? kFewRows : kFewRowsOfLargeRank;
+    case ScalarType::BFloat16: return kFewBFloat16Rows;
+    default: return 0;
   }
 }
 
@@ -109,12 +73,9 @@ Tensor low_rank_linear(const Tensor& x, const Tensor& down, const Tensor& up, co
   check(inputs);
   const int64_t rows = inputs.in() ? x.numel() / inputs.in() : 0;
   const bool is_bfloat16 = x.scalar_type() == ScalarType::BFloat16;
-  const int64_t most = is_bfloat16 ? kFewBFloat16Rows : x.scalar_type() == ScalarType::Float ? kFewRows : 0;
-  if (rows < 1 || rows > most) return linear(linear(x, down, {}), up, bias);
+  if (rows < 1 || rows > few_rows_of(inputs)) return linear(linear(x, down, {}), up, bias);
 
-  std::vector<int64_t> shape(x.sizes().begin(), x.sizes().end());
-  shape.back() = inputs.out();
-  const Tensor y = torch::stable::new_empty(x, shape);
+  const Tensor y = new_output(inputs);
   const Tensor packed_x = packed(x), packed_down = packed(down), packed_up = packed(up);
   const std::optional<Tensor> packed_bias = bias ? std::optional<Tensor>(packed(*bias)) : std::nullopt;
   const Inputs contiguous{packed_x, packed_down, packed_up, packed_bias};

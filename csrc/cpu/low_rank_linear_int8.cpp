@@ -3,22 +3,24 @@
 // Few rows run in the kernel of core/thin_linear.h, which widens each number when it reads it. For more rows the
 // factors are widened a tile at a time, for torch's own products. Bytes moved: R * (in + out) of factors, and their
 // scales.
+#include <torch/csrc/stable/library.h>
+
+#include <algorithm>
 #include <memory>
 #include <optional>
 #include <stdexcept>
 #include <string>
 #include <vector>
 
-#include "cpu_tensors.h"
+#include "tensors.h"
+#include "threads.h"
 
 namespace {
 
-using namespace panther::cpu;
-using panther::dtype_text;
-using panther::shape_text;
+using namespace panther;
 using panther::core::Int8;
 
-constexpr int64_t kFewRows = 8;
+constexpr int64_t kFewRows = 48;    // above, widening the factors once costs less than widening them for each few rows
 constexpr int64_t kTile = 1 << 20;  // numbers that are widened at a time
 
 // One factor (rows, columns) and its scales (rows, groups), contiguous.

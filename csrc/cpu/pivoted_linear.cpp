@@ -3,6 +3,8 @@
 // Few rows of float32 run in the kernel of core/thin_linear.h, which reads and writes between the channels of the
 // pivots and of the others, so that nothing is put together afterwards. Bytes moved: those of R * (in + out - R)
 // numbers.
+#include <torch/csrc/stable/library.h>
+
 #include <algorithm>
 #include <cstdint>
 #include <memory>
@@ -11,16 +13,16 @@
 #include <string>
 #include <vector>
 
-#include "cpu_tensors.h"
+#include "tensors.h"
+#include "threads.h"
 
 namespace {
 
-using namespace panther::cpu;
-using panther::dtype_text;
-using panther::shape_text;
+using namespace panther;
 using panther::core::Plain;
 
-constexpr int64_t kFewRows = 12;  // as in low_rank_linear.cpp
+// Up to here the kernel is faster than torch's products and what they leave to put together; see low_rank_linear.cpp.
+constexpr int64_t kFewRows = 12, kFewRowsOfLargeRank = 32, kLargeRank = 192;
 
 struct Inputs {
   const Tensor& x;
@@ -109,7 +111,7 @@ void few_rows(const Inputs& p, int64_t rows, float* y) {
 Tensor index_select(const Tensor& x, const Tensor& index) {
   std::array<StableIValue, 3> stack{torch::stable::detail::from(x), torch::stable::detail::from(x.dim() - 1),
                                     torch::stable::detail::from(index)};
-  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::index_select", "", stack.data(), TORCH_ABI_VERSION));
+  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::index_select", "", stack.data(), TORCH_ABI_VERSION));
   return torch::stable::detail::to<Tensor>(stack[0]);
 }
 
@@ -168,7 +170,9 @@ Tensor pivoted_linear(const Tensor& x, const Tensor& down, const Tensor& up, con
   std::vector<int64_t> shape(x.sizes().begin(), x.sizes().end());
   shape.back() = inputs.out();
   const int64_t rows = inputs.in() ? x.numel() / inputs.in() : 0;
-  if (rows < 1 || rows > kFewRows || x.scalar_type() != ScalarType::Float) return many_rows(inputs, shape);
+  if (rows < 1 || rows > (inputs.rank() < kLargeRank ? kFewRows : kFewRowsOfLargeRank) ||
+      x.scalar_type() != ScalarType::Float)
+    return many_rows(inputs, shape);
   const Tensor packed_x = packed(x), packed_down = packed(down), packed_up = packed(up);
   const std::optional<Tensor> packed_bias = bias ? std::optional<Tensor>(packed(*bias)) : std::nullopt;
   const Tensor y = torch::stable::new_empty(x, shape);

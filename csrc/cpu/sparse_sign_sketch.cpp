@@ -9,14 +9,11 @@
 #include <stdexcept>
 #include <string>
 
-#include "tensor_text.h"
+#include "tensors.h"
 
 namespace {
 
-using panther::dtype_text;
-using panther::shape_text;
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
+using namespace panther;
 
 constexpr int64_t kMostNonzeros = 8;
 

@@ -27,7 +27,9 @@ OPS: dict[str, Op] = {
 # decomposes no op that changes its inputs; those are for calibration.
 REFERENCES = {op.overload: op.reference for op in OPS.values() if not op.accumulates}
 
-_kernels.load()  # the schemas exist by now, so the kernels take over here
+# The schemas exist by now, so the kernels take over here.
+_kernels.load()
+_kernels.load_cuda()
 
 __all__ = [
     "OPS",

@@ -1,11 +1,14 @@
-"""The compiled module panther._C: loaded once, and missed aloud once."""
+"""The compiled modules: panther._C, loaded once and missed aloud once, and panther._C_cuda where it was asked for."""
 
 from __future__ import annotations
 
 import functools
 import importlib
+import importlib.util
 import warnings
 from types import ModuleType
+
+import torch
 
 
 @functools.cache
@@ -17,6 +20,21 @@ def load() -> tuple[ModuleType | None, str]:
         return None, "panther._C was not built (the install found no C++ compiler, or its run failed)"
     except ImportError as error:
         return None, f"panther._C does not load ({error})"
+
+
+@functools.cache
+def load_cuda() -> str:
+    """Why there are no CUDA kernels, or nothing when there are. Loading them registers them and touches no GPU."""
+    if torch.version.cuda is None:
+        return "this torch is built without CUDA"
+    spec = importlib.util.find_spec("panther._C_cuda")
+    if spec is None or spec.origin is None:
+        return "panther._C_cuda was not built (PANTHER_CUDA=1 asks the install for it)"
+    try:
+        torch.ops.load_library(spec.origin)
+    except OSError as error:
+        return f"panther._C_cuda does not load ({error.__cause__ or error})"
+    return ""
 
 
 @functools.cache

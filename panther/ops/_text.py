@@ -1,4 +1,4 @@
-"""How refusals name shapes and dtypes; csrc/tensor_text.h writes the same."""
+"""How refusals name shapes and dtypes; csrc/tensors.h writes the same."""
 
 from __future__ import annotations
 

@@ -22,7 +22,7 @@ def reference(x: Tensor, down: Tensor, up: Tensor, bias: Tensor | None) -> Tenso
 
 
 def _check(x: Tensor, down: Tensor, up: Tensor, bias: Tensor | None) -> None:
-    """The compiled kernel refuses the same inputs in the same words (csrc/cpu/low_rank_linear.cpp)."""
+    """The compiled kernel refuses the same inputs in the same words (csrc/low_rank_linear.h)."""
     tensors = [x, down, up] + ([] if bias is None else [bias])
     if not _shapes_fit(x, down, up, bias):
         got = ", ".join(shape_text(tensor) for tensor in (x, down, up, bias))

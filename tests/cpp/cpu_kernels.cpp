@@ -1,0 +1,127 @@
+// Runs the kernels of csrc/core over sizes at the edges, in every instruction set of this processor: each result is
+// near the exact sum, and the same bits however the columns are shared.
+#include <algorithm>
+#include <cstring>
+#include <stdexcept>
+
+#include "check.h"
+#include "core/thin_linear.h"
+
+namespace {
+
+using namespace panther::core;
+using check::Buffer;
+using check::require;
+
+float narrowed(float value, float) { return value; }
+BFloat16 narrowed(float value, BFloat16) { return to_bfloat16(value); }
+
+template <class T>
+class PlainMatrix {
+ public:
+  PlainMatrix(int64_t out, int64_t in, bool is_aligned) : numbers_(out * in, is_aligned), in_(in) {
+    for (int64_t i = 0; i < out * in; ++i) numbers_.data()[i] = narrowed(check::random_number(), T{});
+  }
+  Plain<T> weights() const { return {numbers_.data(), in_}; }
+
+ private:
+  Buffer<T> numbers_;
+  int64_t in_;
+};
+
+template <int Shift>
+class Int8Matrix {
+ public:
+  Int8Matrix(int64_t out, int64_t in, bool is_aligned)
+      : groups_(std::max<int64_t>(1, (in + (int64_t{1} << Shift) - 1) >> Shift)),
+        in_(in),
+        numbers_(out * in, is_aligned),
+        scales_(out * groups_, is_aligned) {
+    for (int64_t i = 0; i < out * in; ++i) numbers_.data()[i] = static_cast<int8_t>(127 * check::random_number());
+    for (int64_t i = 0; i < out * groups_; ++i) scales_.data()[i] = check::random_number();
+  }
+  Int8 weights() const { return {numbers_.data(), in_, scales_.data(), groups_, Shift}; }
+
+ private:
+  int64_t groups_, in_;
+  Buffer<int8_t> numbers_;
+  Buffer<float> scales_;
+};
+
+// x and y lie between other channels, as where pivots are beside them.
+template <class Matrix>
+void check_product(int64_t rows, int64_t in, int64_t out, bool is_aligned, bool has_bias) {
+  const int64_t x_stride = in + (is_aligned ? 0 : 3), y_stride = out + (is_aligned ? 0 : 2);
+  const int64_t x_size = (rows - 1) * x_stride + in, y_size = (rows - 1) * y_stride + out;
+  const Buffer<float> x(x_size, is_aligned), bias(out, is_aligned), y(y_size, is_aligned), again(y_size, true);
+  const Matrix matrix(out, in, is_aligned);
+  const auto w = matrix.weights();
+  for (int64_t i = 0; i < x_size; ++i) x.data()[i] = check::random_number();
+  for (int64_t i = 0; i < out; ++i) bias.data()[i] = check::random_number();
+  std::fill_n(y.data(), y_size, 7.0f);
+  std::fill_n(again.data(), y_size, 7.0f);
+
+  ThinLinear<decltype(matrix.weights())> product{
+      x.data(), w, has_bias ? bias.data() : nullptr, y.data(), rows, in, out, x_stride, y_stride};
+  thin_linear(product, 0, out);
+  product.y = again.data();
+  for (int64_t first = 0; first < out; first += 5) thin_linear(product, first, std::min(first + 5, out));
+
+  require(std::memcmp(y.data(), again.data(), y_size * sizeof(float)) == 0, "sharing the columns changes no bit");
+  for (int64_t i = 0; i < rows; ++i) {
+    for (int64_t j = 0; j < out; ++j) {
+      check::Exact exact;
+      for (int64_t k = 0; k < in; ++k) exact.add(double{x.data()[i * x_stride + k]} * w.value(j, k));
+      if (has_bias) exact.add(bias.data()[j]);
+      require(exact.is_near(y.data()[i * y_stride + j]), "a product is near the exact one");
+    }
+    for (int64_t j = out; j < y_stride && i + 1 < rows; ++j) {
+      require(y.data()[i * y_stride + j] == 7.0f, "what lies between the rows of y stays as it was");
+    }
+  }
+}
+
+template <class Matrix>
+void check_products() {
+  for (int64_t rows = 1; rows <= 13; ++rows) {
+    for (int64_t in : {0, 1, 7, 8, 9, 16, 31, 72}) {
+      for (int64_t out : {1, 2, 3, 4, 5, 8, 11, 12, 13, 25}) {
+        for (bool is_aligned : {true, false}) {
+          for (bool has_bias : {true, false}) check_product<Matrix>(rows, in, out, is_aligned, has_bias);
+        }
+      }
+    }
+  }
+}
+
+void check_bfloat16() {
+  for (uint32_t bits = 0; bits < 0x10000; ++bits) {
+    const float wide = widened(BFloat16{static_cast<uint16_t>(bits)});
+    const uint32_t quiet = wide == wide ? bits : bits | 0x40u;
+    require(to_bfloat16(wide).bits == quiet, "a bfloat16 is itself after widening");
+  }
+}
+
+void check_unknown_instruction_set() {
+  try {
+    instruction_set_named("none");
+  } catch (const std::invalid_argument&) {
+    return;
+  }
+  require(false, "an unknown instruction set is refused");
+}
+
+}  // namespace
+
+int main() {
+  check_bfloat16();
+  check_unknown_instruction_set();
+  for (InstructionSet set : instruction_sets()) {
+    instruction_set_in_use() = set;
+    check_products<PlainMatrix<float>>();
+    check_products<PlainMatrix<BFloat16>>();
+    check_products<Int8Matrix<5>>();
+    check_products<Int8Matrix<62>>();
+    std::printf("%s\n", name_of(set).c_str());
+  }
+}
