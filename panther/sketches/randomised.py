@@ -32,7 +32,7 @@ class Ridged:
 
     def __matmul__(self, block: Tensor) -> Tensor:
         if self.matrix is None:
-            return self.ridge * block
+            return block if self.ridge == 1 else self.ridge * block
         return product(self.matrix, block).add_(block, alpha=self.ridge)
 
 
@@ -69,52 +69,56 @@ def randomised(weight: Tensor, seen: Seen, *, max_rank: int, generator: torch.Ge
     Shapes: weight (m, n) -> LowRank up to min(max_rank, m, n).
     Cost:   products of the weight and its statistics with 2.25 max_rank columns, half a product of the weight with its
             statistics for the errors, and one float64 eigendecomposition of 2 max_rank.
-    Memory: 4 (m + n) max_rank numbers at most, beyond weight and statistics.
+    Memory: below 4 (m + n) max_rank numbers beyond weight and statistics; 5 where m > n, and of the data only outputs
+            and sensitivity are known.
     Source: Musco and Musco, NeurIPS 2015 (arXiv 1504.05477), Alg. 2; Halko, Martinsson, Tropp, SIAM Review 53 (2011).
     """
     full = min(weight.shape)
     rank = min(max_rank, full)
-    width = min(rank // 4 + 2, -(-(rank + full) // (2 * DEPTH)))  # of a large rank half of what is beyond it will do
+    width = min(rank // 4 + 2, -(-(3 * rank + 7 * full) // (10 * DEPTH)))  # a large rank needs 0.7 of what is beyond it
     if DEPTH * width >= full:
         return whitened(weight, seen, max_rank=max_rank, generator=generator)
     problem = problem_of(weight, seen)
     total = problem.total()
-    basis, image, gram, energy = krylov(problem, width, generator)
-    root = with_ridge(gram, 0.0)
-    del gram
-    energy = torch.linalg.solve_triangular(root, energy, upper=False)
-    energy = torch.linalg.solve_triangular(root, energy.T, upper=False)
+    basis, energy = krylov(problem, width, generator)
     values, vectors = torch.linalg.eigh(energy)
-    mix = torch.linalg.solve_triangular(root.T, vectors.flip(1)[:, :rank], upper=True).float()
     errors = tail_errors(values.flip(0)[:rank], total)
-    best = basis @ mix
-    best_image = best if image is basis else image @ mix
-    lift, drop = (best, best_image) if problem.on_the_left else (best_image, best)
+    best = basis @ vectors.flip(1)[:, :rank].float()
+    image = problem.metric @ best
+    lift, drop = (best, image) if problem.on_the_left else (image, best)
     return LowRank(errors, lift, drop.T, problem.on_the_left)
 
 
-def krylov(problem: Problem, width: int, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """An orthonormal basis Q of the span of C M X, (C M)^2 X, ... for a random X; M Q, Q^T M Q and Q^T M C M Q.
+def krylov(problem: Problem, width: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """A basis Q of the span of C M X, (C M)^2 X, ... for a random X, with Q^T M Q = I, and Q^T M C M Q in float64.
 
-    Shapes: -> two (size, DEPTH * width) in float32, two (DEPTH * width, DEPTH * width) in float64.
+    Shapes: -> (size, DEPTH * width), (DEPTH * width, DEPTH * width).
     """
     size, columns = len(problem.factor), DEPTH * width
     basis = torch.empty(size, columns)
     image = basis if problem.metric.matrix is None else torch.empty(size, columns)
-    gram, energy = torch.empty(2, columns, columns, dtype=torch.float64)
+    energy = torch.empty(columns, columns, dtype=torch.float64)
     block = problem.energy(problem.metric @ torch.randn(size, width, generator=generator))
     for start in range(0, columns, width):
         end = start + width
+        known, seen = basis[:, :start], image[:, :start]
         block += torch.randn(size, width, generator=generator) * block.norm(dim=0) * (NOISE / size**0.5)
+        block = torch.linalg.qr(block - known @ (seen.T @ block)).Q
         for _ in range(2):  # once leaves more than rounding of what the blocks have in common
-            block -= basis[:, :start] @ (basis[:, :start].T @ block)
-            block = torch.linalg.qr(block).Q
-        basis[:, start:end] = block
-        image[:, start:end] = problem.metric @ block
-        block = problem.energy(image[:, start:end])
-        for symmetric, products in ((gram, basis[:, :end].T @ image[:, start:end]), (energy, image[:, :end].T @ block)):
-            symmetric[:end, start:end], symmetric[start:end, :end] = products, products.T
-    return basis, image, gram, energy
+            block, ahead = upright(block - known @ (seen.T @ block), problem.metric)
+        basis[:, start:end], image[:, start:end] = block, ahead
+        block = problem.energy(ahead)
+        products = image[:, :end].T @ block
+        energy[:end, start:end], energy[start:end, :end] = products, products.T
+    return basis, energy
+
+
+def upright(block: Tensor, metric: Ridged) -> tuple[Tensor, Tensor]:
+    """The block with its columns mixed so that block^T M block = I, and M block."""
+    image = metric @ block
+    root = with_ridge((block.T @ image).double(), 0.0)
+    mix = torch.linalg.solve_triangular(root, torch.eye(len(root), dtype=torch.float64), upper=False).T.float()
+    return block @ mix, image @ mix
 
 
 def problem_of(weight: Tensor, seen: Seen) -> Problem:
@@ -126,8 +130,7 @@ def problem_of(weight: Tensor, seen: Seen) -> Problem:
         return Problem(matrix.T, middle, sensitivity, ridged(inputs, RIDGE), False)
     middle = ridged(inputs, RIDGE)
     if outputs is not None:
-        norm = float(matrix.square().sum(dtype=torch.float64))
-        middle = Ridged(ridge=RIDGE * float(outputs.trace()) / max(norm, 1e-300))
+        middle = Ridged(ridge=RIDGE * float(outputs.trace()) / max(squares(matrix), 1e-300))
     elif seen.outputs is not None:
         middle = Ridged()
     return Problem(matrix, middle, outputs, ridged(sensitivity, SENSITIVITY_RIDGE), True)
@@ -153,7 +156,7 @@ def traced(factor: Tensor, middle: Ridged, outer: Ridged) -> float:
     if outer.matrix is None:  # the identity in the middle costs nothing
         factor, middle, outer = factor.T, outer, middle
     if outer.matrix is None:
-        return middle.ridge * outer.ridge * float(factor.square().sum(dtype=torch.float64))
+        return middle.ridge * outer.ridge * squares(factor)
     total = 0.0
     for start in range(0, len(factor), ROWS):
         end = min(start + ROWS, len(factor))
@@ -162,3 +165,8 @@ def traced(factor: Tensor, middle: Ridged, outer: Ridged) -> float:
         products[:, :start] *= 2
         total += float((products * outer.matrix[start:end, :end]).sum(dtype=torch.float64))
     return total
+
+
+def squares(matrix: Tensor) -> float:
+    """The sum of the squares of all entries."""
+    return sum(float(rows.double().square().sum()) for rows in matrix.split(ROWS))
