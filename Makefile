@@ -11,7 +11,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 # Keeps every later install from replacing the torch that the kernels were built against.
 PINS := $(VENV)/pins.txt
 KERNELS := $(wildcard csrc/*.cpp csrc/*/*)
-BENCHMARKS := ops minilm crepe whisper healed onnx_speed fidelity
+BENCHMARKS := ops decomposition minilm crepe whisper healed onnx_speed end_to_end fidelity
 
 # The CPU build of torch, where there is one, unless TORCH was set: from the configured index, or else from PyTorch's.
 ifeq ($(origin TORCH),file)

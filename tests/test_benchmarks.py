@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import panther
-from benchmarks import common, crepe, healed, minilm, onnx_speed, ops, whisper
+from benchmarks import common, crepe, decomposition, end_to_end, healed, minilm, onnx_speed, ops, whisper
 from benchmarks.common import METHODS, compressed, factors_of, plans_of, rows_of, subject, table
 from benchmarks.peers.random_basis import projected
 from models.data import MissingDataError
@@ -293,6 +293,25 @@ def test_the_op_script_prints_every_layer_and_the_means(
         for cache in ("the same weights", "other weights each call")
     ]
     assert all(float(cell) >= 0 for row in rows[2:18] for cell in row[1:])
+
+
+def test_the_decomposition_script_prints_a_row_a_shape_and_spectrum(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert start(decomposition, monkeypatch, "--shapes", "96x128", "160x96", "--rank", "16") == 0
+    columns, _, *rows = printed_table(capsys.readouterr().out)
+    assert tuple(columns) == decomposition.COLUMNS
+    assert [row[:3] for row in rows] == [
+        [shape, spectrum, "16"] for shape in ("96x128", "160x96") for spectrum in decomposition.SPECTRA
+    ]
+    for row in rows:
+        assert float(row[4]) > 0 and 0 < float(row[6]) < 1
+        assert all(-0.01 <= float(share.removesuffix(" %")) <= 2 for share in row[7].split(", "))
+
+
+def test_a_shape_that_is_none_is_refused(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    assert start(decomposition, monkeypatch, "--shapes", "4096") == 1
+    assert "'4096' is not rows x columns" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("script", [minilm, crepe, whisper, onnx_speed])
