@@ -27,15 +27,13 @@ from panther.verify import peak_memory
 SPECTRA = {"flat": (0.0, 0.5), "falling": (0.0, 1.0), "steep": (0.5, 1.0)}
 SHAPES = ("4096x4096", "11008x4096")
 COLUMNS = ("weight", "spectrum", "rank", "exact s", "randomised s", "ratio", "error", "over the optimum", "memory")
-LEGEND = "\n".join(
-    [
-        "spectrum, powers of the weight's singular values and of the covariance's eigenvalues: "
-        + ", ".join(f"{name} {weight:g} and {inputs:g}" for name, (weight, inputs) in SPECTRA.items()),
-        "error: share of the output energy that the exact sketch loses; over the optimum: how much more the randomised "
-        + "one loses, at this rank and at the worst of all up to it",
-        "memory: the most that the randomised sketch allocates at once beside weight and statistics, in numbers of four "
-        + "bytes, as a multiple of rank x (rows + columns)",
-    ]
+_POWERS = ", ".join(f"{name} {weight:g} and {inputs:g}" for name, (weight, inputs) in SPECTRA.items())
+LEGEND = (
+    f"spectrum, powers of the weight's singular values and of the covariance's eigenvalues: {_POWERS}\n"
+    "error: share of the output energy that the exact sketch loses; over the optimum: how much more the randomised one "
+    "loses, at this rank and at the worst of all up to it\n"
+    "memory: the most that the randomised sketch allocates at once beside weight and statistics, in numbers of four "
+    "bytes, as a multiple of rank x (rows + columns)"
 )
 
 
