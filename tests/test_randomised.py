@@ -104,7 +104,7 @@ def test_where_its_basis_would_be_everything_it_is_the_exact_sketch() -> None:
     assert torch.equal(run(weight, Seen(), 30).errors, optimum(weight, Seen(), 30).errors)
 
 
-@pytest.mark.parametrize("shape", [(512, 512), (1376, 512), (512, 1376)], ids=["square", "tall", "wide"])
+@pytest.mark.parametrize("shape", [(512, 512), (1376, 512), (2560, 512), (512, 1376)])
 def test_it_allocates_less_than_four_factors_of_its_rank(
     shape: tuple[int, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:

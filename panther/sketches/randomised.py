@@ -1,8 +1,8 @@
 """The near-optimum in the norm of the calibration data for large layers, from a block Krylov space.
 
 Notation: C is the energy and M the metric of the problem that `whitened` solves: the factors come from the vectors Z
-with Z^T M Z = I that make the trace of Z^T M C M Z the largest. C, and a root of M, are never formed: every product
-runs through the weight and its statistics, in float32, and only small matrices are float64.
+with Z^T M Z = I that make the trace of Z^T M C M Z the largest. A root of M is never formed, C only of tall weights and
+where it fits; products run through the weight and its statistics, in float32, and only small matrices are float64.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from panther.products import gram
 from panther.sketches.base import RIDGE, SENSITIVITY_RIDGE, LowRank, Moments, Seen, tail_errors, with_ridge
 from panther.sketches.whitened import whitened
 
@@ -40,20 +41,29 @@ class Ridged:
 class Problem:
     """M, and C = factor middle factor^T + known."""
 
-    factor: Tensor  # W (m, n) on the left, W^T otherwise; float32
+    factor: Tensor | None  # W (m, n) on the left, W^T otherwise; float32
     middle: Ridged
     known: Tensor | None
     metric: Ridged
     on_the_left: bool
 
+    @property
+    def size(self) -> int:
+        given = self.known if self.factor is None else self.factor
+        return 0 if given is None else len(given)
+
     def energy(self, block: Tensor) -> Tensor:
         """C block."""
-        result = self.factor @ (self.middle @ (self.factor.T @ block))
-        return result if self.known is None else result.add_(product(self.known, block))
+        parts = []
+        if self.factor is not None:
+            parts.append(self.factor @ (self.middle @ (self.factor.T @ block)))
+        if self.known is not None:
+            parts.append(product(self.known, block))
+        return parts[0] if len(parts) == 1 else parts[0].add_(parts[1])
 
     def total(self) -> float:
         """The trace of M C."""
-        total = traced(self.factor, self.middle, self.metric)
+        total = 0.0 if self.factor is None else traced(self.factor, self.middle, self.metric)
         if self.known is None:
             return total
         if self.metric.matrix is not None:
@@ -78,7 +88,9 @@ def randomised(weight: Tensor, seen: Seen, *, max_rank: int, generator: torch.Ge
     width = min(rank // 4 + 2, -(-(3 * rank + 7 * full) // (10 * DEPTH)))  # a large rank needs 0.7 of what is beyond it
     if DEPTH * width >= full:
         return whitened(weight, seen, max_rank=max_rank, generator=generator)
-    problem = problem_of(weight, seen)
+    columns = DEPTH * width
+    held = (2 * columns + 5 * width) * full + 2 * columns**2  # two bases, the blocks in hand, a float64 matrix
+    problem = problem_of(weight, seen, room=4 * rank * sum(weight.shape) - held)
     total = problem.total()
     basis, energy = krylov(problem, width, generator)
     values, vectors = torch.linalg.eigh(energy)
@@ -94,7 +106,7 @@ def krylov(problem: Problem, width: int, generator: torch.Generator) -> tuple[Te
 
     Shapes: -> (size, DEPTH * width), (DEPTH * width, DEPTH * width).
     """
-    size, columns = len(problem.factor), DEPTH * width
+    size, columns = problem.size, DEPTH * width
     basis = torch.empty(size, columns)
     image = basis if problem.metric.matrix is None else torch.empty(size, columns)
     energy = torch.empty(columns, columns, dtype=torch.float64)
@@ -121,13 +133,20 @@ def upright(block: Tensor, metric: Ridged) -> tuple[Tensor, Tensor]:
     return block @ mix, image @ mix
 
 
-def problem_of(weight: Tensor, seen: Seen) -> Problem:
-    """The problem whose matrix energy_operator forms."""
+def problem_of(weight: Tensor, seen: Seen, room: int) -> Problem:
+    """The problem whose matrix energy_operator forms; here it may have `room` numbers."""
     matrix = weight.float().cpu()
+    m, n = matrix.shape
     inputs, outputs, sensitivity = covariance(seen.inputs), covariance(seen.outputs), seen.sensitivity
-    if seen.outputs is None and matrix.shape[0] > matrix.shape[1]:
-        middle = Ridged() if sensitivity is None else Ridged(ridge=SENSITIVITY_RIDGE)
-        return Problem(matrix.T, middle, sensitivity, ridged(inputs, RIDGE), False)
+    if seen.outputs is None and m > n:
+        middle, metric = Ridged(ridge=1.0 if sensitivity is None else SENSITIVITY_RIDGE), ridged(inputs, RIDGE)
+        if n * n > room:
+            return Problem(matrix.T, middle, sensitivity, metric, False)
+        known = gram(matrix).mul_(middle.ridge)  # as many products as its trace alone
+        if sensitivity is not None:
+            for start in range(0, n, ROWS):
+                known[start : start + ROWS] += sensitivity[start : start + ROWS]
+        return Problem(None, middle, known, metric, False)
     middle = ridged(inputs, RIDGE)
     if outputs is not None:
         middle = Ridged(ridge=RIDGE * float(outputs.trace()) / max(squares(matrix), 1e-300))
