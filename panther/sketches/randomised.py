@@ -114,10 +114,12 @@ def krylov(problem: Problem, width: int, generator: torch.Generator) -> tuple[Te
     for start in range(0, columns, width):
         end = start + width
         known, seen = basis[:, :start], image[:, :start]
-        block += torch.randn(size, width, generator=generator) * block.norm(dim=0) * (NOISE / size**0.5)
-        block = torch.linalg.qr(block - known @ (seen.T @ block)).Q
+        block += torch.randn(size, width, generator=generator).mul_(block.norm(dim=0) * (NOISE / size**0.5))
+        block -= known @ (seen.T @ block)
+        block = torch.linalg.qr(block).Q
         for _ in range(2):  # once leaves more than rounding of what the blocks have in common
-            block, ahead = upright(block - known @ (seen.T @ block), problem.metric)
+            block -= known @ (seen.T @ block)
+            block, ahead = upright(block, problem.metric)
         basis[:, start:end], image[:, start:end] = block, ahead
         block = problem.energy(ahead)
         products = image[:, :end].T @ block
@@ -167,7 +169,10 @@ def ridged(matrix: Tensor | None, share: float) -> Ridged:
 
 def product(matrix: Tensor, block: Tensor) -> Tensor:
     """A matrix of statistics times a block in float32, without a copy of the whole matrix."""
-    return torch.cat([rows.float() @ block for rows in matrix.split(ROWS)])
+    result = block.new_empty(len(matrix), block.shape[1])
+    for rows, part in zip(matrix.split(ROWS), result.split(ROWS), strict=True):
+        torch.mm(rows.float(), block, out=part)
+    return result
 
 
 def traced(factor: Tensor, middle: Ridged, outer: Ridged) -> float:
