@@ -103,11 +103,11 @@ def speeds(
     inputs = {size: batch_of(recipe.example_inputs, size) for size in batches}
     models = {"dense": recipe.model, **{search: result.model for search, result in results.items()}}
     with tempfile.TemporaryDirectory() as folder:
-        files = {name: _exported(models[name], Path(folder) / f"{name}.onnx", recipe, inputs) for name in models}
+        files = {name: exported(models[name], Path(folder) / f"{name}.onnx", recipe, inputs) for name in models}
         sessions = {name: session(file.path, threads) for name, file in files.items()}
         for size, given in inputs.items():
             say(f"{recipe.name}: batch {size}")
-            onnx_ms = _milliseconds({name: _file_run(s, recipe.model, given) for name, s in sessions.items()}, seconds)
+            onnx_ms = _milliseconds({name: file_run(s, recipe.model, given) for name, s in sessions.items()}, seconds)
             torch_ms = _torch_milliseconds(models, given, seconds)
             for search, result in results.items():
                 yield Speed(
@@ -129,23 +129,28 @@ def batch_of(example: Any, size: int) -> Any:
 
 
 def session(path: Path, threads: int) -> onnxruntime.InferenceSession:
-    """A file ready to run on the CPU, one operator after the other, each with `threads` threads."""
+    """A file ready to run on the CPU."""
+    return onnxruntime.InferenceSession(str(path), session_options(threads), providers=["CPUExecutionProvider"])
+
+
+def session_options(threads: int) -> onnxruntime.SessionOptions:
+    """One operator after the other, each with `threads` threads."""
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
     options.execution_mode = onnxruntime.ExecutionMode.ORT_SEQUENTIAL
     # Else the threads of the model that has just run keep a core busy while another one is timed.
     options.add_session_config_entry("session.force_spinning_stop", "1")
-    return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    return options
 
 
-def _exported(model: nn.Module, path: Path, recipe: Recipe, inputs: Mapping[int, Any]) -> ExportReport:
+def exported(model: nn.Module, path: Path, recipe: Recipe, inputs: Mapping[int, Any]) -> ExportReport:
     report = WRITERS["onnx"](model, path, recipe.example_inputs, batches=list(inputs.values()))
     if not report.ok:
         raise PantherError(f"the file differs from the model, so that its speed means nothing:\n{report}")
     return report
 
 
-def _file_run(of: onnxruntime.InferenceSession, model: nn.Module, given: Any) -> Callable[[], object]:
+def file_run(of: onnxruntime.InferenceSession, model: nn.Module, given: Any) -> Callable[[], object]:
     flat = flatten(model, given, device_of(model))
     used = {value.name for value in of.get_inputs()}
     fed = {name: tensor.numpy() for name, tensor in zip(flat.names, flat.tensors, strict=True) if name in used}

@@ -58,7 +58,7 @@ ALLOWED = {
     "sizes": set(),
     "ops": set(),
     "nn": {"ops", *NOUNS},
-    "sketches": {*NOUNS},
+    "sketches": {*NOUNS, "products"},
     "allocators": {*NOUNS, "tuner"},
     "products": set(),
     "tuner": {"errors", "progress"},

@@ -12,7 +12,18 @@ import torch
 from torch import Tensor, nn
 
 import panther
-from benchmarks import common, crepe, healed, minilm, onnx_speed, ops, sketches, whisper
+from benchmarks import (
+    common,
+    crepe,
+    decomposition,
+    end_to_end,
+    healed,
+    minilm,
+    onnx_speed,
+    ops,
+    sketches,
+    whisper,
+)
 from benchmarks.common import METHODS, compressed, factors_of, plans_of, rows_of, subject, table
 from benchmarks.peers.random_basis import projected
 from models.data import MissingDataError
@@ -311,15 +322,77 @@ def test_the_sketch_script_prints_every_way_and_the_exact_one_loses_nothing(
     assert [row[0] for row in rows[24:]] == ["64 x 16", "16 x 64"]
 
 
-@pytest.mark.parametrize("script", [minilm, crepe, whisper, onnx_speed])
+def test_the_end_to_end_script_prints_both_runtimes_and_what_the_report_says(
+    encoder: Recipe, tracker: Recipe, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    builds = {"minilm": lambda _: encoder, "crepe": lambda _: changed(tracker, name="other")}
+    monkeypatch.setattr(end_to_end, "BUILD", builds)
+    threads = str(torch.get_num_threads())
+    assert start(end_to_end, monkeypatch, "--seconds", "0", "--batches", "1", "2", "--threads", threads) == 0
+    text = capsys.readouterr().out
+    columns, _, *rows = printed_table(text)
+    assert tuple(columns) == end_to_end.COLUMNS
+    assert [row[:3] for row in rows] == [
+        [name, runtime, size]
+        for name in ("stand-in", "other")
+        for runtime, sizes in (("torch", "124"), ("onnxruntime", "12"))  # the example inputs are four
+        for size in sizes
+    ]
+    for name in ("stand-in", "other"):
+        assert f"\n{name}: speed-up of the report " in text
+
+
+def test_the_ceiling_is_what_is_left_when_only_the_layers_are_faster() -> None:
+    timed = end_to_end.Timed("m", "torch", 1, (10.0, 6.0), (8.0, 3.0), 2.0)
+    assert timed.cells()[-8:] == ["1.67", "80 %", "2.67", "2.00", "1.67", "100 %", "2.00", "83 %"]
+
+
+def test_the_operators_with_weights_are_found_in_the_profile(encoder: Recipe) -> None:
+    result = end_to_end.compress(encoder, 0.5, 0, None)
+    for timed in end_to_end.in_onnxruntime(encoder, result, [1, 3], 0.0, 1):
+        for layers, whole in zip(timed.layers_ms, timed.whole_ms, strict=True):
+            assert 0 < layers < whole
+        assert timed.flops_ratio > 1.5
+
+
+def test_the_layers_run_again_on_the_inputs_that_they_have_in_the_model(encoder: Recipe) -> None:
+    seen: list[tuple[Tensor, ...]] = []
+    hook = encoder.model[2].register_forward_hook(lambda _, given, __: seen.append(given))
+    replay = end_to_end.replay_of(encoder.model, ["2"], lambda: encoder.model(encoder.example_inputs))
+    replay()
+    hook.remove()
+    assert len(seen) == 2 and torch.equal(*(given for (given,) in seen))
+
+
+def test_the_decomposition_script_prints_a_row_a_shape_and_spectrum(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert start(decomposition, monkeypatch, "--shapes", "96x128", "160x96", "--rank", "16") == 0
+    columns, _, *rows = printed_table(capsys.readouterr().out)
+    assert tuple(columns) == decomposition.COLUMNS
+    assert [row[:3] for row in rows] == [
+        [shape, spectrum, "16"] for shape in ("96x128", "160x96") for spectrum in decomposition.SPECTRA
+    ]
+    for row in rows:
+        assert 0 < float(row[6]) < 1 and float(row[8]) > 0
+        assert all(-0.01 <= float(share.removesuffix(" %")) <= 2 for share in row[7].split(", "))
+
+
+def test_a_shape_that_is_none_is_refused(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    assert start(decomposition, monkeypatch, "--shapes", "4096") == 1
+    assert "'4096' is not rows x columns" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("script", [minilm, crepe, whisper, onnx_speed, end_to_end])
 def test_missing_data_ends_a_script_with_what_to_type(
     script: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def missing(*_: object, **__: object) -> Recipe:
         raise MissingDataError("type: python -m benchmarks.fetch_data")
 
-    monkeypatch.setattr(onnx_speed.minilm if script is onnx_speed else script, "build", missing)
-    threads = ["--threads", str(torch.get_num_threads())] if script is onnx_speed else []
+    takes_threads = script in (onnx_speed, end_to_end)
+    monkeypatch.setattr(script.minilm if takes_threads else script, "build", missing)
+    threads = ["--threads", str(torch.get_num_threads())] if takes_threads else []
     assert start(script, monkeypatch, *threads) == 1
     out, err = capsys.readouterr()
     assert out == "" and err.endswith(": type: python -m benchmarks.fetch_data\n")

@@ -306,15 +306,16 @@ def test_the_order_of_layers_changes_no_bit_of_their_factors(monkeypatch: pytest
 
 
 def test_large_layers_take_the_randomised_sketch_and_lose_hardly_more(monkeypatch: pytest.MonkeyPatch) -> None:
-    layer, batches = decaying_(nn.Linear(48, 48)), list(torch.randn(2, 200, 48))
+    layer, batches = decaying_(nn.Linear(64, 64)), list(torch.randn(2, 200, 64))
     exact = study(layer, batches).factors
-    monkeypatch.setattr(stage, "EXACT_UP_TO", 47)
+    monkeypatch.setattr(stage, "EXACT_UP_TO", 63)
     near = study(layer, batches).factors
     errors = [{choice.kind: choice for choice in all_choices(factors)} for factors in (exact, near)]
     assert set(errors[1]) < set(errors[0])  # of nearly all directions the exact sketch is the cheaper one
-    assert max(kind[1][0] for kind in errors[1]) == 24 and max(kind[1][0] for kind in errors[0]) == 40
+    assert max(kind[1][0] for kind in errors[1]) == 32 and max(kind[1][0] for kind in errors[0]) == 48
     pairs = [(errors[0][kind], near_by) for kind, near_by in errors[1].items()]
-    assert all(a.error <= b.error + 1e-9 and b.error <= 1.05 * a.error + 1e-9 for a, b in pairs)
+    rounding = 1e-6  # of the whole energy: its products are in float32
+    assert all(a.error <= b.error + rounding and b.error <= 1.03 * a.error + rounding for a, b in pairs)
     assert any(a.error != b.error for a, b in pairs)
 
 
