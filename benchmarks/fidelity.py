@@ -276,6 +276,7 @@ def arguments() -> argparse.ArgumentParser:
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS), help="which (both)")
     parser.add_argument("--rows", nargs="+", metavar="ROW", help="labels of the rows to measure (all)")
     parser.add_argument("--shares", nargs="+", type=_share, metavar="SHARE", help="of the FLOPs (3/4 1/2 1/3)")
+    parser.add_argument("--states", nargs="+", choices=STATES, default=list(STATES), help="of each row (both)")
     parser.add_argument("--minutes", type=float, default=3.0, help="of healing, a row and size (3)")
     parser.add_argument("--text", choices=sorted(SOURCES), default="brown")
     parser.add_argument("--calibration", type=int, default=3072, help="calibration texts and frames (3072)")
@@ -316,7 +317,7 @@ def results_of(given: argparse.Namespace) -> Results:
 def main() -> int:
     given = arguments().parse_args()
     tasks = tasks_of(given)
-    states = ["unhealed"] if given.ablation else list(STATES)
+    states = ["unhealed"] if given.ablation else given.states
     shares = given.shares or (ABLATION_SHARES if given.ablation or given.quick else SHARES)
     try:
         results = results_of(given)
