@@ -10,6 +10,8 @@ from importlib import import_module
 import pytest
 import torch
 
+from tests.kernels import COMPILED, SETS
+
 
 @pytest.fixture(autouse=True)
 def _same_random_numbers():
@@ -22,10 +24,16 @@ def _short_healing(monkeypatch):
     monkeypatch.setattr(import_module("panther.heal"), "EPOCHS", 2)  # the name panther.heal is the function
 
 
+@pytest.fixture(params=SETS)
+def instruction_set(request):
+    """Each set that this processor has, in use; the best one is what the other tests run with."""
+    before = COMPILED.set_instruction_set(request.param)
+    yield request.param
+    COMPILED.set_instruction_set(before)
+
+
 @pytest.fixture
 def scalar_kernels():
-    from tests.kernels import COMPILED
-
     before = COMPILED.set_instruction_set("scalar")
     yield
     COMPILED.set_instruction_set(before)

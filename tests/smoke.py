@@ -1,4 +1,4 @@
-"""What a wheel has to do where it was installed: `python tests/smoke.py`, in any folder but the checkout."""
+"""What a wheel has to do where it was installed: `python tests/smoke.py`, with the Python of that environment."""
 
 import tempfile
 from pathlib import Path

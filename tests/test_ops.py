@@ -35,17 +35,6 @@ def assert_within_the_rounding_bound(got, inputs):
     assert bool(((got.double() - exact).abs() <= roundings * torch.finfo(got.dtype).eps * scale).all())
 
 
-SETS = COMPILED.build_info()["instruction_sets"] if COMPILED else ["none"]
-
-
-@pytest.fixture(params=SETS)
-def instruction_set(request):
-    """Each set that this processor has, in use; the best one is what the other tests run with."""
-    before = COMPILED.set_instruction_set(request.param)
-    yield request.param
-    COMPILED.set_instruction_set(before)
-
-
 @pytest.mark.parametrize("dtype", KERNEL_DTYPES, ids=str)
 @pytest.mark.parametrize("rows", range(18))
 @pytest.mark.parametrize("sizes", [(8, 8, 8), (31, 5, 13), (64, 1, 3), (7, 9, 1), (64, 16, 37), (129, 33, 66)], ids=str)

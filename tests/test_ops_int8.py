@@ -4,13 +4,10 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from panther.build_info import build_info
-from panther.ops import OPS, _kernels, dequantised, low_rank_linear_int8, quantised
+from panther.ops import OPS, dequantised, low_rank_linear_int8, quantised
+from tests.kernels import needs_kernels
 
 REFERENCE = OPS["low_rank_linear_int8"].reference
-COMPILED = _kernels.load()[0]
-needs_kernels = pytest.mark.skipif(COMPILED is None, reason=f"no compiled kernels here: {build_info().reason}")
-SETS = COMPILED.build_info()["instruction_sets"] if COMPILED else ["none"]
 GROUPS = (None, 32, 64, 128)
 
 
@@ -33,16 +30,9 @@ def assert_within_the_rounding_bound(got, inputs):
     assert bool(((got.double() - exact).abs() <= roundings * torch.finfo(got.dtype).eps * scale).all())
 
 
-@pytest.fixture(params=SETS)
-def instruction_set(request):
-    before = COMPILED.set_instruction_set(request.param)
-    yield request.param
-    COMPILED.set_instruction_set(before)
-
-
 @needs_kernels
 @pytest.mark.parametrize("group_size", GROUPS)
-@pytest.mark.parametrize("rows", [0, 1, 2, 3, 5, 8, 9, 20])
+@pytest.mark.parametrize("rows", [0, 1, 2, 3, 5, 8, 9, 20, 48, 49])
 @pytest.mark.parametrize("sizes", [(8, 8, 8), (31, 5, 13), (70, 1, 3), (64, 33, 37), (260, 129, 66)], ids=str)
 @pytest.mark.usefixtures("instruction_set")
 def test_every_number_of_rows_is_within_the_rounding_bound(rows, sizes, group_size):
@@ -50,7 +40,7 @@ def test_every_number_of_rows_is_within_the_rounding_bound(rows, sizes, group_si
     assert_within_the_rounding_bound(low_rank_linear_int8(*inputs), inputs)
 
 
-@pytest.mark.parametrize("rows", [2, 40])
+@pytest.mark.parametrize("rows", [2, 49, 100])
 @pytest.mark.parametrize("group_size", [None, 64])
 def test_factors_above_the_size_of_a_tile_are_widened_in_parts(rows, group_size):
     inputs = inputs_of(rows, 1500, 1601, 900, group_size)
@@ -67,21 +57,18 @@ def test_result_of_a_row_does_not_depend_on_the_rows_beside_it():
 
 
 @needs_kernels
-@pytest.mark.parametrize("rows", [1, 7])
-def test_number_of_threads_changes_no_bit(rows):
-    inputs, before, results = inputs_of(rows, 640, 515, 771), torch.get_num_threads(), []
-    try:
-        for count in (1, 2, 3):
-            torch.set_num_threads(count)
-            results.append(low_rank_linear_int8(*inputs))
-    finally:
-        torch.set_num_threads(before)
+@pytest.mark.parametrize("rows", [1, 7, 48])
+def test_number_of_threads_changes_no_bit(rows, threads):
+    inputs, results = inputs_of(rows, 640, 515, 771), []
+    for count in (1, 2, 3):
+        threads(count)
+        results.append(low_rank_linear_int8(*inputs))
     assert torch.equal(results[0], results[1])
     assert torch.equal(results[0], results[2])
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("rows", [3, 30])
+@pytest.mark.parametrize("rows", [3, 60])
 def test_half_precision_is_rounded_at_the_end(rows, dtype):
     x, down, down_scales, up, up_scales, bias = (
         value.to(dtype) if value.is_floating_point() else value for value in inputs_of(rows, 96, 40, 50, 32)
@@ -107,6 +94,17 @@ def test_no_number_is_off_by_more_than_half_a_step(columns, group_size):
     steps = scales.repeat_interleave(size, 1)[:, :columns]
     assert bool(((dequantised(values, scales) - weight).abs() <= steps * 0.5001).all())
     assert int(values.abs().max()) == 127
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("size", [1e-5, 1e-3, 1.0, 1e3])
+def test_scales_are_rounded_up_so_that_no_number_is_cut_off(dtype, size):
+    weight = (torch.randn(9, 100) * size).to(dtype)
+    values, scales = quantised(weight, 32)
+    assert scales.dtype == dtype
+    wide = dequantised(values, scales.double())
+    steps = scales.double().repeat_interleave(32, 1)[:, :100]
+    assert bool(((wide - weight.double()).abs() <= steps * 0.5001).all())
 
 
 def test_rows_of_zeros_and_one_huge_number_stay_what_they_are():
@@ -158,6 +156,7 @@ BAD = {
     "bias of another size": (changed(5, torch.ones(3)), "(4, 1), (3)"),
     "float factor": (changed(1, torch.ones(3, 40)), "expected int8 factors"),
     "scales of another dtype": (changed(2, torch.ones(3, 1).double()), "got float32, int8, float64, int8, float32"),
+    "whole numbers": (tuple(value.to(torch.int8) for value in inputs_of(2, 40, 3, 4)), "got int8, int8, int8"),
     "x without dimensions": (changed(0, torch.tensor(1.0)), "got (), (3, 40)"),
 }
 

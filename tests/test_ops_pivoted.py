@@ -4,10 +4,9 @@ import pytest
 import torch
 
 from panther.ops import OPS, pivoted_linear
-from tests.kernels import COMPILED, needs_kernels
+from tests.kernels import needs_kernels
 
 REFERENCE = OPS["pivoted_linear"].reference
-SETS = COMPILED.build_info()["instruction_sets"] if COMPILED else ["none"]
 SIZES = [(8, 3, 8), (31, 5, 13), (64, 16, 37), (129, 33, 66), (16, 15, 16)]
 
 
@@ -33,13 +32,6 @@ def assert_near(got, inputs):
     assert bool(((got.double() - exact).abs() <= roundings * torch.finfo(got.dtype).eps * scale).all())
 
 
-@pytest.fixture(params=SETS)
-def instruction_set(request):
-    before = COMPILED.set_instruction_set(request.param)
-    yield request.param
-    COMPILED.set_instruction_set(before)
-
-
 @needs_kernels
 @pytest.mark.parametrize("ordered", [True, False])
 @pytest.mark.parametrize("side", ["rows", "columns"])
@@ -53,6 +45,7 @@ def test_every_number_of_rows_is_within_the_rounding_bound(side, rows, sizes, or
 
 @needs_kernels
 @pytest.mark.parametrize("side", ["rows", "columns"])
+@pytest.mark.usefixtures("instruction_set")
 def test_number_of_threads_and_rows_beside_change_no_bit(side, threads):
     x, *others = inputs_of(side, 7, 320, 257, 515 if side == "rows" else 300)
     results = []
@@ -62,6 +55,27 @@ def test_number_of_threads_and_rows_beside_change_no_bit(side, threads):
     assert torch.equal(results[0], results[1])
     assert torch.equal(results[0], results[2])
     assert torch.equal(pivoted_linear(x[:3], *others), results[0][:3])
+
+
+@pytest.mark.parametrize("side", ["rows", "columns"])
+@pytest.mark.parametrize("rows", [12, 13, 32, 33])
+def test_large_ranks_have_more_rows_in_the_kernel(side, rows):
+    inputs = inputs_of(side, rows, 400, 200, 300)
+    assert_near(pivoted_linear(*inputs), inputs)
+
+
+@pytest.mark.parametrize("side", ["rows", "columns"])
+@pytest.mark.parametrize("records", [False, True])
+def test_an_order_that_repeats_a_channel_has_the_gradient_of_its_formula(side, records):
+    x, down, up, bias, order = inputs_of(side, 3, 9, 4, 9)
+    order[2] = order[5]
+    down.requires_grad_(records)
+    gradients = []
+    for function in (pivoted_linear, REFERENCE):
+        wanted = x.clone().requires_grad_()
+        function(wanted, down, up, bias, order).square().sum().backward()
+        gradients.append(wanted.grad)
+    torch.testing.assert_close(*gradients)
 
 
 @pytest.mark.parametrize("side", ["rows", "columns"])
@@ -107,6 +121,15 @@ BAD = {
     "order of another size": (changed(4, torch.arange(9).int()), "(8), (9)"),
     "order of another dtype": (changed(4, torch.arange(8)), "float32, int64"),
     "dtypes differ": (changed(1, torch.ones(3, 9).double()), "float32, float64, float32, float32, int32"),
+    "whole numbers": (tuple(value.to(torch.int32) for value in inputs_of("rows", 40, 9, 3, 8)), "got int32, int32"),
+    "bytes": (
+        (*(value.to(torch.int8) for value in inputs_of("rows", 40, 9, 3, 8)[:4]), None),
+        "got int8, int8, int8, int8",
+    ),
+    "complex numbers": (
+        (*(value.to(torch.complex128) for value in inputs_of("rows", 40, 9, 3, 8)[:4]), None),
+        "expected one floating-point dtype",
+    ),
     "x without dimensions": (changed(0, torch.tensor(1.0)), "got (), (3, 9)"),
 }
 
@@ -122,6 +145,8 @@ def test_bad_input_is_refused_in_the_same_words_with_and_without_kernel(inputs, 
     assert len(set(messages)) == 1
 
 
-def test_inputs_on_two_devices_are_refused():
-    with pytest.raises(ValueError, match="expected one device for all tensors; got cpu, meta, cpu"):
-        REFERENCE(*changed(1, torch.ones(3, 9, device="meta")))
+@pytest.mark.parametrize(("position", "got"), [(1, "cpu, meta, cpu, cpu, cpu"), (4, "cpu, cpu, cpu, cpu, meta")])
+def test_inputs_on_two_devices_are_refused(position, got):
+    moved = inputs_of("rows", 2, 9, 3, 8)[position].to("meta")
+    with pytest.raises(ValueError, match=f"expected one device for all tensors; got {got}"):
+        REFERENCE(*changed(position, moved))

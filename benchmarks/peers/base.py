@@ -33,7 +33,9 @@ from panther.spec import Heal
 STATES = ("unhealed", "healed")
 MODELS = {"minilm": "models.minilm", "crepe": "models.crepe"}
 EXCLUDED: dict[str, list[Any] | None] = {"minilm": None, "crepe": [nn.Linear]}  # CREPE's classifier stays dense
-LAYER_OPS = frozenset({"mm", "addmm", "convolution", "low_rank_linear"})  # attention's products without weights are bmm
+LAYER_OPS = frozenset(
+    {"mm", "addmm", "convolution", "low_rank_linear", "pivoted_linear"}
+)  # attention's products without weights are bmm
 COMPARED_SAMPLES = 64  # calibration samples on which a method's own options are compared
 REASON = 300  # characters of a reason that are shown
 
@@ -150,6 +152,7 @@ def _attention_flops(query: Sequence[int], key: Sequence[int], value: Sequence[i
 
 FORMULAS: dict[Any, Callable[..., int]] = {  # of what torch's counter does not know
     torch.ops.panther.low_rank_linear: _low_rank_flops,
+    torch.ops.panther.pivoted_linear: _low_rank_flops,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops,
 }
 

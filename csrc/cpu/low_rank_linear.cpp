@@ -24,13 +24,12 @@ using panther::core::Plain;
 // it is for fewer rows where the rank is small, since the second product then sums up few numbers at a time. Measured
 // with benchmarks/ops.py, AVX-512, twenty layers read again and again, 1 and 2 threads.
 constexpr int64_t kFewRows = 8;
-constexpr int64_t kFewRowsOfLargeRank = 32, kLargeRank = 192;
 constexpr int64_t kFewBFloat16Rows = 6;
 
 // The most rows that run in the kernel.
 int64_t few_rows_of(const Inputs& inputs) {
   switch (inputs.x.scalar_type()) {
-    case ScalarType::Float: return inputs.rank() < kLargeRank ? kFewRows : kFewRowsOfLargeRank;
+    case ScalarType::Float: return panther::few_rows_of(inputs.rank(), kFewRows);
     case ScalarType::BFloat16: return kFewBFloat16Rows;
     default: return 0;
   }

@@ -76,8 +76,8 @@ bool dtypes_fit(const Inputs& p) {
   const ScalarType dtype = p.x.scalar_type();
   const auto is_int8 = [](const Tensor& tensor) { return tensor.scalar_type() == ScalarType::Char; };
   const auto is_like_x = [&](const Tensor& tensor) { return tensor.scalar_type() == dtype; };
-  return is_int8(p.down.values) && is_int8(p.up.values) && is_like_x(p.down.scales) && is_like_x(p.up.scales) &&
-         (!p.bias || is_like_x(*p.bias));
+  return is_floating(p.x) && is_int8(p.down.values) && is_int8(p.up.values) && is_like_x(p.down.scales) &&
+         is_like_x(p.up.scales) && (!p.bias || is_like_x(*p.bias));
 }
 
 // Refuses in the words of panther/ops/low_rank_linear_int8.py.
@@ -89,8 +89,9 @@ void check(const Inputs& p) {
         p.list(shape_text, ", None"));
   }
   if (!dtypes_fit(p)) {
-    throw std::invalid_argument("low_rank_linear_int8: expected int8 factors, and one dtype for x, scales, bias; got " +
-                                p.list(dtype_text, ""));
+    throw std::invalid_argument(
+        "low_rank_linear_int8: expected int8 factors, and one floating-point dtype for x, scales, bias; got " +
+        p.list(dtype_text, ""));
   }
 }
 

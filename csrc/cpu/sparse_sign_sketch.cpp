@@ -45,25 +45,20 @@ void check(const Tensor& sketch, const Tensor& x, int64_t first_row, int64_t non
 template <class Number>
 void add(const Tensor& sketch, const Tensor& x, int64_t first_row, int64_t seed, int64_t nonzeros) {
   const int64_t rows = x.size(0), n = x.size(1);
-  const auto entries =
-      panther::core::entries<Number>(rows, first_row, sketch.size(0), static_cast<uint64_t>(seed), nonzeros);
-  const panther::core::SparseSignSketch<Number> p{static_cast<const Number*>(x.const_data_ptr()),
-                                                  entries.data(),
-                                                  static_cast<Number*>(sketch.mutable_data_ptr()),
-                                                  rows,
-                                                  n,
-                                                  nonzeros};
+  const auto entries = core::entries<Number>(rows, first_row, sketch.size(0), static_cast<uint64_t>(seed), nonzeros);
+  const core::SparseSignSketch<Number> p{
+      numbers<Number>(x), entries.data(), static_cast<Number*>(sketch.mutable_data_ptr()), rows, n, nonzeros};
   const int64_t work = std::max<int64_t>(1, rows * nonzeros);
   torch::stable::parallel_for(0, n, std::max<int64_t>(1, kGrain / work),
-                              [&](int64_t first, int64_t last) { panther::core::sparse_sign_sketch(p, first, last); });
+                              [&](int64_t first, int64_t last) { core::sparse_sign_sketch(p, first, last); });
 }
 
 void sparse_sign_sketch(Tensor sketch, const Tensor& x, int64_t first_row, int64_t seed, int64_t nonzeros) {
   check(sketch, x, first_row, nonzeros);
-  const Tensor packed = torch::stable::contiguous(sketch);
+  const Tensor sums = packed(sketch);
   const auto add_all = x.scalar_type() == ScalarType::Float ? add<float> : add<double>;
-  add_all(packed, torch::stable::contiguous(x), first_row, seed, nonzeros);
-  if (!sketch.is_contiguous()) torch::stable::copy_(sketch, packed);
+  add_all(sums, packed(x), first_row, seed, nonzeros);
+  if (!sketch.is_contiguous()) torch::stable::copy_(sketch, sums);
 }
 
 }  // namespace

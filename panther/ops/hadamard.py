@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from panther.ops._define import define
-from panther.ops._text import dtype_text, shape_text
+from panther.ops._text import FLOATING, dtype_text, shape_text
 
 
 def reference(x: Tensor) -> Tensor:
@@ -29,7 +29,7 @@ def _check(x: Tensor) -> None:
     n = x.shape[-1] if x.dim() else 0
     if n < 1 or n & (n - 1):
         raise ValueError(f"hadamard: expected the shape x (..., n) with n a power of two; got {shape_text(x)}")
-    if not x.is_floating_point():
+    if x.dtype not in FLOATING:
         raise ValueError(f"hadamard: expected float32, float64, bfloat16 or float16; got {dtype_text(x)}")
 
 

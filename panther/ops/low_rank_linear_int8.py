@@ -13,16 +13,17 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from panther.ops._define import define
-from panther.ops._text import dtype_text, shape_text
+from panther.ops._text import FLOATING, dtype_text, shape_text
 
 GROUP_SIZES = (32, 64, 128)
 LARGEST = 127  # -128 is left out, so that a group and its negative are stored alike
 
 
 def quantised(weight: Tensor, group_size: int | None = None) -> tuple[Tensor, Tensor]:
-    """int8 values and their scales: each group rounded to the nearest multiples of 1/127 of its largest number.
+    """int8 values and their scales: each group rounded to the nearest multiples of about 1/127 of its largest number.
 
-    group_size: 32, 64 or 128; None for one scale a row. A group of zeros has the scale 1.
+    group_size: 32, 64 or 128; None for one scale a row. A group of zeros has the scale 1. A scale is rounded up in the
+    dtype of the weight, so that no number is off by more than half of it.
 
     Shapes: weight (m, n) -> int8 (m, n) and (m, ceil(n / group_size)) of the weight's dtype.
     Raises: ValueError for another group size, for a weight that is not a matrix of floating-point numbers, and for NaN
@@ -32,15 +33,18 @@ def quantised(weight: Tensor, group_size: int | None = None) -> tuple[Tensor, Te
         raise ValueError(f"quantised: group_size is {group_size!r}; use None or one of {GROUP_SIZES}")
     if weight.dim() != 2 or not weight.is_floating_point():
         raise ValueError(f"quantised: expected a floating-point matrix; got {shape_text(weight)} {weight.dtype}")
-    if not bool(torch.isfinite(weight).all()):
+    wide = weight.double() if weight.dtype == torch.float64 else weight.float()
+    if not bool(torch.isfinite(wide).all()):
         raise ValueError("quantised: the weight holds NaN or Inf")
     rows, columns = weight.shape
     size = group_size or max(1, columns)
     count = max(1, -(-columns // size))
-    groups = F.pad(weight.float(), (0, size * count - columns)).reshape(rows, count, size)
-    scales = (groups.abs().amax(-1) / LARGEST).to(weight.dtype)
+    groups = F.pad(wide, (0, size * count - columns)).reshape(rows, count, size)
+    exact = groups.abs().amax(-1) / LARGEST
+    scales = exact.to(weight.dtype)
+    scales = torch.where(scales.to(wide) < exact, torch.nextafter(scales, scales.new_tensor(torch.inf)), scales)
     scales = torch.where(scales > 0, scales, 1.0)
-    values = (groups / scales.float().unsqueeze(-1)).round().clamp(-LARGEST, LARGEST).to(torch.int8)
+    values = (groups / scales.to(wide).unsqueeze(-1)).round().clamp(-LARGEST, LARGEST).to(torch.int8)
     return values.flatten(1)[:, :columns].contiguous(), scales
 
 
@@ -78,9 +82,10 @@ def _check(x: Tensor, down: Tensor, down_scales: Tensor, up: Tensor, up_scales: 
             f"(out, groups), bias (out) or None, one group a row or one for 32, 64 or 128 numbers; got {got}"
         )
     like_x = [x, down_scales, up_scales] + ([] if bias is None else [bias])
-    if down.dtype != torch.int8 or up.dtype != torch.int8 or any(tensor.dtype != x.dtype for tensor in like_x):
+    is_one = x.dtype in FLOATING and all(tensor.dtype == x.dtype for tensor in like_x)
+    if not is_one or down.dtype != torch.int8 or up.dtype != torch.int8:
         got = ", ".join(dtype_text(tensor) for tensor in tensors)
-        raise ValueError(f"{name}: expected int8 factors, and one dtype for x, scales, bias; got {got}")
+        raise ValueError(f"{name}: expected int8 factors, and one floating-point dtype for x, scales, bias; got {got}")
     if any(tensor.device != x.device for tensor in tensors):
         got = ", ".join(str(tensor.device) for tensor in tensors)
         raise ValueError(f"{name}: expected one device for all tensors; got {got}")

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from panther.ops._define import define
-from panther.ops._text import dtype_text, shape_text
+from panther.ops._text import FLOATING, dtype_text, shape_text
 
 
 def reference(x: Tensor, down: Tensor, up: Tensor, bias: Tensor | None, order: Tensor | None) -> Tensor:
@@ -45,11 +45,15 @@ def _check(x: Tensor, down: Tensor, up: Tensor, bias: Tensor | None, order: Tens
             f"(out) or None; or down (R, in - R), up (out, R), bias (out) or None, order (in) or None; got {got}"
         )
     floats = [x, down, up] + ([] if bias is None else [bias])
-    if any(tensor.dtype != x.dtype for tensor in floats) or (order is not None and order.dtype != torch.int32):
-        got = ", ".join(dtype_text(tensor) for tensor in [*floats, *([] if order is None else [order])])
-        raise ValueError(f"pivoted_linear: expected one dtype for x, down, up, bias, and int32 for order; got {got}")
-    if any(tensor.device != x.device for tensor in [*floats, *([] if order is None else [order])]):
-        got = ", ".join(str(tensor.device) for tensor in floats)
+    tensors = floats + ([] if order is None else [order])
+    is_one = x.dtype in FLOATING and all(tensor.dtype == x.dtype for tensor in floats)
+    if not is_one or (order is not None and order.dtype != torch.int32):
+        got = ", ".join(map(dtype_text, tensors))
+        raise ValueError(
+            "pivoted_linear: expected one floating-point dtype for x, down, up, bias, and int32 for order; got " + got
+        )
+    if any(tensor.device != x.device for tensor in tensors):
+        got = ", ".join(str(tensor.device) for tensor in tensors)
         raise ValueError(f"pivoted_linear: expected one device for all tensors; got {got}")
 
 
@@ -72,30 +76,37 @@ def _setup_context(ctx: Any, inputs: tuple[Tensor | None, ...], output: Tensor) 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     """Gradients of x, down, up and bias. The inner result is computed again: the forward keeps only its inputs."""
     x, down, up, bias, order = ctx.saved_tensors
+    wants_x, wants_down, wants_up, wants_bias, _ = ctx.needs_input_grad
     rows, grad_rows = x.reshape(-1, x.shape[-1]), grad.reshape(-1, grad.shape[-1])
-    back = None if order is None else order.argsort()
     rank = down.shape[0]
     if _has_rows(x, down):
-        if back is not None:
-            grad_rows = grad_rows.index_select(-1, back)
+        grad_rows = _gathered_back(grad_rows, order)
         first, second = grad_rows[:, :rank], grad_rows[:, rank:]
         inner = first + second @ up  # gradient of the pivots' outputs
-        pivots = F.linear(rows, down, None if bias is None else bias[:rank])
-        grad_bias = torch.cat((inner.sum(0), second.sum(0)))
-        return (inner @ down).reshape(x.shape), inner.T @ rows, second.T @ pivots, _where(bias, grad_bias), None
-    if order is not None:
+        offset = None if bias is None else bias[:rank]
+        return (
+            (inner @ down).reshape(x.shape) if wants_x else None,
+            inner.T @ rows if wants_down else None,
+            second.T @ F.linear(rows, down, offset) if wants_up else None,
+            torch.cat((inner.sum(0), second.sum(0))) if wants_bias else None,
+            None,
+        )
+    if order is not None and (wants_down or wants_up):
         rows = rows.index_select(-1, order)
     inner = grad_rows @ up
-    grad_x = torch.cat((inner, inner @ down), -1)
-    if back is not None:
-        grad_x = grad_x.index_select(-1, back)
-    pivots = rows[:, :rank] + F.linear(rows[:, rank:], down)
-    grad_up = grad_rows.T @ pivots
-    return grad_x.reshape(x.shape), inner.T @ rows[:, rank:], grad_up, _where(bias, grad_rows.sum(0)), None
+    grad_x = _gathered_back(torch.cat((inner, inner @ down), -1), order).reshape(x.shape) if wants_x else None
+    return (
+        grad_x,
+        inner.T @ rows[:, rank:] if wants_down else None,
+        grad_rows.T @ (rows[:, :rank] + F.linear(rows[:, rank:], down)) if wants_up else None,
+        grad_rows.sum(0) if wants_bias else None,
+        None,
+    )
 
 
-def _where(bias: Tensor | None, grad: Tensor) -> Tensor | None:
-    return None if bias is None else grad
+def _gathered_back(grad: Tensor, order: Tensor | None) -> Tensor:
+    """The gradient of what index_select(-1, order) took its columns from."""
+    return grad if order is None else torch.zeros_like(grad).index_add(-1, order, grad)
 
 
 def _samples(dtype: torch.dtype) -> list[tuple[Tensor | None, ...]]:

@@ -103,4 +103,5 @@ def sparse_sign_sketch(x: Tensor, sketch: Tensor, *, first_row: int, seed: int, 
     Raises: ValueError when shapes, dtypes or devices do not fit together, or a number is out of range.
     Source: Kane, Nelson, Journal of the ACM 61 (2014), the block construction.
     """
+    torch.autograd.graph.increment_version(sketch)  # so that autograd sees the change
     SPARSE_SIGN_SKETCH(sketch.detach(), x.detach(), first_row, seed, nonzeros)

@@ -73,7 +73,7 @@ class Problem:
 
 
 def randomised(weight: Tensor, seen: Seen, *, max_rank: int, generator: torch.Generator) -> LowRank:
-    """Factors that lose within two percent of the least possible, without a full eigendecomposition.
+    """Factors that lose within two percent of the least possible (as tested), without a full eigendecomposition.
 
     Where the basis would be nearly everything it is the exact sketch, which is cheaper then.
     Shapes: weight (m, n) -> LowRank up to min(max_rank, m, n).
@@ -107,14 +107,15 @@ def krylov(problem: Problem, width: int, generator: torch.Generator) -> tuple[Te
     Shapes: -> (size, DEPTH * width), (DEPTH * width, DEPTH * width).
     """
     size, columns = problem.size, DEPTH * width
-    basis = torch.empty(size, columns)
-    image = basis if problem.metric.matrix is None else torch.empty(size, columns)
+    basis = torch.empty(size, columns, dtype=torch.float32)
+    image = basis if problem.metric.matrix is None else torch.empty(size, columns, dtype=torch.float32)
     energy = torch.empty(columns, columns, dtype=torch.float64)
-    block = problem.energy(problem.metric @ torch.randn(size, width, generator=generator))
+    block = problem.energy(problem.metric @ torch.randn(size, width, generator=generator, dtype=torch.float32))
     for start in range(0, columns, width):
         end = start + width
         known, seen = basis[:, :start], image[:, :start]
-        block += torch.randn(size, width, generator=generator).mul_(block.norm(dim=0) * (NOISE / size**0.5))
+        noise = torch.randn(size, width, generator=generator, dtype=torch.float32)
+        block += noise.mul_(block.norm(dim=0) * (NOISE / size**0.5))
         block -= known @ (seen.T @ block)
         block = torch.linalg.qr(block).Q
         for _ in range(2):  # once leaves more than rounding of what the blocks have in common

@@ -1,10 +1,12 @@
 // Runs the kernels of csrc/core over sizes at the edges, in every instruction set of this processor: each result is
-// near the exact sum, and the same bits however the columns are shared.
+// near what it should be, and the same bits however the columns are shared.
 #include <algorithm>
 #include <cstring>
 #include <stdexcept>
 
 #include "check.h"
+#include "core/hadamard.h"
+#include "core/sparse_sign_sketch.h"
 #include "core/thin_linear.h"
 
 namespace {
@@ -94,6 +96,47 @@ void check_products() {
   }
 }
 
+// Twice the transform is what it was, for a few rows at a time.
+template <class Number>
+void check_hadamard() {
+  for (int64_t n = 1; n <= 16384; n *= 2) {
+    for (bool is_aligned : {true, false}) {
+      const int64_t rows = n > 1024 ? 1 : 3;
+      const Buffer<Number> x(rows * n, is_aligned), y(rows * n, is_aligned), again(rows * n, is_aligned);
+      for (int64_t i = 0; i < rows * n; ++i) x.data()[i] = check::random_number();
+      for (int64_t row = 0; row < rows; ++row) hadamard(Hadamard<Number>{x.data(), y.data(), n}, row, row + 1);
+      hadamard(Hadamard<Number>{y.data(), again.data(), n}, 0, rows);
+      for (int64_t i = 0; i < rows * n; ++i) {
+        require(std::fabs(again.data()[i] - x.data()[i]) < 1e-4, "a transform of a transform is what it was");
+      }
+    }
+  }
+}
+
+// Each row of the sketch is the sum of its rows of x, and the same bits however the columns are shared.
+template <class Number>
+void check_sketch() {
+  for (int64_t n : {1, 3, 8, 13, 40}) {
+    for (int64_t nonzeros : {1, 3, 4}) {
+      const int64_t rows = 9, size = 7;
+      const Buffer<Number> x(rows * n, false), whole(size * n, false), parts(size * n, true);
+      for (int64_t i = 0; i < rows * n; ++i) x.data()[i] = check::random_number();
+      std::fill_n(whole.data(), size * n, Number{0});
+      std::fill_n(parts.data(), size * n, Number{0});
+      const auto places = entries<Number>(rows, 5, size, 3, nonzeros);
+      sparse_sign_sketch(SparseSignSketch<Number>{x.data(), places.data(), whole.data(), rows, n, nonzeros}, 0, n);
+      for (int64_t first = 0; first < n; first += 3) {
+        sparse_sign_sketch(SparseSignSketch<Number>{x.data(), places.data(), parts.data(), rows, n, nonzeros}, first,
+                           std::min(first + 3, n));
+      }
+      require(std::memcmp(whole.data(), parts.data(), size * n * sizeof(Number)) == 0, "sharing changes no bit");
+      double sum = 0;
+      for (int64_t i = 0; i < size * n; ++i) sum += std::fabs(static_cast<double>(whole.data()[i]));
+      require(sum > 0, "something was added");
+    }
+  }
+}
+
 void check_bfloat16() {
   for (uint32_t bits = 0; bits < 0x10000; ++bits) {
     const float wide = widened(BFloat16{static_cast<uint16_t>(bits)});
@@ -122,6 +165,10 @@ int main() {
     check_products<PlainMatrix<BFloat16>>();
     check_products<Int8Matrix<5>>();
     check_products<Int8Matrix<62>>();
+    check_hadamard<float>();
+    check_hadamard<double>();
+    check_sketch<float>();
+    check_sketch<double>();
     std::printf("%s\n", name_of(set).c_str());
   }
 }
