@@ -33,7 +33,7 @@ from panther.healers.training import Progressed
 from panther.progress import Progress
 from panther.spec import Heal, Healed, LayerSpec
 
-REFIT_CALLS = 64  # batches that are held at one depth of both models
+CORRECTED_CALLS = 64  # batches for statistics of which more change nothing
 EPOCHS = 60  # at most: small calibration sets are learnt by heart after that
 MOST_THREADS = 512  # of one model: each batch that is held in the middle of it has one
 HELD_BYTES = 1_500_000_000  # of activations at one depth, in all batches together; also of their inputs
@@ -106,7 +106,8 @@ class _Healer:
     reached: float = math.nan  # and its held-out loss
 
     def __post_init__(self) -> None:
-        self.calls = list(_fitting(self.data, HELD_BYTES))
+        in_memory = isinstance(self.data.source, list | tuple)
+        self.calls = list(self.data if in_memory else _fitting(self.data, HELD_BYTES))
         if len(self.calls) < len(self.data):
             self.notes.append(
                 f"healing saw {len(self.calls)} of {len(self.data)} batches: more would not fit in memory"
@@ -237,7 +238,7 @@ class _Healer:
 
     def _reorder(self) -> None:
         """Put the most important terms first again, where rounding allows it."""
-        reorder(self.student, self._held_at_once(REFIT_CALLS))
+        reorder(self.student, self.calls[:CORRECTED_CALLS])
         if not self.figure() <= self.reached * (1 + REORDER_SLACK) + 1e-12:
             _write(self.student, self.kept)
             self.notes.append(
@@ -253,7 +254,7 @@ class _Healer:
     ) -> None:
         if not layers:
             return
-        calls = self._held_at_once(REFIT_CALLS)
+        calls = self.calls[:MOST_THREADS]
         done = refit(
             self.teacher,
             self.student,
@@ -262,33 +263,26 @@ class _Healer:
             sensitivities,
             relu_after=gates,
             narrow=narrow,
+            held_bytes=HELD_BYTES,
             seed=self.seed,
             progress=self.progress,
         )
         if done.kept:
-            some = "; ".join(f"{name}: {why}" for name, why in list(done.kept.items())[:3])
-            self.notes.append(f"refit left {len(done.kept)} of {len(layers)} layers as they were ({some})")
-        found = reestimate(self.student, calls, dense=self.teacher, held_out=self.held_out, progress=self.progress)
+            first = "; ".join(f"{name}: {why}" for name, why in list(done.kept.items())[:3])
+            self.notes.append(f"refit left {len(done.kept)} of {len(layers)} layers as they were ({first})")
+        some = calls[:CORRECTED_CALLS]
+        found = reestimate(self.student, some, dense=self.teacher, held_out=self.held_out, progress=self.progress)
         if found.norms:
             self.notes.append(f"the statistics of {len(found.norms)} BatchNorm layers were corrected")
 
-    def _held_at_once(self, most: int) -> list[Call]:
-        """As many calls as may be held at one depth of the models, in activations of their largest module output."""
-        largest = _largest_activation(self.student, self.calls[0])
-        fits = max(2, int(HELD_BYTES / max(1, 3 * largest)))
-        return self.calls[: min(most, fits)]
-
     def _blocks(self, share: float, saved: Saved | None) -> None:
-        calls = self._held_at_once(MOST_THREADS - len(self.held_out))
-        if len(calls) < len(self.calls):
-            self.notes.append(
-                f"blocks were trained on {len(calls)} of {len(self.calls)} batches: more at one depth would not fit in "
-                "memory"
-            )
+        calls = self.calls[: MOST_THREADS - len(self.held_out)]
+        batches: list[int] = []
         done = [] if saved is None else [str(name) for name in saved.facts["blocks"]]
 
         def after(block: HealedBlock) -> None:
             done.append(block.name)
+            batches.append(block.batches)
             self.steps += block.steps
             self._save("blocks", student=_state(self.student), blocks=list(done))
 
@@ -299,10 +293,17 @@ class _Healer:
                 [*calls, *self.held_out],
                 len(self.held_out),
                 self._limits(share),
+                held_bytes=HELD_BYTES,
                 seed=self.seed,
                 skip=tuple(done),
                 done=after,
                 show=lambda name, part, best: bar(part, f"{name}: held-out {best:.4g}"),
+            )
+        if min(batches, default=len(self.calls)) < len(self.calls):
+            counts = " to ".join(f"{count:,}" for count in sorted({min(batches), max(batches)}))
+            self.notes.append(
+                f"blocks were trained on {counts} of {len(self.calls):,} batches: more at one depth would not fit in "
+                "memory"
             )
         left = [name for name in find_blocks(self.student) if name not in done]
         if left:
@@ -377,25 +378,6 @@ def _state(student: nn.Module) -> list[Tensor]:
 def _write(student: nn.Module, state: Sequence[Tensor]) -> None:
     for tensor, value in zip(_changing(student), state, strict=True):
         tensor.copy_(value)
-
-
-def _largest_activation(model: nn.Module, call: Call) -> int:
-    """Bytes of the largest output of any module in one call."""
-    largest = 0
-
-    def see(_module: nn.Module, _args: Any, output: Any) -> None:
-        nonlocal largest
-        if isinstance(output, Tensor):
-            largest = max(largest, output.numel() * output.element_size())
-
-    hooks = [module.register_forward_hook(see) for module in model.modules()]
-    try:
-        with inference(model):
-            run(model, call)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return largest
 
 
 def _announced(settings: Heal) -> str:

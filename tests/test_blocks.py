@@ -50,6 +50,31 @@ def healed(teacher: nn.Module, student: nn.Module, calls: Sequence[Call], **opti
     return heal_blocks(teacher.eval(), student, calls, options.pop("checks", 2), limits, **options)
 
 
+def test_each_block_is_trained_on_as_many_calls_as_fit_there() -> None:
+    teacher, calls, unseen = Narrows(), data(16), data(3)
+    student = sketched(teacher, "layers.0.0", "layers.1.0", rank=2)
+    before = error(teacher, student, unseen)
+    size = calls[0].args[0].numel() * 4
+    done = healed(teacher, student, calls, steps=200, held_bytes=6 * size)
+    assert [block.name for block in done] == ["layers.0", "layers.1"]
+    assert done[0].batches < done[1].batches == 14 and all(b.after < b.before for b in done)
+    assert error(teacher, student, unseen) < before
+
+
+class Narrows(nn.Module):
+    """The second block gets an eighth of the rows of the first one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([block(), block()])
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.layers[0](x)
+        x = x.reshape(-1, 8, 12).mean(1)
+        answer: Tensor = self.layers[1](x)
+        return answer
+
+
 @torch.no_grad()
 def error(teacher: nn.Module, student: nn.Module, calls: Sequence[Call]) -> float:
     def answers(model: nn.Module, call: Call) -> Tensor:

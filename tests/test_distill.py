@@ -19,6 +19,8 @@ from panther.healers.training import Limits, Progressed
 from panther.nn import SKETCHED
 from panther.nn.surgery import with_layers
 
+module_of_distill: Any = importlib.import_module("panther.healers.distill")
+
 LONG = 1e6  # seconds
 RATE = 0.005
 STRENGTHS = torch.linspace(2, 0.1, 12)  # of the inputs' features: factors made without data do not know of them
@@ -64,6 +66,26 @@ def test_a_student_of_another_make_learns_from_the_answers_alone() -> None:
     student = nn.Sequential(nn.Linear(12, 6), nn.Tanh(), nn.Linear(6, 5))
     run = distilled(teacher, student, calls, steps=200)
     assert run.best < 0.7 * run.first
+
+
+def test_a_batch_that_makes_large_outputs_is_run_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    teacher, calls, unseen = net(), data(), data(3)
+    student = sketched(teacher, "0", "2")
+    before = error(teacher, student, unseen)
+    seen: list[int] = []
+    student.register_forward_pre_hook(lambda _m, args: seen.append(len(args[0])) if torch.is_grad_enabled() else None)
+    monkeypatch.setattr(module_of_distill, "LARGEST_BYTES", 6 * 12 * 4)  # six samples of the widest layer
+    distilled(teacher, student, calls, steps=100)
+    assert set(seen) == {5, 6} and error(teacher, student, unseen) < 0.8 * before
+
+
+def test_parts_hold_every_sample_once_and_are_never_of_too_few() -> None:
+    calls = [*data(1, 16), *data(1, 5), *data(1, 2), Call((torch.ones(6, 3), torch.ones(2)))]
+    parts = module_of_distill._in_parts(calls, 4)
+    assert [[part.batch_size for part in call] for call in parts] == [[4] * 4, [5], [2], [1]]
+    assert all(
+        torch.equal(torch.cat([p.args[0] for p in made]), call.args[0]) for made, call in zip(parts, calls, strict=True)
+    )
 
 
 def test_the_same_seed_gives_the_same_bits_also_from_a_save() -> None:
@@ -277,7 +299,7 @@ def test_the_teacher_runs_once_for_each_batch_as_far_as_memory_allows(monkeypatc
     distilled(teacher, sketched(net(), "0"), calls, steps=60)
     assert len(runs) == len(calls) + 1  # and once to see what the answers mean
     runs.clear()
-    monkeypatch.setattr(importlib.import_module("panther.healers.distill"), "CACHED_BYTES", 0)
+    monkeypatch.setattr(module_of_distill, "CACHED_BYTES", 0)
     distilled(teacher, sketched(net(), "0"), calls, steps=60)
     assert len(runs) > 60
 

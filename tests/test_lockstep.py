@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import math
 import threading
 import weakref
 from collections.abc import Callable
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from panther.batches import Call
-from panther.healers.lockstep import Arrival, LeftStepError, Lockstep
+from panther.healers.lockstep import Arrival, LeftStepError, Lockstep, Stretch, stretches
 
 
 def chain(depth: int = 3, width: int = 8) -> nn.Sequential:
@@ -275,3 +276,72 @@ def test_what_is_held_is_one_depth_of_the_model(depth: int) -> None:
 
 def test_no_call_is_no_stop() -> None:
     assert walk(chain(), [], ["1"]) == []
+
+
+# How many calls to hold where
+
+
+class Shrinks(nn.Module):
+    """Positions are averaged away between layers; `keeps` keeps what was large in use to the end."""
+
+    def __init__(self, *, keeps: bool = False) -> None:
+        super().__init__()
+        self.first, self.second, self.third = nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 4)
+        self.keeps = keeps
+
+    def forward(self, x: Tensor) -> Tensor:
+        large = self.first(x)
+        small = large.reshape(len(x), -1, 16, 8).mean(2)
+        if not self.keeps:
+            large = small
+        small = self.second(small)
+        answer: Tensor = self.third(small.mean(1)) + large.mean() * 0
+        return answer
+
+
+STOPS = ["first", "second", "third"]
+
+
+def images(count: int = 40) -> list[Call]:
+    return [Call((torch.randn(2, 64, 8),)) for _ in range(count)]
+
+
+def test_stops_where_less_is_held_get_more_calls() -> None:
+    size = 2 * 64 * 8 * 4  # bytes of the first layer's output, which counts once; what the caller gave does not count
+    found = stretches(Shrinks(), images(), STOPS, 4 * size)
+    assert [walk.stops for walk in found] == [("first",), ("second", "third")]
+    assert found[0].calls == 4 and 3 * 4 <= found[1].calls < 40
+
+
+def test_what_the_forward_still_uses_counts_at_every_stop() -> None:
+    found = stretches(Shrinks(keeps=True), images(), STOPS, 40 * 2 * 64 * 8 * 4)
+    assert all(walk.calls < 20 for walk in found if "third" in walk.stops)
+    assert stretches(Shrinks(), images(), STOPS, 40 * 2 * 64 * 8 * 4) == [Stretch(tuple(STOPS), 40)]
+
+
+def test_no_more_calls_are_walked_than_are_of_use_and_no_fewer_than_two() -> None:
+    seen: dict[str, int] = {}
+
+    def wanted(name: str, numbers: int) -> int:
+        seen[name] = numbers
+        return 5
+
+    assert stretches(Shrinks(), images(), STOPS, 1e9, wanted) == [Stretch(tuple(STOPS), 5)]
+    assert seen == {"first": 2 * 64 * 8, "second": 2 * 4 * 8, "third": 2 * 4}
+    assert [walk.calls for walk in stretches(Shrinks(), images(), STOPS, 1)] == [2]
+    assert stretches(Shrinks(), images(1), STOPS, 1) == [Stretch(tuple(STOPS), 1)]
+    assert stretches(Shrinks(), images(), STOPS, math.inf) == [Stretch(tuple(STOPS), 40)]
+
+
+def test_stops_that_the_first_call_does_not_reach_go_with_the_last_ones() -> None:
+    model = Shrinks()
+    model.add_module("spare", nn.Linear(8, 8))
+    assert stretches(model, images(), ["spare", *STOPS], 1e9)[-1].stops == (*STOPS, "spare")
+    assert stretches(model, images(), ["spare"], 1e9) == [Stretch(("spare",), 2)]
+
+
+def test_a_model_that_breaks_is_walked_with_two_calls_and_is_left_without_hooks() -> None:
+    model = Shrinks()
+    found = stretches(model, [Call((torch.randn(2, 63, 8),))] * 3, STOPS, 1e9)
+    assert found == [Stretch(("first",), 2)] or sum(len(walk.stops) for walk in found) == 3
+    assert all(walk.calls <= 3 for walk in found) and hooks_of(model) == 0

@@ -107,6 +107,20 @@ def test_the_error_on_unseen_inputs_falls() -> None:
     assert error(model, student, unseen) < 0.5 * before
 
 
+def test_a_walk_in_stretches_refits_every_layer_on_what_fits_there() -> None:
+    model, unseen, names = mlp(), data(6, seed=2), ["0", "2", "4", "6"]
+    calls = data()
+    widest = max(2 * 4 * call.args[0].numel() for call in calls)
+    students = [sketched(model, dict.fromkeys(names, 6)) for _ in range(2)]
+    before = error(model, students[0], unseen)
+    done = refitted(model, students[0], calls, names, held_bytes=8 * 3 * widest)
+    assert set(done.accepted) == set(names) and error(model, students[0], unseen) < 0.7 * before
+    refitted(model, students[1], calls, names, held_bytes=1e12)
+    whole = sketched(model, dict.fromkeys(names, 6))
+    refitted(model, whole, calls, names)
+    assert same(students[1], weights(whole)) or error(model, students[1], unseen) < 0.5 * before
+
+
 def test_the_dense_model_the_flags_and_the_other_layers_stay() -> None:
     model, calls = mlp().train(), data()
     model[1].eval()

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable
+import time
+import weakref
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -44,9 +46,9 @@ class Fit:
         self.net.to(dtype)
         self.seen: list[int] = []
 
-    def loss(self, batch: int) -> Tensor:
+    def loss(self, batch: int) -> list[Tensor]:
         self.seen.append(batch)
-        return self._error(batch)
+        return [self._error(batch)]
 
     def _error(self, batch: int) -> Tensor:
         return (self.net(self.inputs[batch]) - self.targets[batch]).float().square().mean()
@@ -108,7 +110,7 @@ def test_a_rate_that_diverges_is_halved_and_then_given_up_and_the_first_state_st
     before, figure = fit.state(), fit.held_out()
     run = train(fit.task(), Limits(LONG, 300, rate))
     assert run.stopped_by == "it kept diverging" and run.halvings == MOST_HALVINGS + 1
-    assert run.rate == 0.5 ** (MOST_PROBES + run.halvings) and run.step < 300
+    assert run.rate == 0.25**MOST_PROBES * 0.5**run.halvings and run.step < 300
     assert fit.held_out() <= figure and (run.best < figure or same(fit.state(), before))
 
 
@@ -135,7 +137,7 @@ def test_a_batch_that_is_never_finite_is_left_out_and_the_rest_goes_on() -> None
 def test_a_loss_that_is_never_finite_ends_the_training_at_once() -> None:
     fit = Fit()
     before = fit.state()
-    run = train(fit.task(loss=lambda _: fit.loss(0) * math.nan), Limits(LONG, 10_000))
+    run = train(fit.task(loss=lambda _: [fit.loss(0)[0] * math.nan]), Limits(LONG, 10_000))
     assert run.stopped_by == "no batch has a finite loss" and run.step <= 8 and same(fit.state(), before)
 
 
@@ -143,8 +145,9 @@ def test_a_gradient_that_is_not_finite_is_no_step() -> None:
     fit = Fit()
     before = fit.state()
 
-    def loss(batch: int) -> Tensor:  # the square root of zero has an infinite slope
-        return (0 * fit.loss(batch)).sqrt() + (fit.net[0].weight - fit.net[0].weight.detach()).abs().sqrt().sum()
+    def loss(batch: int) -> list[Tensor]:  # the square root of zero has an infinite slope
+        change = fit.net[0].weight - fit.net[0].weight.detach()
+        return [(0 * fit.loss(batch)[0]).sqrt() + change.abs().sqrt().sum()]
 
     run = train(fit.task(loss=loss), Limits(LONG, 20))
     assert len(run.left_out) == 4 and same(fit.state(), before)
@@ -168,7 +171,7 @@ def test_whatever_stops_it_in_the_middle_the_best_state_stays(error: type[BaseEx
     fit, limits = Fit(), Limits(LONG, 100, RATE)
     before = fit.held_out()
 
-    def loss(batch: int) -> Tensor:
+    def loss(batch: int) -> list[Tensor]:
         if len(fit.seen) == PROBED_STEPS + 60:
             raise error
         return fit.loss(batch)
@@ -190,6 +193,52 @@ def test_a_rate_whose_first_steps_throw_the_model_off_is_lowered_before_the_run(
     _find_rate(fit.task(), Limits(LONG, 100, rate), now, seed=0)
     assert now.rate <= most and (now.rate == 1.0) == (rate == RATE)
     assert same(fit.state(), before) and not now.halvings and not now.step
+
+
+def test_the_search_for_a_rate_takes_a_share_of_the_time_only() -> None:
+    fit, figures = Fit(), []
+
+    def held_out() -> float:
+        figures.append(1)
+        time.sleep(0.02)
+        return fit.held_out()
+
+    now = Progressed(first=0.0, best=0.0, best_state=fit.state())  # so that no rate will do
+    _find_rate(fit.task(held_out=held_out), Limits(1e-3, 100, RATE), now, seed=0)
+    assert len(figures) == 1 and now.rate == 0.25
+    _find_rate(fit.task(held_out=held_out), Limits(LONG, 100, RATE), now, seed=0)
+    assert len(figures) == 1 + MOST_PROBES
+
+
+def test_a_loss_in_parts_is_their_sum_and_no_two_are_in_memory() -> None:
+    whole, parted = Fit(), Fit()
+    alive: list[weakref.ref[Tensor]] = []
+
+    def loss(batch: int) -> Iterator[Tensor]:
+        for half in (slice(0, 4), slice(4, 16)):
+            assert all(ref() is None for ref in alive)
+            error = (parted.net(parted.inputs[batch][half]) - parted.targets[batch][half]).square()
+            alive.append(weakref.ref(error))
+            part = error.sum() / parted.targets[batch].numel()
+            del error
+            yield part
+            del part
+
+    train(whole.task(), Limits(LONG, 20, RATE))
+    train(parted.task(loss=loss), Limits(LONG, 20, RATE))
+    assert len(alive) == 2 * (20 + PROBED_STEPS)
+    assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(whole.state(), parted.state(), strict=True))
+
+
+def test_a_part_that_is_not_finite_makes_no_step() -> None:
+    fit = Fit()
+    before = fit.state()
+
+    def loss(batch: int) -> list[Tensor]:
+        return [*fit.loss(batch), fit.loss(batch)[0] * math.nan]
+
+    assert train(fit.task(loss=loss), Limits(LONG, 10)).stopped_by == "no batch has a finite loss"
+    assert same(fit.state(), before) and all(p.grad is None for p in fit.net.parameters())
 
 
 def test_a_run_that_goes_on_keeps_its_rate() -> None:

@@ -8,6 +8,7 @@ on. So a block also learns to undo what the blocks before it did wrong, and memo
 from __future__ import annotations
 
 import contextlib
+import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from panther.batches import Call, float_outputs, inference, run
-from panther.healers.lockstep import Arrival, LeftStepError, Lockstep
+from panther.healers.lockstep import Arrival, LeftStepError, Lockstep, stretches
 from panther.healers.losses import tensor_loss
 from panther.healers.training import Limits, Progressed, Task, train
 from panther.nn import SketchedLayer
@@ -129,12 +130,13 @@ class Block:
 
 @dataclass(frozen=True)
 class HealedBlock:
-    """What training did to one block: its held-out figure before and after."""
+    """What training did to one block: its held-out figure before and after, and how many batches it was trained on."""
 
     name: str
     before: float
     after: float
     steps: int
+    batches: int
 
 
 def heal_blocks(
@@ -144,6 +146,7 @@ def heal_blocks(
     checks: int,
     limits: Limits,
     *,
+    held_bytes: float = math.inf,
     seed: int = 0,
     skip: Sequence[str] = (),
     done: Callable[[HealedBlock], None] | None = None,
@@ -152,6 +155,7 @@ def heal_blocks(
     """Train the student's blocks in execution order, in place; the last `checks` calls are held out.
 
     limits: of all blocks together; each gets an equal share.
+    held_bytes: of both models' activations at one depth; each block gets as many of the calls as fit there.
     Blocks that the first call runs more than once, or not at all, or that the teacher does not have, are left out.
 
     skip: blocks that are healed already (a resumed run).
@@ -164,29 +168,33 @@ def heal_blocks(
     if not names:
         return []
     healed: list[HealedBlock] = []
-    fitted, held_out = list(range(len(calls) - checks)), list(range(len(calls) - checks, len(calls)))
     share = Limits(
         limits.seconds / max(1, len(names)), max(1, limits.steps // max(1, len(names))), limits.learning_rate
     )
     visited: set[str] = set()
-    with Lockstep(teacher, calls, names) as dense, Lockstep(student, calls, names) as own:
-        while (name := own.advance()) is not None:
-            if dense.advance() != name or name in visited:
-                raise LeftStepError("the blocks run more than once, or in different orders")
-            visited.add(name)
-            if name in skip:
-                continue
-            with torch.no_grad():
-                module = teacher.get_submodule(name)
-                targets = [_answers(module, arrival) for arrival in dense.arrivals]
-            if not any(targets):  # no numbers to compare
-                continue
-            module = student.get_submodule(name)
-            block = Block(name, module, _own_parameters(student, module), calls, own.arrivals, targets)
-            result = _heal_block(block, fitted, held_out or fitted, share, seed, show)
-            healed.append(result)
-            if done is not None:
-                done(result)
+    for walk in stretches(student, calls, names, held_bytes):
+        checked = min(checks, walk.calls // 2)
+        last = len(calls) - checks + checked
+        held = [*calls[: min(walk.calls - checked, len(calls) - checks)], *calls[len(calls) - checks : last]]
+        fitted, held_out = list(range(len(held) - checked)), list(range(len(held) - checked, len(held)))
+        with Lockstep(teacher, held, walk.stops) as dense, Lockstep(student, held, walk.stops) as own:
+            while (name := own.advance()) is not None:
+                if dense.advance() != name or name in visited:
+                    raise LeftStepError("the blocks run more than once, or in different orders")
+                visited.add(name)
+                if name in skip:
+                    continue
+                with torch.no_grad():
+                    module = teacher.get_submodule(name)
+                    targets = [_answers(module, arrival) for arrival in dense.arrivals]
+                if not any(targets):  # no numbers to compare
+                    continue
+                module = student.get_submodule(name)
+                block = Block(name, module, _own_parameters(student, module), held, own.arrivals, targets)
+                result = _heal_block(block, fitted, held_out or fitted, share, seed, show)
+                healed.append(result)
+                if done is not None:
+                    done(result)
     return healed
 
 
@@ -231,10 +239,10 @@ def _heal_block(
     with gradients_for(block.module, block.parameters):
         task = Task(
             block.parameters,
-            lambda i: block.loss(fitted[i]),
+            lambda i: [block.loss(fitted[i])],
             len(fitted),
             lambda: block.held_out(held_out),
         )
         followed = None if show is None else lambda part, best: show(block.name, part, best)
         trained: Progressed = train(task, limits, seed=seed, show=followed)
-    return HealedBlock(block.name, trained.first, trained.best, trained.step)
+    return HealedBlock(block.name, trained.first, trained.best, trained.step, len(fitted))

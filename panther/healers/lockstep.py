@@ -3,23 +3,30 @@
 Every call runs in a thread of its own, and only one thread runs at any time: each pauses where a module named as a stop
 is about to run, until all calls have got there. Between two stops the caller may change the weights of what comes
 next. So a whole network is refitted in execution order at the cost of one forward pass, whatever its structure, and
-what is held in memory is one depth of the network, not all of it.
+what is held in memory is one depth of the network, not all of it. Where that is much at some depths and little at
+others (images get small), the walk is made in stretches: the stops of a later one are reached by more calls.
 """
 
 from __future__ import annotations
 
 import contextlib
 import copy
+import math
 import threading
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.hooks import RemovableHandle
 
-from panther.batches import Call, inference, run
+from panther.batches import Call, float_outputs, inference, run
+
+GROWTH = 2  # times as many calls make another walk worth it; all walks together cost two of the longest at most
 
 Precision = Mapping[str, torch.dtype | None]  # by type of device: what autocast computes in, None where it is off
 
@@ -189,3 +196,116 @@ class Lockstep:
     def arrivals(self) -> list[Arrival]:
         """What each call brings to the stop where all are now."""
         return [runner.at[1] for runner in self._runners if runner.at is not None]
+
+
+# --- how many calls to hold where -------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Stretch:
+    """Stops behind one another, and how many calls are held at each of them."""
+
+    stops: tuple[str, ...]
+    calls: int
+
+
+@dataclass(frozen=True)
+class _Stop:
+    name: str
+    size_bytes: int  # of all that one call holds there, in both models, and of what the module puts out
+    numbers: int  # that the module puts out
+
+
+class _Living(TorchDispatchMode):
+    """Knows all tensors that were made while it is on."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]  # torch leaves it without annotations
+        self.made: list[weakref.ref[Tensor]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        output = func(*args, **(kwargs or {}))
+        self.made += [weakref.ref(leaf) for leaf in tree_leaves(output) if isinstance(leaf, Tensor)]
+        return output
+
+    def size_bytes(self) -> int:
+        """Memory of those that are in use, each piece once."""
+        self.made = [ref for ref in self.made if ref() is not None]
+        held = {}
+        for ref in self.made:
+            if (tensor := ref()) is not None:
+                storage = tensor.untyped_storage()
+                held[storage.data_ptr()] = storage.nbytes()
+        return sum(held.values())
+
+
+def stretches(
+    model: nn.Module,
+    calls: Sequence[Call],
+    stops: Sequence[str],
+    held_bytes: float,
+    wanted: Callable[[str, int], int] | None = None,
+) -> list[Stretch]:
+    """How to walk through stops, each with as many of the calls as fit, or as are of use.
+
+    What one call holds at a stop, in arguments and in whatever is still in use of the forward around them, is measured
+    on the first call. Stops that it does not reach go with the last ones.
+
+    held_bytes: of memory, by both models together. At least two calls are held.
+    wanted: (stop, numbers that a call's output has there) -> calls that are of use; without it, all.
+    """
+    if math.isinf(held_bytes):
+        return [Stretch(tuple(stops), len(calls))]
+    found: list[_Stop] = []
+    with contextlib.suppress(Exception):  # a model that does not let itself be watched
+        found = _measured(model, calls[0], stops)
+    fits: list[int] = []
+    for stop in reversed(found):  # a stop is passed on the way to those behind it
+        most = min(fits[-1] if fits else len(calls), held_bytes / max(1, stop.size_bytes))
+        fits.append(max(2, int(most)))
+    fits.reverse()
+    useful = [len(calls) if wanted is None else wanted(stop.name, stop.numbers) for stop in found]
+    parts: list[tuple[list[str], int]] = []
+    for place, stop in enumerate(found):
+        count = min(len(calls), fits[place], max(useful[place:]))
+        if not parts or count >= GROWTH * parts[-1][1]:
+            parts.append(([], count))
+        parts[-1][0].append(stop.name)
+    if not parts:
+        parts.append(([], min(2, len(calls))))
+    parts[-1][0].extend(name for name in stops if name not in {stop.name for stop in found})
+    return [Stretch(tuple(names), count) for names, count in parts]
+
+
+def _measured(model: nn.Module, call: Call, stops: Sequence[str]) -> list[_Stop]:
+    """What one call holds at each stop, in the order in which it gets there first."""
+    held: dict[str, int] = {}
+    found: dict[str, _Stop] = {}
+    living = _Living()
+
+    def before(name: str) -> Callable[..., None]:
+        def hook(*_: Any) -> None:
+            held.setdefault(name, living.size_bytes())
+
+        return hook
+
+    def after(name: str) -> Callable[..., None]:
+        def hook(_module: nn.Module, _args: Any, output: Any) -> None:
+            outputs = float_outputs(output)
+            size = sum(t.numel() * t.element_size() for t in outputs)
+            numbers = max((t.numel() for t in outputs), default=0)
+            found.setdefault(name, _Stop(name, 2 * held[name] + size, numbers))
+
+        return hook
+
+    hooks: list[RemovableHandle] = []
+    try:
+        for name in stops:
+            module = model.get_submodule(name)
+            hooks += [module.register_forward_pre_hook(before(name)), module.register_forward_hook(after(name))]
+        with inference(model), living:
+            run(model, call)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return [found[name] for name in held if name in found]

@@ -22,7 +22,7 @@ from torch.linalg import LinAlgError  # type: ignore[attr-defined]  # it is not 
 
 from panther.batches import Call, masked_rows
 from panther.factors import dense_weight
-from panther.healers.lockstep import Arrival, LeftStepError, Lockstep, in_precision
+from panther.healers.lockstep import Arrival, LeftStepError, Lockstep, in_precision, stretches
 from panther.nn import SketchedLayer
 from panther.nn.narrow import sizes_of
 from panther.products import gram
@@ -36,6 +36,7 @@ ANCHOR = 0.5
 # Of the mean variance of an input, towards the dense weight. Same setting: 0.001 .9147, 0.01 .9150, 0.03 .9156.
 RIDGE = 0.03
 SENSITIVITY_RIDGE = 0.2
+FEWEST_CALLS = 64  # that are fitted to where they fit, however many rows each has: the rows of one are alike
 HELD_OUT_EVERY = 8  # one call in so many is not fitted to, and decides whether the new factors stay
 ROWS_PER_FEATURE = 64  # rows that are fitted to: more change nothing
 NARROW_ROWS = 24  # the same for a layer with fewer channels, whose inputs are the widest
@@ -98,12 +99,13 @@ def refit(
     *,
     relu_after: Mapping[str, str] | None = None,
     narrow: Mapping[str, nn.Module] | None = None,
+    held_bytes: float = math.inf,
     seed: int = 0,
     progress: Progress | None = None,
 ) -> Refitted:
     """Better factors for every sketched layer of the student, in place.
 
-    calls: all of them are held at one depth of both models at once.
+    calls: as many of them as `held_bytes` allow are held at one depth of both models at once.
     specs: the sketched layers, in execution order.
     sensitivities: G by layer ((n, n) W^T G W where m > n), as panther.sketches.Seen has it; a layer without one weighs
         all outputs alike.
@@ -118,32 +120,39 @@ def refit(
     fitted = [s for s in specs if s.calls == 1]
     kept = {s.name: "it runs more than once in a forward pass" for s in specs if s.calls != 1}
     accepted: list[str] = []
-    names = [spec.name for spec in fitted]
     by_name, norms = {spec.name: spec for spec in fitted}, relu_after or {}
-    with (
-        torch.no_grad(),
-        (progress or Progress(False)).bar("refitting") as bar,
-        Lockstep(teacher, calls, names) as dense,
-        Lockstep(student, calls, names) as own,
-    ):
-        while (name := own.advance()) is not None:
-            if dense.advance() != name:
-                raise LeftStepError("the two models run their layers in different orders")
-            if name in accepted or name in kept:  # the second inputs would undo what the first ones gave
-                raise LeftStepError(f"{name} runs more than once in some batches")
-            bar(len({*accepted, *kept}) / len(specs), name)
-            spec, own_layer = by_name[name], cast(SketchedLayer, student.get_submodule(name))
-            gate = gate_of(teacher, norms[name], spec) if name in norms else None
-            dense_layer, local = teacher.get_submodule(name), (narrow or {}).get(name)
-            known = sensitivities.get(name)
-            layer = _Layer(spec, dense_layer, own_layer, dense_layer if local is None else local, known, gate, seed)
-            if local is not None and sizes_of(local)[1] < spec.out_features:  # only part of the outputs is wanted
-                layer = changed(layer, dense=local, sensitivity=None, gate=None)
-            reason = _refit_layer(layer, calls, dense.arrivals, own.arrivals)
-            if reason is None:
-                accepted.append(name)
-            else:
-                kept[name] = reason
+
+    def solve(name: str, held: Sequence[Call], x: Sequence[Arrival], h: Sequence[Arrival]) -> str | None:
+        spec, own_layer = by_name[name], cast(SketchedLayer, student.get_submodule(name))
+        gate = gate_of(teacher, norms[name], spec) if name in norms else None
+        dense_layer, local = teacher.get_submodule(name), (narrow or {}).get(name)
+        known = sensitivities.get(name)
+        layer = _Layer(spec, dense_layer, own_layer, dense_layer if local is None else local, known, gate, seed)
+        if local is not None and sizes_of(local)[1] < spec.out_features:  # only part of the outputs is wanted
+            layer = changed(layer, dense=local, sensitivity=None, gate=None)
+        return _refit_layer(layer, held, x, h)
+
+    def wanted(name: str, numbers: int) -> int:
+        rows = max(1, numbers // by_name[name].out_features)
+        fitted_rows = rows * (HELD_OUT_EVERY - 1) / HELD_OUT_EVERY
+        return max(FEWEST_CALLS, math.ceil(ROWS_PER_FEATURE * by_name[name].fan_in / fitted_rows))
+
+    walks = stretches(student, calls, list(by_name), held_bytes, wanted)
+    with torch.no_grad(), (progress or Progress(False)).bar("refitting") as bar:
+        for walk in walks:
+            held = calls[: walk.calls]
+            with Lockstep(teacher, held, walk.stops) as dense, Lockstep(student, held, walk.stops) as own:
+                while (name := own.advance()) is not None:
+                    if dense.advance() != name:
+                        raise LeftStepError("the two models run their layers in different orders")
+                    if name in accepted or name in kept:  # the second inputs would undo what the first ones gave
+                        raise LeftStepError(f"{name} runs more than once in some batches")
+                    bar(len({*accepted, *kept}) / len(specs), name)
+                    reason = solve(name, held, dense.arrivals, own.arrivals)
+                    if reason is None:
+                        accepted.append(name)
+                    else:
+                        kept[name] = reason
     return Refitted(tuple(accepted), kept)
 
 
