@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from dataclasses import replace as changed
 from pathlib import Path
@@ -237,7 +238,8 @@ def prepared_for(request: Request) -> Prepared:
     options = {name: candidates(f, dtype_bytes[name]) for name, f in factors.items()}
     with timed(seconds, "importance"):
         samples = affordable_samples(found, example)
-        against = reference(model, [example] if data is None else list(_first(data, samples)), samples)
+        calls = [example] if data is None else list(_first(_unfitted_first(data), samples))
+        against = reference(model, calls, samples)
     return Prepared(request, dense, found, data, factors, options, against, dtype_bytes, seconds, tuple(notes))
 
 
@@ -245,7 +247,16 @@ def _target(dense: Dense, found: Capture, dtype_bytes: Mapping[str, int], budget
     return resolve(budget, found, dtype_bytes, dense.measured(budget))
 
 
-def _first(data: Calibration, samples: int) -> Iterator[Call]:
+def _unfitted_first(data: Calibration) -> Iterator[Call]:
+    """The batches that no layer is decomposed on, then the others.
+
+    Where a layer saw few rows for its features, an error on the same rows says too little. EfficientNet-lite0 at keep
+    .7, unhealed, top-1 agreement on 256 other inputs: .711 by the rows of calibration, .750 by held-out ones.
+    """
+    return itertools.chain(data.held_out if data.is_held_out else (), data)
+
+
+def _first(data: Iterable[Call], samples: int) -> Iterator[Call]:
     """Enough batches for this many samples."""
     seen = 0
     for call in data:
