@@ -1,4 +1,7 @@
-"""How fast panther.ops.low_rank_linear (and its form for int8) is, beside the two F.linear that it replaces.
+"""How fast the linear layers of panther.ops are, beside what they replace.
+
+low_rank_linear and its form for int8 stand beside two F.linear; quantised_linear ("dense int8" with a scale a row,
+"dense int4" with a scale for 32 numbers) beside the F.linear of the dense layer.
 
 `python -m benchmarks.ops` takes the layers of MiniLM, BERT, ViT and GPT-2 and 4096-wide ones.
 
@@ -26,16 +29,17 @@ from torch.nn import functional as F
 
 from benchmarks.common import command, say, table
 from panther.build_info import build_info
-from panther.ops import low_rank_linear, low_rank_linear_int8, quantised
+from panther.ops import low_rank_linear, low_rank_linear_int8, packed_int4, quantised, quantised_linear
 
 LAYERS = {
     "MiniLM": [(384, 384), (384, 1536), (1536, 384)],
     "BERT, ViT, GPT-2": [(768, 768), (768, 2304), (768, 3072), (3072, 768)],
+    "BERT large": [(1024, 1024)],
     "4096-wide": [(4096, 4096), (4096, 11008), (11008, 4096)],
 }
 KEEPS = (0.5, 0.25)
 ROWS = (1, 2, 4, 6, 8, 12, 16, 32, 128, 512)
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int8": torch.int8}
+BITS = {"float32": 32, "bfloat16": 16, "int8": 8, "dense int8": 8, "dense int4": 4}
 COLD_BYTES = 300_000_000  # of weights that calls take in turn: far more than any cache
 TURN_SECONDS = 0.002
 READ_BYTES = 400_000_000
@@ -47,7 +51,7 @@ class Case:
 
     group: str
     size_in: int
-    rank: int
+    rank: int  # 0 for a dense layer
     size_out: int
     rows: int
     dtype: str
@@ -62,7 +66,15 @@ class Case:
 
     @property
     def gigabytes_a_second(self) -> float:
-        return self.rank * (self.size_in + self.size_out) * DTYPES[self.dtype].itemsize / self.op / 1e3
+        return self.numbers * BITS[self.dtype] / 8 / self.op / 1e3
+
+    @property
+    def numbers(self) -> int:
+        return self.rank * (self.size_in + self.size_out) if self.rank else self.size_in * self.size_out
+
+    @property
+    def is_dense(self) -> bool:
+        return self.dtype.startswith("dense")
 
 
 def rank_of(size_in: int, size_out: int, keep: float) -> int:
@@ -73,9 +85,9 @@ def cases(
     groups: Sequence[str], rows: Sequence[int], dtypes: Sequence[str], threads: Sequence[int], caches: Sequence[bool]
 ) -> Iterator[Case]:
     for thread, dtype, is_cold in itertools.product(threads, dtypes, caches):
-        for group, keep in itertools.product(groups, KEEPS):
+        for group, keep in itertools.product(groups, (0,) if dtype.startswith("dense") else KEEPS):
             for (size_in, size_out), count in itertools.product(LAYERS[group], rows):
-                rank = rank_of(size_in, size_out, keep)
+                rank = rank_of(size_in, size_out, keep) if keep else 0
                 yield Case(group, size_in, rank, size_out, count, dtype, thread, is_cold)
 
 
@@ -84,23 +96,39 @@ Inputs = tuple[Tensor, ...]
 
 def inputs_of(case: Case) -> list[Inputs]:
     """One set of inputs of F.linear, or as many as no cache holds."""
-    dtype = torch.float32 if case.dtype == "int8" else DTYPES[case.dtype]
-    size_bytes = case.rank * (case.size_in + case.size_out) * dtype.itemsize
-    count = math.ceil(COLD_BYTES / size_bytes) if case.is_cold else 1
+    dtype = torch.bfloat16 if case.dtype == "bfloat16" else torch.float32
+    count = math.ceil(COLD_BYTES / (case.numbers * dtype.itemsize)) if case.is_cold else 1
     x, bias = torch.randn(case.rows, case.size_in).to(dtype), torch.randn(case.size_out).to(dtype)
-    down, up = torch.randn(case.rank, case.size_in).to(dtype), torch.randn(case.size_out, case.rank).to(dtype)
-    return [(x, down.clone(), up.clone(), bias) for _ in range(count)]
+    shapes = [(case.rank, case.size_in), (case.size_out, case.rank)] if case.rank else [(case.size_out, case.size_in)]
+    weights = [torch.randn(shape).to(dtype) for shape in shapes]
+    return [(x, *(weight.clone() for weight in weights), bias) for _ in range(count)]
 
 
-def in_eight_bits(inputs: list[Inputs]) -> list[Inputs]:
-    """The inputs of low_rank_linear_int8; the factors are equal numbers, in memory of their own."""
-    x, down, up, bias = inputs[0]
-    first, second = quantised(down), quantised(up)
-    return [(x, *(part.clone() for part in (*first, *second)), bias) for _ in inputs]
+def in_few_bits(inputs: list[Inputs], dtype: str) -> list[Inputs]:
+    """The inputs of the op for int8 or of quantised_linear; the weights are equal numbers, in memory of their own."""
+    x, *weights, bias = inputs[0]
+    if dtype == "dense int4":
+        values, scales = quantised(weights[0], 32, bits=4)
+        parts = [packed_int4(values), scales]
+    else:
+        parts = [part for weight in weights for part in quantised(weight)]
+    return [(x, *(part.clone() for part in parts), bias) for _ in inputs]
 
 
-def plain(x: Tensor, down: Tensor, up: Tensor, bias: Tensor) -> Tensor:
-    return F.linear(F.linear(x, down), up, bias)
+def plain(x: Tensor, *weights_and_bias: Tensor) -> Tensor:
+    *inner, last, bias = weights_and_bias
+    for weight in inner:
+        x = F.linear(x, weight)
+    return F.linear(x, last, bias)
+
+
+OPS: dict[str, Callable[..., Tensor]] = {
+    "float32": low_rank_linear,
+    "bfloat16": low_rank_linear,
+    "int8": low_rank_linear_int8,
+    "dense int8": quantised_linear,
+    "dense int4": quantised_linear,
+}
 
 
 def seconds_of(function: Callable[..., Tensor], inputs: Iterator[Inputs], calls: int) -> float:
@@ -113,8 +141,9 @@ def seconds_of(function: Callable[..., Tensor], inputs: Iterator[Inputs], calls:
 def measured(case: Case, repeats: int) -> Case:
     """Medians of both, in turns of about TURN_SECONDS."""
     given = inputs_of(case)
-    own = (low_rank_linear, given) if case.dtype != "int8" else (low_rank_linear_int8, in_eight_bits(given))
-    both = [(function, itertools.cycle(inputs)) for function, inputs in (own, (plain, given))]
+    own = in_few_bits(given, case.dtype) if BITS[case.dtype] < 16 else given
+    dense = F.linear if case.is_dense else plain
+    both = [(function, itertools.cycle(inputs)) for function, inputs in ((OPS[case.dtype], own), (dense, given))]
     calls = [max(1, int(TURN_SECONDS / seconds_of(function, inputs, 3))) for function, inputs in both]
     turns = [[seconds_of(*one, count) for one, count in zip(both, calls, strict=True)] for _ in range(repeats)]
     op, other = (1e6 * statistics.median(times) for times in zip(*turns, strict=True))
@@ -168,7 +197,7 @@ def details(found: Sequence[Case]) -> str:
     by_layer: dict[tuple[str, ...], dict[int, Case]] = {}
     for c in found:
         where = "cold" if c.is_cold else "warm"
-        shape = f"{c.size_in} x {c.rank} x {c.size_out}"
+        shape = " x ".join(str(size) for size in (c.size_in, c.rank, c.size_out) if size)
         by_layer.setdefault((c.group, shape, c.dtype, f"{c.threads} threads, {where}"), {})[c.rows] = c
     lines = [[", ".join(key), *(f"{known[n].ratio:.2f}" for n in rows)] for key, known in by_layer.items()]
     return table(["in x rank x out", *(f"{n} rows" for n in rows)], lines)
@@ -179,7 +208,7 @@ def main() -> int:
     parser.add_argument("--repeats", type=int, default=9, help="turns of each (9)")
     parser.add_argument("--layers", nargs="+", choices=LAYERS, default=list(LAYERS))
     parser.add_argument("--rows", type=int, nargs="+", default=list(ROWS))
-    parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES))
+    parser.add_argument("--dtypes", nargs="+", choices=BITS, default=list(BITS))
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--cache", nargs="+", choices=["in", "out"], default=["in", "out"])
     given = parser.parse_args()

@@ -155,6 +155,7 @@ BAD = {
     "no scales": (changed(2, torch.ones(3, 0)), "(3, 40), (3, 0)"),
     "bias of another size": (changed(5, torch.ones(3)), "(4, 1), (3)"),
     "float factor": (changed(1, torch.ones(3, 40)), "expected int8 factors"),
+    "factor of four bits": (changed(1, torch.ones(3, 40, dtype=torch.uint8)), "got float32, uint8, float32, int8"),
     "scales of another dtype": (changed(2, torch.ones(3, 1).double()), "got float32, int8, float64, int8, float32"),
     "whole numbers": (tuple(value.to(torch.int8) for value in inputs_of(2, 40, 3, 4)), "got int8, int8, int8"),
     "x without dimensions": (changed(0, torch.tensor(1.0)), "got (), (3, 40)"),

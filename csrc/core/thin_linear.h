@@ -11,6 +11,7 @@
 
 #include <cstdint>
 #include <cstring>
+#include <memory>
 
 #include "core/instruction_set.h"
 #include "core/weights.h"
@@ -67,8 +68,9 @@ inline void thin_linear_scalar(const ThinLinear<W>& p, int64_t first, int64_t la
 #if PANTHER_HAS_AVX
 
 // What core/thin_linear_block.h needs of a set of instructions: registers of kLanes floats, how to fill them from x and
-// from w (the whole one, or the first `count` lanes and zeros), how to store the sums of the lanes of four of them,
-// plus four numbers of the bias where there is one, and the shape of its blocks.
+// from w (the whole one, or the first `count` lanes and zeros), how to store one, or the sums of the lanes of four of
+// them plus four numbers of the bias where there is one, and the shape of its blocks. What a whole number times its
+// scale is may be found another way than by multiplying, as long as it has the same bits.
 namespace avx2 {
 
 using Vector = __m256;
@@ -93,6 +95,15 @@ PANTHER_AVX2 inline Vector load(const int8_t* numbers) {
   return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(bytes));
 }
 
+// Each lane gets all of the four bytes and brings its own four bits down.
+PANTHER_AVX2 inline Vector load(const Nibbles* numbers) {
+  int32_t bytes;
+  std::memcpy(&bytes, numbers, sizeof(bytes));
+  const __m256i places = _mm256_setr_epi32(0, 4, 8, 12, 16, 20, 24, 28);
+  const __m256i stored = _mm256_and_si256(_mm256_srlv_epi32(_mm256_set1_epi32(bytes), places), _mm256_set1_epi32(15));
+  return _mm256_cvtepi32_ps(_mm256_sub_epi32(stored, _mm256_set1_epi32(8)));
+}
+
 PANTHER_AVX2 inline Vector load(const float* numbers, int64_t count) {
   const __m256i lanes = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
   return _mm256_maskload_ps(numbers, _mm256_cmpgt_epi32(_mm256_set1_epi32(static_cast<int>(count)), lanes));
@@ -101,12 +112,13 @@ PANTHER_AVX2 inline Vector load(const float* numbers, int64_t count) {
 template <class T>  // of narrower numbers
 PANTHER_AVX2 inline Vector load(const T* numbers, int64_t count) {
   float some[kLanes] = {};
-  for (int64_t lane = 0; lane < count; ++lane) some[lane] = widened(numbers[lane]);
+  for (int64_t lane = 0; lane < count; ++lane) some[lane] = widened(numbers, lane);
   return _mm256_loadu_ps(some);
 }
 
 PANTHER_AVX2 inline Vector all_lanes(float number) { return _mm256_set1_ps(number); }
 PANTHER_AVX2 inline Vector multiply(Vector a, Vector b) { return _mm256_mul_ps(a, b); }
+PANTHER_AVX2 inline void store(float* to, Vector a) { _mm256_storeu_ps(to, a); }
 
 PANTHER_AVX2 inline void store(__m128 sums, const float* bias, float* to) {
   _mm_storeu_ps(to, bias ? _mm_add_ps(sums, _mm_loadu_ps(bias)) : sums);
@@ -166,6 +178,29 @@ PANTHER_AVX512 inline Vector load(const int8_t* numbers, int64_t count) {
 
 PANTHER_AVX512 inline Vector all_lanes(float number) { return _mm512_set1_ps(number); }
 PANTHER_AVX512 inline Vector multiply(Vector a, Vector b) { return _mm512_mul_ps(a, b); }
+PANTHER_AVX512 inline void store(float* to, Vector a) { _mm512_storeu_ps(to, a); }
+
+// Four bits choose one of the sixteen multiples of a scale, which are what the numbers are worth.
+PANTHER_AVX512 inline Vector factor_of(const Nibbles*, float scale) {
+  const Vector numbers = _mm512_setr_ps(-8, -7, -6, -5, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5, 6, 7);
+  return _mm512_mul_ps(numbers, _mm512_set1_ps(scale));
+}
+
+// Each byte lies in two lanes, whose last four bits are those of a number; a choice looks at no others. The product is
+// the byte and, 28 bits further up, the byte again: it costs less than shifting where shuffles share their units with
+// shifts.
+PANTHER_AVX512 inline __m512i choices(__m128i bytes) {
+  return _mm512_mul_epu32(_mm512_cvtepu8_epi64(bytes), _mm512_set1_epi64((1 << 28) + 1));
+}
+
+PANTHER_AVX512 inline Vector scaled(const Nibbles* numbers, Vector multiples) {
+  return _mm512_permutexvar_ps(choices(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(numbers))), multiples);
+}
+
+PANTHER_AVX512 inline Vector scaled(const Nibbles* numbers, int64_t count, Vector multiples) {
+  const __m128i bytes = _mm_maskz_loadu_epi8(first_lanes((count + 1) / 2), numbers);
+  return _mm512_maskz_permutexvar_ps(first_lanes(count), choices(bytes), multiples);
+}
 
 PANTHER_AVX512 inline __m256 halved(Vector a) {
   return _mm256_add_ps(_mm512_castps512_ps256(a), _mm512_extractf32x8_ps(a, 1));
@@ -196,6 +231,7 @@ inline Vector zeros() { return vdupq_n_f32(0); }
 inline Vector multiply_add(Vector a, Vector b, Vector c) { return vfmaq_f32(c, a, b); }
 inline Vector all_lanes(float number) { return vdupq_n_f32(number); }
 inline Vector multiply(Vector a, Vector b) { return vmulq_f32(a, b); }
+inline void store(float* to, Vector a) { vst1q_f32(to, a); }
 
 inline Vector load(const float* numbers) { return vld1q_f32(numbers); }
 
@@ -208,10 +244,18 @@ inline Vector load(const int8_t* numbers) {
   return vcvtq_f32_s32(vmovl_s16(vget_low_s16(wide)));
 }
 
+inline Vector load(const Nibbles* numbers) {
+  uint16_t bytes;
+  std::memcpy(&bytes, numbers, sizeof(bytes));
+  const int32_t places[kLanes] = {0, -4, -8, -12};
+  const uint32x4_t stored = vandq_u32(vshlq_u32(vdupq_n_u32(bytes), vld1q_s32(places)), vdupq_n_u32(15));
+  return vcvtq_f32_s32(vsubq_s32(vreinterpretq_s32_u32(stored), vdupq_n_s32(8)));
+}
+
 template <class T>
 inline Vector load(const T* numbers, int64_t count) {
   float some[kLanes] = {};
-  for (int64_t lane = 0; lane < count; ++lane) some[lane] = widened(numbers[lane]);
+  for (int64_t lane = 0; lane < count; ++lane) some[lane] = widened(numbers, lane);
   return vld1q_f32(some);
 }
 
@@ -239,6 +283,22 @@ inline void thin_linear(const ThinLinear<W>& p, int64_t first, int64_t last) {
   if (set == InstructionSet::neon) return neon::thin_linear(p, first, last);
 #endif
   thin_linear_scalar(p, first, last);
+}
+
+// The rows [first, last) of w as floats, one after another.
+template <class W>
+inline void widen(const W& w, int64_t first, int64_t last, float* wide) {
+#if PANTHER_HAS_AVX
+  const InstructionSet set = instruction_set_in_use().load(std::memory_order_relaxed);
+  if (set == InstructionSet::avx512) return avx512::widen_rows(w, first, last, wide);
+  if (set == InstructionSet::avx2) return avx2::widen_rows(w, first, last, wide);
+#elif PANTHER_HAS_NEON
+  const InstructionSet set = instruction_set_in_use().load(std::memory_order_relaxed);
+  if (set == InstructionSet::neon) return neon::widen_rows(w, first, last, wide);
+#endif
+  for (int64_t column = first; column < last; ++column, wide += w.in) {
+    for (int64_t k = 0; k < w.in; ++k) wide[k] = w.value(column, k);
+  }
 }
 
 }  // namespace panther::core

@@ -1,21 +1,42 @@
 // The body of core/thin_linear.h for one set of instructions, whose namespace includes this file. No pragma once: it is
 // compiled once for each.
 
+// A scale as `scaled` needs it.
+template <class T>
+PANTHER_VECTOR inline Vector factor_of(const T*, float scale) {
+  return all_lanes(scale);
+}
+
+template <class T>
+PANTHER_VECTOR inline Vector scaled(const T* numbers, Vector factor) {
+  return multiply(load(numbers), factor);
+}
+
+template <class T>
+PANTHER_VECTOR inline Vector scaled(const T* numbers, int64_t count, Vector factor) {
+  return multiply(load(numbers, count), factor);
+}
+
 // Adds the products of a register of each row of x with that of each row of w, or of their first `count` lanes.
 template <int Rows, int Columns, class W>
 PANTHER_VECTOR inline void add_products(const ThinLinear<W>& p, const float* x, int64_t column, int64_t k,
-                                        int64_t count, const Vector (&scales)[Columns], Vector (&sums)[Rows][Columns]) {
+                                        int64_t count, const Vector (&factors)[Columns],
+                                        Vector (&sums)[Rows][Columns]) {
   Vector weights[Columns];
   for (int j = 0; j < Columns; ++j) {
     const auto* numbers = p.w.numbers + p.w.at(column + j, k);
     if constexpr (Rows <= 2 && sizeof(*numbers) < sizeof(float)) {
-      // What the next block starts with: a register is less than a line of the cache, so that the processor's own guess
-      // comes late. Out of the caches int8 is 1.3 to 1.5 times as fast with it; float is no faster, or slower.
-      __builtin_prefetch(numbers + Columns * p.in);
+      // What the next block starts with, once for each line of the cache: a register is less than a line, so that the
+      // processor's own guess comes late. Out of the caches int8 is 1.3 to 1.5 times as fast with it; float is no
+      // faster, or slower.
+      constexpr int64_t kLine = (64 << kHeldShift<typename W::Number>) / sizeof(*numbers);
+      if (k % kLine == 0) __builtin_prefetch(p.w.numbers + p.w.at(column + Columns + j, k));
     }
-    weights[j] = count == kLanes ? load(numbers) : load(numbers, count);
     if constexpr (W::kHasScales) {
-      weights[j] = multiply(weights[j], Rows == 1 ? scales[j] : all_lanes(p.w.scale(column + j, k)));
+      const Vector factor = Rows == 1 ? factors[j] : factor_of(numbers, p.w.scale(column + j, k));
+      weights[j] = count == kLanes ? scaled(numbers, factor) : scaled(numbers, count, factor);
+    } else {
+      weights[j] = count == kLanes ? load(numbers) : load(numbers, count);
     }
   }
   for (int i = 0; i < Rows; ++i) {
@@ -26,21 +47,22 @@ PANTHER_VECTOR inline void add_products(const ThinLinear<W>& p, const float* x, 
 }
 
 // A block of `Rows` rows of x times `Columns` rows of w, all of whose sums are in registers. Four sums leave together:
-// those of a row, or of a column.
+// those of a row, or of a column. It stays a function of its own: inlined beside others its sums leave the registers,
+// which has cost more than half of the speed of AVX2.
 template <int Rows, int Columns, class W>
-PANTHER_VECTOR inline void block(const ThinLinear<W>& p, int64_t row, int64_t column) {
+PANTHER_VECTOR __attribute__((noinline)) void block(const ThinLinear<W>& p, int64_t row, int64_t column) {
   const float* x = p.x + row * p.x_stride;
-  Vector sums[Rows][Columns], scales[Columns] = {};
+  Vector sums[Rows][Columns], factors[Columns] = {};
   for (auto& of_row : sums) {
     for (Vector& sum : of_row) sum = zeros();
   }
   for (int64_t k = 0, end; k < p.in; k = end) {
     end = Rows == 1 ? p.w.group_end(k) : p.in;
     if constexpr (W::kHasScales && Rows == 1) {  // more rows leave no registers for the scales
-      for (int j = 0; j < Columns; ++j) scales[j] = all_lanes(p.w.scale(column + j, k));
+      for (int j = 0; j < Columns; ++j) factors[j] = factor_of(p.w.numbers, p.w.scale(column + j, k));
     }
-    for (; end - k >= kLanes; k += kLanes) add_products(p, x, column, k, kLanes, scales, sums);
-    if (k < end) add_products(p, x, column, k, end - k, scales, sums);
+    for (; end - k >= kLanes; k += kLanes) add_products(p, x, column, k, kLanes, factors, sums);
+    if (k < end) add_products(p, x, column, k, end - k, factors, sums);
   }
   float* y = p.y + row * p.y_stride + column;
   const float* bias = p.bias ? p.bias + column : nullptr;
@@ -87,13 +109,50 @@ PANTHER_VECTOR inline void strip(const ThinLinear<W>& p, int64_t column) {
   }
 }
 
+// The rows [first, last) of w as floats, one after another.
+template <class W>
+PANTHER_VECTOR inline void widen_rows(W w, int64_t first, int64_t last, float* wide) {
+  for (int64_t column = first; column < last; ++column, wide += w.in) {
+    for (int64_t k = 0, end; k < w.in; k = end) {
+      end = w.group_end(k);
+      const auto* numbers = w.numbers + w.at(column, k);
+      const Vector factor = factor_of(numbers, w.scale(column, k));
+      for (; end - k >= kLanes; k += kLanes) store(wide + k, scaled(w.numbers + w.at(column, k), factor));
+      for (; k < end; ++k) wide[k] = w.value(column, k);
+    }
+  }
+}
+
+// Strips of w that are widened once for all rows of x, and then read as floats. Gives the column after the last one.
+template <class W>
+PANTHER_VECTOR inline int64_t widened_strips(const ThinLinear<W>& p, int64_t first, int64_t last) {
+  struct alignas(64) Line {  // of the cache, so that a register is not read from two of them
+    float numbers[16];
+  };
+  const std::unique_ptr<Line[]> lines(new Line[(kStrip * p.in + 15) / 16]);
+  float* wide = reinterpret_cast<float*>(lines.get());
+  int64_t column = first;
+  for (; last - column >= kStrip; column += kStrip) {
+    widen_rows(p.w, column, column + kStrip, wide);
+    const float* bias = p.bias ? p.bias + column : nullptr;
+    const Plain<float> w{wide, p.in};
+    strip<kStrip>(ThinLinear<Plain<float>>{p.x, w, bias, p.y + column, p.rows, p.in, kStrip, p.x_stride, p.y_stride},
+                  0);
+  }
+  return column;
+}
+
 // A single row needs eight rows of w at a time to hide the latency of an addition.
 template <class W>
 PANTHER_VECTOR inline void thin_linear(const ThinLinear<W>& p, int64_t first, int64_t last) {
   int64_t column = first;
   if (p.rows == 1) {
     for (; last - column >= 8; column += 8) block<1, 8>(p, 0, column);
-  } else {
+  }
+  if constexpr (W::kHasScales) {
+    if (p.rows > most_rows(kStrip) && last - column >= kStrip) column = widened_strips(p, column, last);
+  }
+  if (p.rows > 1) {
     for (; last - column >= kStrip; column += kStrip) strip<kStrip>(p, column);
   }
   for (; last - column >= 4; column += 4) strip<4>(p, column);

@@ -1,7 +1,6 @@
 """A linear layer whose two factors are whole numbers of eight bits with scales: a quarter of the bytes to read.
 
-Notation: as in low_rank_linear. A scale belongs to a group of numbers that are neighbours in a row of a factor: to all
-of the row, or to 32, 64 or 128 of them, the last ones of a row maybe fewer. A number is its int8 value times its scale.
+Notation: as in low_rank_linear, and for values and scales as in _quantised.
 """
 
 from __future__ import annotations
@@ -13,53 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from panther.ops._define import define
+from panther.ops._quantised import dequantised, scale_gradient, scales_fit
 from panther.ops._text import FLOATING, dtype_text, shape_text
-
-GROUP_SIZES = (32, 64, 128)
-LARGEST = 127  # -128 is left out, so that a group and its negative are stored alike
-
-
-def quantised(weight: Tensor, group_size: int | None = None) -> tuple[Tensor, Tensor]:
-    """int8 values and their scales: each group rounded to the nearest multiples of about 1/127 of its largest number.
-
-    group_size: 32, 64 or 128; None for one scale a row. A group of zeros has the scale 1. A scale is rounded up in the
-    dtype of the weight, so that no number is off by more than half of it.
-
-    Shapes: weight (m, n) -> int8 (m, n) and (m, ceil(n / group_size)) of the weight's dtype.
-    Raises: ValueError for another group size, for a weight that is not a matrix of floating-point numbers, and for NaN
-            or Inf.
-    """
-    if group_size is not None and group_size not in GROUP_SIZES:
-        raise ValueError(f"quantised: group_size is {group_size!r}; use None or one of {GROUP_SIZES}")
-    if weight.dim() != 2 or not weight.is_floating_point():
-        raise ValueError(f"quantised: expected a floating-point matrix; got {shape_text(weight)} {weight.dtype}")
-    wide = weight.double() if weight.dtype == torch.float64 else weight.float()
-    if not bool(torch.isfinite(wide).all()):
-        raise ValueError("quantised: the weight holds NaN or Inf")
-    rows, columns = weight.shape
-    size = group_size or max(1, columns)
-    count = max(1, -(-columns // size))
-    groups = F.pad(wide, (0, size * count - columns)).reshape(rows, count, size)
-    exact = groups.abs().amax(-1) / LARGEST
-    scales = exact.to(weight.dtype)
-    scales = torch.where(scales.to(wide) < exact, torch.nextafter(scales, scales.new_tensor(torch.inf)), scales)
-    scales = torch.where(scales > 0, scales, 1.0)
-    values = (groups / scales.to(wide).unsqueeze(-1)).round().clamp(-LARGEST, LARGEST).to(torch.int8)
-    return values.flatten(1)[:, :columns].contiguous(), scales
-
-
-def dequantised(values: Tensor, scales: Tensor) -> Tensor:
-    """The matrix that values and scales stand for, in the dtype of the scales."""
-    columns = values.shape[1]
-    size = _group_size(columns, scales.shape[1])
-    return values.to(scales.dtype) * (scales if size == columns else scales.repeat_interleave(size, 1)[:, :columns])
-
-
-def _group_size(columns: int, groups: int) -> int:
-    """How many numbers of a row share a scale; 0 where so many scales fit none of the sizes."""
-    if groups == 1:
-        return columns
-    return next((size for size in GROUP_SIZES if groups == -(-columns // size)), 0)
 
 
 def reference(
@@ -95,9 +49,7 @@ def _shapes_fit(
     x: Tensor, down: Tensor, down_scales: Tensor, up: Tensor, up_scales: Tensor, bias: Tensor | None
 ) -> bool:
     for values, scales in ((down, down_scales), (up, up_scales)):
-        if values.dim() != 2 or scales.dim() != 2 or values.shape[0] != scales.shape[0]:
-            return False
-        if scales.shape[1] != 1 and not _group_size(values.shape[1], scales.shape[1]):
+        if not scales_fit(values, scales, values.shape[-1] if values.dim() else 0):
             return False
     if bias is not None and (bias.dim() != 1 or bias.shape[0] != up.shape[0]):
         return False
@@ -118,20 +70,13 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return (
         (inner @ wide_down).reshape(x.shape) if wants_x and inner is not None and wide_down is not None else None,
         None,
-        _scale_gradient(inner.T @ rows, down, down_scales) if wants_down and inner is not None else None,
+        scale_gradient(inner.T @ rows, down, down_scales) if wants_down and inner is not None else None,
         None,
-        _scale_gradient(grad_rows.T @ (rows @ wide_down.T), up, up_scales)
+        scale_gradient(grad_rows.T @ (rows @ wide_down.T), up, up_scales)
         if wants_up and wide_down is not None
         else None,
         grad_rows.sum(0) if wants_bias else None,
     )
-
-
-def _scale_gradient(grad: Tensor, values: Tensor, scales: Tensor) -> Tensor:
-    """The gradient of scales from that of the whole matrix."""
-    columns, groups = values.shape[1], scales.shape[1]
-    size = _group_size(columns, groups)
-    return F.pad(grad * values, (0, groups * size - columns)).reshape(-1, groups, size).sum(-1)
 
 
 def _samples(dtype: torch.dtype) -> list[tuple[Tensor | None, ...]]:

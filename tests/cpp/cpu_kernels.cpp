@@ -31,22 +31,28 @@ class PlainMatrix {
   int64_t in_;
 };
 
-template <int Shift>
-class Int8Matrix {
+void fill(int8_t& element) { element = static_cast<int8_t>(127 * check::random_number()); }
+
+// Any two numbers, so that the last half of an odd row is no zero.
+void fill(Nibbles& element) { element.bits = static_cast<uint8_t>(static_cast<int>(255 * check::random_number())); }
+
+template <class T, int Shift>
+class WholeMatrix {
  public:
-  Int8Matrix(int64_t out, int64_t in, bool is_aligned)
+  WholeMatrix(int64_t out, int64_t in, bool is_aligned)
       : groups_(std::max<int64_t>(1, (in + (int64_t{1} << Shift) - 1) >> Shift)),
         in_(in),
-        numbers_(out * in, is_aligned),
+        size_(out * ((in + (1 << kHeldShift<T>)-1) >> kHeldShift<T>)),
+        numbers_(size_, is_aligned),
         scales_(out * groups_, is_aligned) {
-    for (int64_t i = 0; i < out * in; ++i) numbers_.data()[i] = static_cast<int8_t>(127 * check::random_number());
+    for (int64_t i = 0; i < size_; ++i) fill(numbers_.data()[i]);
     for (int64_t i = 0; i < out * groups_; ++i) scales_.data()[i] = check::random_number();
   }
-  Int8 weights() const { return {numbers_.data(), in_, scales_.data(), groups_, Shift}; }
+  Whole<T> weights() const { return {numbers_.data(), in_, scales_.data(), groups_, Shift}; }
 
  private:
-  int64_t groups_, in_;
-  Buffer<int8_t> numbers_;
+  int64_t groups_, in_, size_;
+  Buffer<T> numbers_;
   Buffer<float> scales_;
 };
 
@@ -94,6 +100,29 @@ void check_products() {
       }
     }
   }
+}
+
+// Widened rows are the numbers themselves, bit for bit, in every instruction set.
+template <class Matrix>
+void check_widening() {
+  for (int64_t in : {0, 1, 7, 8, 9, 16, 31, 32, 33, 72, 101}) {
+    for (bool is_aligned : {true, false}) {
+      const int64_t out = 5, first = 1, last = 4;
+      const Matrix matrix(out, in, is_aligned);
+      const Buffer<float> wide((last - first) * in, is_aligned);
+      widen(matrix.weights(), first, last, wide.data());
+      for (int64_t i = first; i < last; ++i) {
+        for (int64_t k = 0; k < in; ++k) {
+          require(wide.data()[(i - first) * in + k] == matrix.weights().value(i, k), "a number is widened as it is");
+        }
+      }
+    }
+  }
+}
+
+void check_nibbles() {
+  const Nibbles pair{0xF0};
+  require(widened(&pair, 0) == -8 && widened(&pair, 1) == 7, "the first of two numbers is in the low half");
 }
 
 // Twice the transform is what it was, for a few rows at a time.
@@ -158,13 +187,19 @@ void check_unknown_instruction_set() {
 
 int main() {
   check_bfloat16();
+  check_nibbles();
   check_unknown_instruction_set();
   for (InstructionSet set : instruction_sets()) {
     instruction_set_in_use() = set;
     check_products<PlainMatrix<float>>();
     check_products<PlainMatrix<BFloat16>>();
-    check_products<Int8Matrix<5>>();
-    check_products<Int8Matrix<62>>();
+    check_products<WholeMatrix<int8_t, 5>>();
+    check_products<WholeMatrix<int8_t, 62>>();
+    check_products<WholeMatrix<Nibbles, 5>>();
+    check_products<WholeMatrix<Nibbles, 62>>();
+    check_widening<WholeMatrix<int8_t, 5>>();
+    check_widening<WholeMatrix<Nibbles, 5>>();
+    check_widening<WholeMatrix<Nibbles, 62>>();
     check_hadamard<float>();
     check_hadamard<double>();
     check_sketch<float>();

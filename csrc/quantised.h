@@ -1,0 +1,139 @@
+// What the ops with quantised matrices share: which scales fit, and the product with a matrix that is widened, a tile
+// at a time, for torch's own. Bytes moved: those of the matrix and its scales, and of a tile that stays in the caches.
+#pragma once
+
+#include <algorithm>
+#include <optional>
+#include <vector>
+
+#include "tensors.h"
+#include "threads.h"
+
+namespace panther {
+
+inline constexpr int64_t kTile = 1 << 20;  // numbers that are widened at a time
+
+// log2 of the numbers that share a scale, 62 for all of a row; -1 where so many scales fit no group size.
+inline int group_shift(int64_t columns, int64_t groups) {
+  if (groups == 1) return 62;
+  for (const int shift : {5, 6, 7}) {
+    if (groups == (columns + (int64_t{1} << shift) - 1) >> shift) return shift;
+  }
+  return -1;
+}
+
+// A matrix (rows, columns): int8 values, or uint8 ones that hold two numbers of four bits; and scales (rows, groups).
+struct Quantised {
+  Tensor values;
+  Tensor scales;
+  int64_t columns;
+
+  int64_t rows() const { return values.size(0); }
+  bool has_four_bits() const { return values.scalar_type() == ScalarType::Byte; }
+  int64_t values_in_a_row() const { return has_four_bits() ? (columns + 1) / 2 : columns; }
+
+  bool scales_fit() const {
+    return values.dim() == 2 && scales.dim() == 2 && scales.size(0) == rows() &&
+           group_shift(columns, scales.size(1)) >= 0;
+  }
+};
+
+inline Tensor as_float(const Tensor& tensor) {
+  if (tensor.scalar_type() == ScalarType::Float) return packed(tensor);
+  Tensor wide = torch::stable::new_empty(tensor, tensor.sizes().vec(), ScalarType::Float);
+  torch::stable::copy_(wide, tensor);
+  return wide;
+}
+
+// Of a contiguous matrix with scales of float.
+template <class T>
+core::Whole<T> weights(const Quantised& matrix) {
+  const int64_t groups = matrix.scales.size(1);
+  return {numbers<T>(matrix.values), matrix.columns, numbers<float>(matrix.scales), groups,
+          group_shift(matrix.columns, groups)};
+}
+
+// x (rows, columns) -> y (rows, out), contiguous.
+inline void few_rows(const float* x, const Quantised& matrix, const float* bias, float* y, int64_t rows) {
+  const int64_t in = matrix.columns, out = matrix.rows();
+  if (matrix.has_four_bits()) {
+    run<core::Int4>({x, weights<core::Nibbles>(matrix), bias, y, rows, in, out, in, out});
+  } else {
+    run<core::Int8>({x, weights<int8_t>(matrix), bias, y, rows, in, out, in, out});
+  }
+}
+
+inline void widen(const Quantised& matrix, int64_t first, int64_t last, float* wide) {
+  if (matrix.has_four_bits()) {
+    core::widen(weights<core::Nibbles>(matrix), first, last, wide);
+  } else {
+    core::widen(weights<int8_t>(matrix), first, last, wide);
+  }
+}
+
+// In double, where the scales are: float would round them.
+template <class T>
+void widen_in_double(const Quantised& matrix, int64_t first, int64_t last, double* wide) {
+  const int64_t columns = matrix.columns, groups = matrix.scales.size(1);
+  const int shift = group_shift(columns, groups);
+  for (int64_t row = first; row < last; ++row, wide += columns) {
+    const T* values = numbers<T>(matrix.values) + row * matrix.values_in_a_row();
+    const double* scales = numbers<double>(matrix.scales) + row * groups;
+    for (int64_t k = 0; k < columns; ++k) wide[k] = core::widened(values, k) * scales[k >> shift];
+  }
+}
+
+inline void widen(const Quantised& matrix, int64_t first, int64_t last, double* wide) {
+  (matrix.has_four_bits() ? widen_in_double<core::Nibbles> : widen_in_double<int8_t>)(matrix, first, last, wide);
+}
+
+// `count` rows of a contiguous matrix from `first` on, as torch's own product takes them beside x.
+template <class T>
+Tensor widened_tile(const Tensor& x, const Quantised& matrix, int64_t first, int64_t count, ScalarType dtype) {
+  const int64_t columns = matrix.columns;
+  Tensor tile = torch::stable::new_empty(x, {count, columns}, dtype);
+  T* wide = static_cast<T*>(tile.mutable_data_ptr());
+  torch::stable::parallel_for(
+      0, count, std::max<int64_t>(1, kGrain / std::max<int64_t>(1, columns)),
+      [&](int64_t begin, int64_t end) { widen(matrix, first + begin, first + end, wide + begin * columns); });
+  if (dtype == x.scalar_type()) return tile;
+  Tensor rounded = torch::stable::new_empty(x, {count, columns});
+  torch::stable::copy_(rounded, tile);
+  return rounded;
+}
+
+// x (..., columns) -> (..., rows).
+inline Tensor tiled_linear(const Tensor& x, const Quantised& given, const std::optional<Tensor>& bias) {
+  const bool is_double = x.scalar_type() == ScalarType::Double;
+  const Quantised matrix{packed(given.values), is_double ? packed(given.scales) : as_float(given.scales),
+                         given.columns};
+  const int64_t out = matrix.rows(), most = std::max<int64_t>(1, kTile / std::max<int64_t>(1, matrix.columns));
+  Tensor y;
+  for (int64_t first = 0; first < out || first == 0; first += most) {
+    const int64_t count = std::min(most, out - first);
+    const Tensor tile = is_double ? widened_tile<double>(x, matrix, first, count, ScalarType::Double)
+                                  : widened_tile<float>(x, matrix, first, count, ScalarType::Float);
+    std::optional<Tensor> part;
+    if (bias) part = torch::stable::narrow(const_cast<Tensor&>(*bias), 0, first, count);
+    const Tensor found = linear(x, tile, part);
+    if (count == out) return found;
+    if (first == 0) {
+      std::vector<int64_t> shape(x.sizes().begin(), x.sizes().end());
+      shape.back() = out;
+      y = torch::stable::new_empty(x, shape);
+    }
+    Tensor place = torch::stable::narrow(y, y.dim() - 1, first, count);
+    torch::stable::copy_(place, found);
+  }
+  return y;
+}
+
+// y of float in the dtype of x.
+inline Tensor rounded_like(const Tensor& x, const Tensor& y) {
+  if (x.scalar_type() == ScalarType::Float) return y;
+  Tensor rounded = torch::stable::new_empty(x, y.sizes().vec());
+  torch::stable::copy_(rounded, y);
+  return rounded;
+}
+
+}  // namespace panther

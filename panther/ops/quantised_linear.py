@@ -1,0 +1,118 @@
+"""A linear layer whose weight is whole numbers of eight or four bits with scales: a quarter or an eighth of the bytes.
+
+Notation: x (..., in), W (out, in) in values and scales as _quantised stores them, bias (out).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from panther.ops._define import define
+from panther.ops._quantised import dequantised, packed_int4, scale_gradient, scales_fit
+from panther.ops._text import FLOATING, dtype_text, shape_text
+
+
+def reference(x: Tensor, values: Tensor, scales: Tensor, bias: Tensor | None) -> Tensor:
+    """What `quantised_linear` computes, in standard PyTorch operations."""
+    _check(x, values, scales, bias)
+    return F.linear(x, dequantised(values, scales, x.shape[-1]), bias)
+
+
+def _check(x: Tensor, values: Tensor, scales: Tensor, bias: Tensor | None) -> None:
+    """The compiled kernel refuses the same inputs in the same words (csrc/cpu/quantised_linear.cpp)."""
+    tensors = [tensor for tensor in (x, values, scales, bias) if tensor is not None]
+    name = "quantised_linear"
+    if not _shapes_fit(x, values, scales, bias):
+        got = ", ".join(shape_text(tensor) for tensor in (x, values, scales, bias))
+        raise ValueError(
+            f"{name}: expected the shapes x (..., in), values (out, in) of int8 or (out, ceil(in / 2)) of uint8, "
+            "scales (out, groups), bias (out) or None, one group a row or one for 32, 64 or 128 numbers; got "
+            f"{got}"
+        )
+    like_x = [scales] if bias is None else [scales, bias]
+    is_one = x.dtype in FLOATING and all(tensor.dtype == x.dtype for tensor in like_x)
+    if not is_one or values.dtype not in (torch.int8, torch.uint8):
+        got = ", ".join(dtype_text(tensor) for tensor in tensors)
+        raise ValueError(
+            f"{name}: expected int8 or uint8 values, and one floating-point dtype for x, scales, bias; got {got}"
+        )
+    if any(tensor.device != x.device for tensor in tensors):
+        got = ", ".join(str(tensor.device) for tensor in tensors)
+        raise ValueError(f"{name}: expected one device for all tensors; got {got}")
+
+
+def _shapes_fit(x: Tensor, values: Tensor, scales: Tensor, bias: Tensor | None) -> bool:
+    if x.dim() < 1 or not scales_fit(values, scales, x.shape[-1]):
+        return False
+    stored = -(-x.shape[-1] // 2) if values.dtype == torch.uint8 else x.shape[-1]
+    return bool(values.shape[1] == stored and (bias is None or (bias.dim() == 1 and bias.shape[0] == values.shape[0])))
+
+
+def _setup_context(ctx: Any, inputs: tuple[Tensor | None, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs[:3])
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    """Gradients of x, the scales and the bias; the values have none."""
+    x, values, scales = ctx.saved_tensors
+    wants_x, _, wants_scales, wants_bias = ctx.needs_input_grad
+    rows, grad_rows = x.reshape(-1, x.shape[-1]), grad.reshape(-1, grad.shape[-1])
+    return (
+        (grad_rows @ dequantised(values, scales, x.shape[-1])).reshape(x.shape) if wants_x else None,
+        None,
+        scale_gradient(grad_rows.T @ rows, values, scales) if wants_scales else None,
+        grad_rows.sum(0) if wants_bias else None,
+    )
+
+
+def _samples(dtype: torch.dtype) -> list[tuple[Tensor | None, ...]]:
+    """Inputs of odd sizes, in both storages: one scale a row or several, no rows, views that are no copies."""
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(shape, dtype=dtype, generator=generator)
+
+    def weight(rows: int, columns: int, groups: int, bits: int) -> tuple[Tensor, Tensor]:
+        most = 2 ** (bits - 1)
+        values = torch.randint(-most, most, (rows, columns), dtype=torch.int8, generator=generator)
+        scales = torch.rand(rows, groups, dtype=dtype, generator=generator) / most
+        return packed_int4(values) if bits == 4 else values, scales
+
+    generator = torch.Generator().manual_seed(0)
+    values, scales = weight(12, 9, 1, 8)
+    four, four_scales = weight(9, 12, 1, 4)
+    return [
+        (random(1, 13), *weight(7, 13, 1, 4), random(7)),
+        (random(1, 13), *weight(7, 13, 1, 8), random(7)),
+        (random(5, 39), *weight(11, 39, 2, 4), None),
+        (random(2, 9, 70), *weight(3, 70, 2, 8), random(3)),
+        (random(2, 3, 65), *weight(4, 65, 3, 4), random(4)),
+        (random(17), *weight(5, 17, 1, 8), random(5)),
+        (random(0, 6), *weight(2, 6, 1, 4), random(2)),
+        (random(12, 3).T, values.T, scales[:9], random(18)[::2]),
+        (random(12, 3).T, four.T.contiguous().T, four_scales, random(18)[::2]),
+    ]
+
+
+QUANTISED_LINEAR = define(
+    "quantised_linear(Tensor x, Tensor values, Tensor scales, Tensor? bias) -> Tensor",
+    reference=reference,
+    setup_context=_setup_context,
+    backward=_backward,
+    samples=_samples,
+)
+
+
+def quantised_linear(x: Tensor, values: Tensor, scales: Tensor, bias: Tensor | None = None) -> Tensor:
+    """F.linear with a weight of eight bits from `quantised`, or of four, whose values `packed_int4` stored.
+
+    Shapes: x (..., in), values int8 (out, in) or uint8 (out, ceil(in / 2)), scales (out, groups), bias (out) or None ->
+            (..., out).
+    Cost:   2*rows*in*out flops; on a CPU the weight is never widened as a whole.
+    Raises: ValueError when shapes, dtypes or devices do not fit together.
+    """
+    y: Tensor = QUANTISED_LINEAR(x, values, scales, bias)
+    return y
