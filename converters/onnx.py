@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from panther.batches import device_of, inference
+from panther.converters import onnx_quantised
 from panther.converters.files import staging
 from panther.converters.inputs import (
     Axes,
@@ -91,9 +92,11 @@ def write(
         inputs = flatten(model, example_inputs, device_of(model))
         outputs = _run_model(model, inputs)
         written_as = model if keep_pivots else _without_gathers(model)
-        exported = _export(written_as, inputs, tuple(outputs), opset)
-        notes = [*_built_in(inputs), *exported.notes]
-        if written_as is not model:
+        gathers = written_as is not model
+        written_as, stored = onnx_quantised.with_floats(written_as)
+        exported = _export(written_as, inputs, tuple(outputs), opset or onnx_quantised.least_opset(stored))
+        notes = [*_built_in(inputs), *exported.notes, *onnx_quantised.put_numbers(exported.program, stored)]
+        if gathers:
             notes.append("pivoted layers that gather are written as two products, or dense: faster (keep_pivots=False)")
         with staging(path.parent, str(path)) as stage:
             file = _save(exported.program, stage / path.name, external_data_above)

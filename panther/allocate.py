@@ -8,7 +8,7 @@ from typing import cast
 
 from panther.allocators import ALLOCATORS, Allocator, Evaluate, Options
 from panther.allocators.base import Divergence, total
-from panther.chains import dense_cost
+from panther.chains import CHANNELS, WHOLE, dense_cost
 from panther.sizes import header_reserve
 from panther.spec import Budget, Capture, Choice, Cost, LayerSpec, Measured, Plan, Target
 
@@ -169,6 +169,18 @@ def _check_answer(allocator: str, chosen: Sequence[Choice], options: Options) ->
                 f"the allocator {allocator} gave {choice.layer!r} scheme {choice.scheme!r} at ranks {choice.ranks} "
                 f"in packing {choice.packing!r}, which is none of its options: return one of options[{choice.layer!r}]"
             )
+
+
+def in_whole_numbers(plan: Plan, options: Options) -> Plan:
+    """The plan whose layers without a chain are stored in the most bits that are offered, with the fewest scales."""
+    choices = []
+    for choice in plan.choices:
+        whole = [option for option in options[choice.layer] if option.scheme == WHOLE]
+        is_plain = choice.is_dense or choice.scheme == CHANNELS
+        same = [option for option in whole if option.channels == choice.channels] if is_plain else []
+        best = max(same, key=lambda c: (c.grid.bits if c.grid else 0, -c.cost.size_bytes), default=choice)
+        choices.append(best)
+    return changed(plan, choices=tuple(choices))
 
 
 def _explained(choice: Choice) -> Choice:

@@ -22,13 +22,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
-from panther.spec import Cost, LayerSpec
+from panther.spec import Cost, Grid, LayerSpec
 
 LINEAR = "linear"
 CONV_SCHEMES = ("output_channel", "input_channel", "spatial", "tucker2")
 CHANNELS = "channels"  # not a chain: two neighbours with fewer channels between them (panther.channels)
 
+WHOLE, CORRECTED = "whole", "corrected"  # a quantised dense weight, alone or with a chain for its error
+
 TWO_GEMM, PIVOTED = PACKINGS = ("two_gemm", "pivoted")
+QUANTISED = "quantised"  # whole numbers with scales (panther.nn.quantised)
 ROWS, COLUMNS = "rows", "columns"
 
 # Where a scheme has a 1 x 1 link whose rows (the last) or columns (the first) can be pivots. A linear layer may have
@@ -122,6 +125,18 @@ def links(scheme: str, layer: Geometry, ranks: Sequence[int]) -> tuple[Link, ...
     return (_pointwise(inputs, first, dims), full(first, last), _pointwise(last, outputs, dims))
 
 
+def stored_links(scheme: str, layer: Geometry, ranks: Sequence[int]) -> tuple[Link, ...]:
+    """The weights of a quantised layer: of a chain its links, else the dense one, before the chain that corrects it.
+
+    Raises: ValueError as `links`, and for the correction of a convolution.
+    """
+    if scheme not in (WHOLE, CORRECTED):
+        return links(scheme, layer, ranks)
+    sizes = (layer.kernel_size, layer.stride, layer.padding, layer.dilation)
+    whole = Link(layer.in_features, layer.out_features, *sizes)
+    return (whole,) if scheme == WHOLE else (whole, *links(LINEAR, layer, ranks))
+
+
 def pivoted(chain: Sequence[Link], sides: Sequence[str]) -> tuple[Link, ...]:
     """The same chain without the identity in its last link (side "rows") or in its first ("columns").
 
@@ -181,6 +196,24 @@ def chain_cost(
     weights = sum(link.params for link in chain)
     flops = sum(2 * n * link.params for n, link in zip(_positions(spec, scheme), chain, strict=True))
     return Cost(weights + places, flops, weights * bytes_per_number + places * INDEX_BYTES)
+
+
+def quantised_cost(scheme: str, spec: LayerSpec, ranks: Sequence[int], grids: Sequence[Grid], scale_bytes: int) -> Cost:
+    """Weights, operations and bytes of a layer whose stored weights are on these grids; scales are bytes only."""
+    stored = stored_links(scheme, spec, ranks)
+    held = sum(
+        grid.size_bytes(link.out_channels, link.params // link.out_channels, scale_bytes)
+        for link, grid in zip(stored, grids, strict=True)
+    )
+    flops = spec.flops if scheme in (WHOLE, CORRECTED) else 0
+    if scheme != WHOLE:
+        flops += chain_cost(LINEAR if scheme == CORRECTED else scheme, spec, ranks, 1).flops
+    return Cost(sum(link.params for link in stored), flops, held)
+
+
+def grids_for(scheme: str, grid: Grid, links: int) -> tuple[Grid, ...]:
+    """The grid of each stored weight: a correction has eight bits, whatever it corrects."""
+    return (grid,) * links if scheme != CORRECTED else (grid, *(Grid(8),) * (links - 1))
 
 
 def _places(scheme: str, spec: LayerSpec) -> int:

@@ -27,7 +27,7 @@ from panther.importance import Importance
 from panther.nn.narrow import narrowed
 from panther.progress import Progress
 from panther.sketches import Moments, Seen
-from panther.spec import Choice, Cost, LayerSpec, Pair, Plan, Target
+from panther.spec import DTYPES, Choice, Cost, LayerSpec, Pair, Plan, Target
 
 MOST_CHANNELS = 4096  # and inputs of the first layer: the covariance of more costs more than it gives
 SHARES = (0.9, 0.8, 0.7, 0.6, 0.5)  # of the weights of all pairs, that channels may leave before ranks are chosen
@@ -89,6 +89,7 @@ def narrow(
     share: float,
     dtype_bytes: Mapping[str, int],
     *,
+    dtypes: Sequence[str] = DTYPES,
     seed: int = 0,
     progress: Progress | None = None,
 ) -> Narrow | None:
@@ -101,7 +102,7 @@ def narrow(
         return None
     target = Target(params=int(share * sum(choices[-1].cost.params for choices in counts.values())))
     chosen = convex(counts, target, lambda choice: importances[choice.layer].divergence(choice.error))
-    return with_counts(model, factors, options, chosen, dtype_bytes, seed=seed, progress=progress)
+    return with_counts(model, factors, options, chosen, dtype_bytes, dtypes=dtypes, seed=seed, progress=progress)
 
 
 def with_counts(
@@ -111,6 +112,7 @@ def with_counts(
     chosen: Sequence[Choice],
     dtype_bytes: Mapping[str, int],
     *,
+    dtypes: Sequence[str] = DTYPES,
     seed: int = 0,
     progress: Progress | None = None,
 ) -> Narrow:
@@ -122,7 +124,7 @@ def with_counts(
         for name, part in _layers(model, factors, choice, seed).items():
             known[name] = part
             gains_bias = part.spec.has_bias and not factors[name].spec.has_bias
-            found[name] = _choices(part, choice, dtype_bytes[name], gains_bias=gains_bias)
+            found[name] = _choices(part, choice, dtype_bytes[name], dtypes, gains_bias=gains_bias)
     return Narrow(found, known)
 
 
@@ -207,14 +209,14 @@ def _layers(model: nn.Module, factors: Mapping[str, Factors], choice: Choice, se
             has_bias=second.spec.has_bias or bias is not None,
             input_shape=_shape(second.spec.input_shape, second.spec, count),
         )
-        made = decompose(module, spec, profile, seed=seed)
+        made = decompose(module, spec, profile, seed=seed, grids=tuple(second.rounding))
         second.narrow[count] = changed(made, pair=second.pair, kept=kept, axis=1)
         module, whole = narrowed(first.module, outputs=kept), first.profile
         seen = Seen(inputs=first.inputs, sensitivity=_of_first(whole.seen.sensitivity, first.spec, kept))
         profile = Profile(whole.rows, seen, whole.mean)
         shape = _shape(first.spec.output_shape, first.spec, count)
         spec = changed(first.spec, out_features=count, output_shape=shape)
-        made = decompose(module, spec, profile, seed=seed)
+        made = decompose(module, spec, profile, seed=seed, grids=tuple(second.rounding))
         first.narrow[count] = changed(made, pair=second.pair, kept=kept, axis=0)
     return {first.spec.name: first.narrow[count], second.spec.name: second.narrow[count]}
 
@@ -251,7 +253,9 @@ def _of_second(sensitivity: Tensor | None, spec: LayerSpec, weight: Tensor, take
     return matrix.T @ sensitivity.double() @ matrix
 
 
-def _choices(known: Factors, choice: Choice, bytes_per_number: int, *, gains_bias: bool) -> tuple[Choice, ...]:
+def _choices(
+    known: Factors, choice: Choice, bytes_per_number: int, dtypes: Sequence[str], *, gains_bias: bool
+) -> tuple[Choice, ...]:
     """The options of a layer with fewer channels; the last is that layer as it is.
 
     gains_bias: what was left out is made up for by a bias that the dense layer does not have.
@@ -261,7 +265,7 @@ def _choices(known: Factors, choice: Choice, bytes_per_number: int, *, gains_bia
     more = Cost(gained, 0, gained * bytes_per_number)
     found = tuple(
         changed(c, channels=choice.channels, error=min(1.0, c.error + lost), cost=c.cost + more)
-        for c in candidates(known, bytes_per_number)
+        for c in candidates(known, bytes_per_number, dtypes=dtypes)
     )
     whole = changed(found[-1], scheme=CHANNELS, ranks=(choice.channels,), reason="")
     return (*found[:-1], whole)

@@ -129,6 +129,9 @@ def compress(
         on from the sensitivity plan, evaluates `n_trials` plans (40) with eval_fn, or as many as `timeout` seconds
         allow, and takes the best. Ctrl-C ends it with the best so far. Without eval_fn it goes by how far the outputs
         are from the dense model's.
+    dtypes: what weights may be stored in. "int8" and "int4" add layers of whole numbers with scales, alone and as
+        factors, for budgets of size_mb (they save bytes, and no operations); "float32" is each layer's own dtype, and
+        without it every layer that is changed is one of whole numbers. Healing trains with the rounding in place.
     heal: "none" (biases only), "refit" (closed form), "blocks", "distill" or "auto" (all of them, 300 s at most), or a
         panther.Heal with its limits. It needs calib_data. The layers of a result that the clock cut short differ from
         run to run; Heal(steps=...) does not look at the clock before its time limit.
@@ -172,6 +175,7 @@ def compress(
         verify=verify,
         n_trials=n_trials,
         timeout=timeout,
+        dtypes=tuple(dtypes),
     )
     result = solved(prepared_for(request), wanted, plan)
     if not inplace:
@@ -235,7 +239,7 @@ def prepared_for(request: Request) -> Prepared:
         notes.append(text)
     factors = _factors(request, found, data, seconds, notes)
     notes.extend(_thin(factors))
-    options = {name: candidates(f, dtype_bytes[name]) for name, f in factors.items()}
+    options = {name: candidates(f, dtype_bytes[name], dtypes=request.dtypes) for name, f in factors.items()}
     with timed(seconds, "importance"):
         samples = affordable_samples(found, example)
         calls = [example] if data is None else list(_first(_unfitted_first(data), samples))
@@ -306,7 +310,8 @@ def _factors(
             for spec in progress.track(part, "decomposing", len(part)):
                 module = model.get_submodule(spec.name)
                 profile = profiles.pop(spec.name, None)
-                factors[spec.name] = decompose(module, spec, profile, seed=seed, pair=pairs.get(spec.name))
+                pair = pairs.get(spec.name)
+                factors[spec.name] = decompose(module, spec, profile, seed=seed, pair=pair, grids=request.grids)
     return {spec.name: factors[spec.name] for spec in found.sketchable}
 
 
@@ -368,6 +373,7 @@ def _completed(plan: Plan, prepared: Prepared) -> Plan:
         prepared.options,
         counts,
         prepared.dtype_bytes,
+        dtypes=prepared.request.dtypes,
         seed=prepared.request.seed,
     )
     choices = []

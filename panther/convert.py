@@ -40,18 +40,13 @@ from panther.converters.inputs import dynamic_axes, flatten, resized, sizes
 from panther.errors import CaptureError, ExportError, PantherError
 from panther.nn import SketchedLayer
 from panther.report import RENDERERS
-from panther.spec import MODES, TIME_LIMIT, Budget, Choice, Heal, Plan
+from panther.spec import BITS, DTYPES, MODES, TIME_LIMIT, Budget, Choice, Heal, Plan
 from panther.trials import trials_file
 from panther.verify import medians_in_turn
 
 DONE, UNEXPECTED, USAGE, OVER_BUDGET, PARITY_FAILED, INTERRUPTED = 0, 1, 2, 3, 4, 130
 BENCHMARK_BATCHES = (1, 32)
 REPORT_FORMS = {".txt": "text", ".json": "json"}
-
-# Flags that belong to parts which this version does not have: what is missing, and the way on.
-LATER_FLAGS = {
-    "--int8": "quantised factors (int8) are",
-}
 
 # Functions of panther whose ValueError or TypeError is about what was typed; any other one is an unexpected fault.
 ARGUMENT_CHECKS = frozenset(
@@ -183,6 +178,8 @@ def _parser() -> _Parser:
     add("--search", default="sensitivity", metavar="NAME", help=f"{', '.join(ALLOCATORS)} (default: sensitivity)")
     add("--trials", type=int, metavar="N", help=f"plans that --search tuned evaluates with --eval (default: {TRIALS})")
     add("--timeout", type=float, metavar="SECONDS", help="of --search tuned, which then ends with the best so far")
+    add("--int8", action="store_true", help="store weights in 8 bits, alone or as factors")
+    add("--int4", action="store_true", help="store them in 4 bits; with --int8 in whichever suits each layer")
     add("--heal", metavar="WAY", help=f"without labels: {', '.join(MODES)} (default: auto; needs --calib)")
     add("--time-limit", type=float, metavar="SECONDS", help=f"of training, at most (default: {TIME_LIMIT:.0f})")
     add("--steps", type=int, metavar="N", help="training steps, instead of as many as fit into the time")
@@ -203,15 +200,13 @@ def _parser() -> _Parser:
     add("-v", "--verbose", action="store_true", help="tracebacks, and the warnings of other packages")
     add("-q", "--quiet", action="store_true", help="no progress, and only the paths on stdout")
     add("--version", action="version", version=f"panther {__version__}")
-    for flag in LATER_FLAGS:
-        add(flag, nargs="?", const="", help=argparse.SUPPRESS)
     return parser
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
     """The flags of a command line, filled up from its --config.
 
-    Raises: UsageError for a flag that does not exist, has a wrong value, or belongs to a later version.
+    Raises: UsageError for a flag that does not exist or has a wrong value.
     """
     parser = _parser()
     arguments = parser.parse_args(argv)
@@ -225,15 +220,17 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
 
 
 def _check(arguments: argparse.Namespace) -> None:
-    for flag, missing in LATER_FLAGS.items():
-        if getattr(arguments, flag[2:].replace("-", "_")) is not None:
-            raise UsageError(f"{flag}: {missing} not part of this version of panther; leave {flag} out")
     if arguments.path is None:
         raise UsageError("no model given: python -m panther.convert model.pt; see python -m panther.convert --help")
     _check_search(arguments)
     if arguments.report and Path(arguments.report).suffix not in REPORT_FORMS:
         later = " (HTML reports are not part of this version of panther)" if arguments.report.endswith("html") else ""
         raise UsageError(f"--report {arguments.report}: expected a name ending in {' or '.join(REPORT_FORMS)}{later}")
+
+
+def _dtypes(arguments: argparse.Namespace) -> tuple[str, ...]:
+    """What weights are stored in: whole numbers only where a flag asks for them."""
+    return tuple(name for name in BITS if getattr(arguments, name)) or DTYPES[:1]
 
 
 def _check_search(arguments: argparse.Namespace) -> None:
@@ -540,6 +537,7 @@ def _run(arguments: argparse.Namespace) -> int:
             eval_fn=evaluate,
             plan=plan,
             search=arguments.search,
+            dtypes=_dtypes(arguments),
             n_trials=arguments.trials,
             timeout=arguments.timeout,
             heal=healing,

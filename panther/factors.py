@@ -5,6 +5,7 @@ Notation: m outputs, c input channels, k kernel positions; W (m, c, *kernel) is 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
@@ -13,10 +14,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from panther.chains import CHANNELS
+from panther.chains import CHANNELS, CORRECTED, WHOLE
 from panther.nn.factor import compose
+from panther.quantise import to_nearest
 from panther.sketches import Moments, Seen
-from panther.spec import Choice, LayerSpec, Pair
+from panther.spec import Choice, Grid, LayerSpec, Pair
 
 _CONV: dict[str, Callable[..., Tensor]] = {"conv1d": F.conv1d, "conv2d": F.conv2d, "conv3d": F.conv3d}
 
@@ -48,6 +50,20 @@ class Decomposed:
 
 
 @dataclass(frozen=True)
+class Rounding:
+    """Shares of a layer's output energy that are lost on one grid, predicted.
+
+    nearest: with every number of the weight rounded by itself. whole: with the data looked at. links: what rounding its
+    links adds to the loss of a chain. corrected: by the rank of the chain that makes up for the error.
+    """
+
+    nearest: float
+    whole: float
+    links: float
+    corrected: Mapping[int, float]
+
+
+@dataclass(frozen=True)
 class Factors:
     """One layer, decomposed once for every scheme that applies to it."""
 
@@ -60,6 +76,7 @@ class Factors:
     kept: Tensor | None = None  # of a layer with fewer channels: which of the dense layer's, along `axis` of its weight
     axis: int = 0
     narrow: dict[int, Factors] = field(default_factory=dict)  # the layer with so many channels, as far as was asked for
+    rounding: Mapping[Grid, Rounding] = field(default_factory=dict)  # of the grids that its weights may be stored on
 
     def at(self, choice: Choice) -> Factors:
         """The layer that a choice is of: this one, or with fewer channels."""
@@ -88,11 +105,11 @@ class Factors:
         """
         known, weight = self.at(choice), dense_weight(self.module)
         own: Tensor | None = getattr(known.module, "bias", None)
-        if choice.scheme == CHANNELS:
-            whole, bias = dense_weight(known.module), None if own is None else own.detach()
+        if choice.scheme in (CHANNELS, WHOLE, CORRECTED):
+            whole, bias = known._rounded_whole(choice), None if own is None else own.detach()
         else:
             parts, bias = known.slice(choice)
-            whole = compose(parts)
+            whole = compose(parts if choice.grid is None else [on_grid(part, choice.grid) for part in parts])
         whole, bias = whole.to(weight), None if bias is None else bias.to(weight)
         if known.kept is None:
             return whole, bias
@@ -105,6 +122,17 @@ class Factors:
         every = None if bias is None or given is None else given.detach().index_copy(0, kept, bias)
         return weight.index_copy(0, kept, whole), every
 
+    def _rounded_whole(self, choice: Choice) -> Tensor:
+        """The dense weight with the error that a choice is expected to leave: part of what plain rounding does."""
+        weight = dense_weight(self.module)
+        if choice.grid is None:
+            return weight
+        known = self.rounding[choice.grid]
+        left = known.whole if choice.scheme == WHOLE else known.corrected[choice.ranks[0]]
+        share = math.sqrt(left / known.nearest) if known.nearest > 0 else 1.0
+        wide = weight.float().cpu()
+        return wide.lerp(on_grid(wide, choice.grid), min(1.0, share))
+
     def _mean_shift(self, weight: Tensor, parts: tuple[Tensor, ...]) -> Tensor | None:
         """Mean of (dense - chain), (m,), without biases."""
         if self.profile.mean is None:
@@ -113,6 +141,11 @@ class Factors:
         if self.spec.kind == "linear":
             return weight @ mean - parts[1] @ (parts[0] @ mean)
         return (weight - compose(parts)).flatten(1) @ mean
+
+
+def on_grid(weight: Tensor, grid: Grid) -> Tensor:
+    """A weight with every number rounded by itself, (m, ...) float32."""
+    return to_nearest(weight.flatten(1), grid).matrix().reshape(weight.shape)
 
 
 def dense_weight(module: nn.Module) -> Tensor:

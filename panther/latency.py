@@ -1,7 +1,7 @@
 """How long each layer takes, dense and at every rank: measured once for all layers of one geometry.
 
-A few ranks of each scheme and packing run strictly in turn with the dense layer, on inputs of the layer's own shape.
-The ranks between them are interpolated over the operations that they need.
+A few ranks of each scheme, packing and grid run strictly in turn with the dense layer, on inputs of the layer's own
+shape. The ranks between them are interpolated over the operations that they need.
 """
 
 from __future__ import annotations
@@ -17,13 +17,14 @@ from torch import Tensor, nn
 
 from panther.factors import Factors, dense_weight
 from panther.progress import Progress
-from panther.spec import Choice, LayerSpec
+from panther.spec import Choice, Grid, LayerSpec
 
 PROBES = 3  # ranks measured a scheme and packing: the time of a product is nearly a straight line over its operations
 SECONDS_A_RUN = 0.05  # 500 calls of a layer of 0.1 ms, 5 of one of 10 ms
 TICK_MS = 2.0**-20  # milliseconds are multiples of this nanosecond, so that their sums are exact in any order
 
-Curves = Mapping[tuple[str, str], Sequence[tuple[float, float]]]  # scheme, packing -> (operations, ms) of one call
+Way = tuple[str, str, Grid | None]  # scheme, packing, grid
+Curves = Mapping[Way, Sequence[tuple[float, float]]]  # (operations, ms) of one call
 
 
 class Medians(Protocol):
@@ -76,17 +77,21 @@ def _measured(
     layers = [factors.module, *map(build, probes)]
     with torch.no_grad():
         seconds = medians([_call(layer, given) for layer in layers], seconds=SECONDS_A_RUN * len(layers))
-    points: dict[tuple[str, str], list[tuple[float, float]]] = defaultdict(list)
+    points: dict[Way, list[tuple[float, float]]] = defaultdict(list)
     for choice, taken in zip(probes, seconds[1:], strict=True):
-        points[choice.scheme, choice.packing].append((choice.cost.flops / factors.spec.calls, taken * 1e3))
+        points[_way(choice)].append((choice.cost.flops / factors.spec.calls, taken * 1e3))
     return seconds[0] * 1e3, {key: _never_falling(values) for key, values in points.items()}
 
 
-def _grouped(options: Sequence[Choice]) -> dict[tuple[str, str], list[Choice]]:
-    """Options by scheme and packing, in rising operations."""
-    groups: dict[tuple[str, str], list[Choice]] = defaultdict(list)
+def _way(choice: Choice) -> Way:
+    return choice.scheme, choice.packing, choice.grid
+
+
+def _grouped(options: Sequence[Choice]) -> dict[Way, list[Choice]]:
+    """Options that differ by their rank only, in rising operations."""
+    groups: dict[Way, list[Choice]] = defaultdict(list)
     for choice in sorted(options[:-1], key=lambda c: c.cost.flops):
-        groups[choice.scheme, choice.packing].append(choice)
+        groups[_way(choice)].append(choice)
     return groups
 
 
@@ -133,9 +138,9 @@ def _faster(options: Sequence[Choice], spec: LayerSpec, dense_ms: float, curves:
     """The options that take less time than the dense layer, with their times, and last the dense layer."""
     dense = _timed(options[-1], dense_ms * spec.calls)
     every = [
-        _timed(c, spec.calls * _between(curves[c.scheme, c.packing], c.cost.flops / spec.calls))
+        _timed(c, spec.calls * _between(curves[_way(c)], c.cost.flops / spec.calls))
         for c in options[:-1]
-        if (c.scheme, c.packing) in curves
+        if _way(c) in curves
     ]
     faster = [choice for choice in every if choice.cost.latency_ms < dense.cost.latency_ms]
     if every and not faster:

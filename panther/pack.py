@@ -7,16 +7,18 @@ Where the neighbour can take that order over, nothing has to be gathered when th
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from panther import chains
-from panther.nn import PIVOTED, PivotedLayer, SketchedLayer, SKLinear, SKPivotedLinear
-from panther.nn.narrow import NUMBERS
-from panther.nn.surgery import inherit, put_layers
-from panther.spec import Choice, Pair, Plan
+from panther.nn import PIVOTED, QUANTISED, PivotedLayer, QuantisedLayer, SketchedLayer, SKLinear, SKPivotedLinear
+from panther.nn.narrow import DENSE_SIZES, NUMBERS, is_narrowed
+from panther.nn.on_grid import CorrectedLinear, corrected, held, let_go
+from panther.nn.surgery import as_plain, inherit, put_layers
+from panther.quantise import Rounded, to_nearest
+from panther.spec import Choice, Grid, Pair, Plan
 
 
 def pack(model: nn.Module, plan: Plan, followers: Iterable[Pair] = (), *, notes: list[str] | None = None) -> nn.Module:
@@ -51,6 +53,8 @@ def packed(
 
     has_follower: another layer takes the outputs in any order.
     """
+    if choice.grid is not None:
+        return _quantised(layer, choice)
     if choice.packing != chains.PIVOTED or not isinstance(layer, SketchedLayer) or type(layer) not in PIVOTED:
         return layer
     try:
@@ -72,10 +76,36 @@ def _pivoted(layer: SketchedLayer, has_follower: bool) -> PivotedLayer:
     return SKPivotedLinear.from_sketched(layer, side=chains.COLUMNS if on_inputs else chains.ROWS)
 
 
+def _quantised(layer: nn.Module, choice: Choice) -> QuantisedLayer:
+    """A layer that was held to its grid, or is rounded here and now, as whole numbers."""
+    grid = cast(Grid, choice.grid)
+    if choice.scheme == chains.CORRECTED and not isinstance(layer, CorrectedLinear):
+        weight = cast(nn.Linear, layer).weight.detach()
+        left = weight.double().cpu() - _nearest(weight, grid).matrix().double()
+        layer = corrected(cast(nn.Linear, layer), left, choice.ranks[0])
+    names = {chains.WHOLE: ("weight",), chains.CORRECTED: ("weight", "down", "up")}.get(choice.scheme)
+    names = cast(SketchedLayer, layer)._weight_names if names is None else names
+    grids = chains.grids_for(choice.scheme, grid, len(names))
+    parts = [held(layer, name) or _nearest(getattr(layer, name), on) for name, on in zip(names, grids, strict=True)]
+    let_go(layer)
+    dense = layer.to_dense() if isinstance(layer, SketchedLayer | CorrectedLinear) else layer
+    kind = next(kind for kind in QUANTISED if isinstance(dense, kind))
+    new = QUANTISED[kind].from_rounded(as_plain(dense, kind), choice.scheme, parts, cast(Tensor | None, layer.bias))
+    if is_narrowed(layer):
+        vars(new)[DENSE_SIZES] = vars(layer)[DENSE_SIZES]
+    return new
+
+
+def _nearest(weight: Tensor, grid: Grid) -> Rounded:
+    return to_nearest(weight.detach().flatten(1).float().cpu(), grid, dtype=weight.dtype)
+
+
 def _absorb(model: nn.Module, pair: Pair) -> None:
     """Store the channels between two layers in the order in which one of them wants them anyway."""
     producer: Any = model.get_submodule(pair.producer)
     consumer: Any = model.get_submodule(pair.consumer)
+    if isinstance(producer, QuantisedLayer) or isinstance(consumer, QuantisedLayer):
+        return
     index = _wanted_order(producer, consumer)
     if index is None:
         return

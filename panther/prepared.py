@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -13,16 +14,19 @@ from typing import Any, cast
 from torch import nn
 
 from panther.batches import Calibration, inference, run
+from panther.chains import CORRECTED, WHOLE
 from panther.channels import Narrow, narrow, share_for
+from panther.decompose import candidates
 from panther.errors import PantherError, one_line
 from panther.factors import Factors
-from panther.heal import heal
+from panther.heal import HELD_BYTES, MOST_THREADS, heal
+from panther.healers.rounding import round_layers
 from panther.importance import Importance, Reference, importance
 from panther.latency import with_latency
 from panther.pack import pack, packed
 from panther.replace import replace, sketched_layer
 from panther.request import Request
-from panther.spec import Budget, Capture, Choice, Cost, Healed, Measured, Plan
+from panther.spec import DTYPES, Budget, Capture, Choice, Cost, Heal, Healed, Measured, Plan
 from panther.verify import latencies, measure_latency, medians_in_turn, metric, peak_memory
 
 
@@ -82,8 +86,11 @@ class Prepared:
         """Measured where the model answers with numbers; else every layer's error counts the same."""
         if not self.reference.is_comparable:
             return dict.fromkeys(self.options, Importance(1.0, 1.0))
+        options = self.options
+        if DTYPES[0] not in self.request.dtypes:  # a layer is truncated to see how much it matters, not rounded
+            options = {n: candidates(f, self.dtype_bytes[n], dtypes=DTYPES[:1]) for n, f in self.factors.items()}
         with timed(self.seconds, "importance"):
-            return importance(self.reference, self.factors, self.options, progress=self.request.progress)
+            return importance(self.reference, self.factors, options, progress=self.request.progress)
 
     @cached_property
     def timed_options(self) -> Mapping[str, Sequence[Choice]]:
@@ -126,6 +133,7 @@ class Prepared:
                     self.importances,
                     share,
                     self.dtype_bytes,
+                    dtypes=self.request.dtypes,
                     seed=self.request.seed,
                     progress=self.request.progress,
                 )
@@ -165,7 +173,10 @@ class Prepared:
         if self.request.heal.mode == "none" or self.data is None or not plan.sketched:
             return self._packed(compressed, plan, notes), None
         self._refuse_broken(compressed)
-        healing = self.healed(compressed, plan)
+        if all(choice.grid is None for choice in plan.sketched):
+            healing = self.healed(compressed, plan)
+        else:
+            healing = self._healed_on_grids(compressed, plan, notes)
         notes.extend(healing.notes)
         return self._packed(compressed, plan, notes), healing
 
@@ -174,22 +185,61 @@ class Prepared:
         self._refuse_broken(compressed)
         return compressed
 
-    def healed(self, compressed: nn.Module, plan: Plan) -> Healed:
-        """Heal the model of a plan in place, as the request says."""
-        sketched = {choice.layer for choice in plan.sketched}
+    def _healed_on_grids(self, compressed: nn.Module, plan: Plan, notes: list[str]) -> Healed:
+        """Refitted, then rounded, then trained as it will be stored; in place.
+
+        What comes before the training is done anew by a run that goes on from a checkpoint, and gives the same.
+        """
+        wanted = self.request.heal
+        refitted = self.healed(compressed, plan, changed(wanted, mode="refit"), checkpoint=False)
+        start = time.perf_counter()
+        notes += round_layers(
+            self.request.model,
+            compressed,
+            plan.sketched,
+            {spec.name: spec for spec in self.found.sketchable},
+            list(itertools.islice(cast(Calibration, self.data), MOST_THREADS)),
+            held_bytes=HELD_BYTES,
+            seed=self.request.seed,
+            progress=self.request.progress,
+        )
+        seconds = refitted.seconds + time.perf_counter() - start
+        mode = "none" if wanted.mode == "refit" else wanted.mode
+        trained = self.healed(compressed, plan, changed(wanted, mode=mode), fits=False)
+        later = [(seconds + s, "rounding" if stage == "before" else stage, f) for s, stage, f in trained.history]
+        return Healed(
+            seconds + trained.seconds,
+            trained.steps,
+            refitted.before,
+            trained.after,
+            (*refitted.history, *(entry for entry in later if entry[1] != "refit")),
+            tuple(dict.fromkeys((*refitted.notes, *trained.notes))),
+        )
+
+    def healed(
+        self,
+        compressed: nn.Module,
+        plan: Plan,
+        settings: Heal | None = None,
+        *,
+        fits: bool = True,
+        checkpoint: bool = True,
+    ) -> Healed:
+        """Heal the model of a plan in place, as the request says; fits: whether layers are solved again first."""
+        sketched = {choice.layer for choice in plan.sketched if fits and choice.scheme not in (WHOLE, CORRECTED)}
         seen = {name: factors.profile.seen.sensitivity for name, factors in self.factors.items()}
         return heal(
             self.request.model,
             compressed,
             self.data,
             self.request.example,
-            self.request.heal,
+            settings or self.request.heal,
             layers=[spec for spec in self.found.sketchable if spec.name in sketched],
             sensitivities={name: matrix for name, matrix in seen.items() if matrix is not None},
             relu_after=dict(self.found.rectified),
             narrow={c.layer: self.factors[c.layer].at(c).module for c in plan.sketched if c.channels},
             seed=self.request.seed,
-            checkpoint=self.request.checkpoint,
+            checkpoint=self.request.checkpoint if checkpoint else None,
             identity={"plan": _unmeasured(plan).to_json()},
             progress=self.request.progress,
         )

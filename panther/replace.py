@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Mapping
 
 from torch import nn
 
-from panther.chains import CHANNELS
+from panther.chains import CHANNELS, CORRECTED, WHOLE
 from panther.factors import Factors
 from panther.nn import SKETCHED
 from panther.nn.narrow import DENSE_SIZES, is_narrowed, narrowed
@@ -19,6 +20,8 @@ def replace(model: nn.Module, factors: Mapping[str, Factors], plan: Plan) -> nn.
     layers: dict[str, nn.Module] = {}
     for choice in plan.sketched:
         known = factors[choice.layer].at(choice)
+        if choice.scheme in (WHOLE, CORRECTED) and not choice.channels:
+            continue  # it becomes what it will be when it is rounded
         layers[choice.layer] = sketched_layer(known, choice)
         layers.update(modules_between(model, known) if choice.channels else ())
     return with_layers(model, layers)
@@ -27,10 +30,10 @@ def replace(model: nn.Module, factors: Mapping[str, Factors], plan: Plan) -> nn.
 def sketched_layer(factors: Factors, choice: Choice) -> nn.Module:
     """One sketched layer with the dense layer's dtype, device and geometry; a dense one where channels are fewer.
 
-    factors: of the layer with the choice's channels.
+    factors: of the layer with the choice's channels. The layer's weights are floating-point numbers in any case.
     """
-    if choice.scheme == CHANNELS:
-        return narrowed(factors.module)
+    if choice.scheme in (CHANNELS, WHOLE, CORRECTED):
+        return narrowed(factors.module) if is_narrowed(factors.module) else copy.deepcopy(factors.module)
     parts, bias = factors.slice(choice)
     kind = next(dense for dense in SKETCHED if isinstance(factors.module, dense))
     # A subclass that capture offers computes what its parent does, and becomes what its parent would.

@@ -12,7 +12,10 @@ from torch import nn
 from panther.allocators import ALLOCATORS, Allocator
 from panther.batches import Call
 from panther.progress import Progress
-from panther.spec import Budget, Heal, Plan
+from panther.spec import BITS, DTYPES, Budget, Grid, Heal, Plan
+
+# Numbers that share a scale, by bits. With eight bits one scale a row loses next to nothing.
+GROUPS: dict[int, tuple[int | None, ...]] = {8: (None,), 4: (None, 128, 32)}
 
 
 @dataclass(frozen=True)
@@ -35,6 +38,13 @@ class Request:
     verify: bool
     n_trials: int | None = None
     timeout: float | None = None
+    dtypes: Sequence[str] = DTYPES[:1]
+
+    @property
+    def grids(self) -> tuple[Grid, ...]:
+        """What weights may be rounded to."""
+        bits = [BITS[name] for name in self.dtypes if name in BITS]
+        return tuple(Grid(count, size) for count in bits for size in GROUPS[count])
 
     @property
     def may_narrow(self) -> bool:
@@ -68,9 +78,10 @@ def check_arguments(
         raise ValueError(f"n_trials={n_trials!r}: expected a number of plans to evaluate, 1 or more")
     if timeout is not None and (isinstance(timeout, bool) or not isinstance(timeout, int | float) or not timeout > 0):
         raise ValueError(f"timeout={timeout!r}: expected seconds, above 0")
-    if tuple(dtypes) != ("float32",):
+    if isinstance(dtypes, str) or not dtypes or set(dtypes) - set(DTYPES):
         raise ValueError(
-            f"dtypes={tuple(dtypes)}: this version stores factors in the layer's own dtype only; leave it out"
+            f"dtypes={dtypes!r}: expected a sequence of {', '.join(map(repr, DTYPES))}, in which weights may be stored "
+            f"({DTYPES[0]!r} stands for each layer's own dtype)"
         )
     if inplace and next(model.children(), None) is None:
         raise ValueError(

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from panther.nn.quantised import StoredWeight
+
 # In the order in which safetensors lays tensors out.
 _SAFETENSORS_DTYPES = {
     torch.uint64: "U64",
@@ -44,8 +46,11 @@ def stored_tensors(model: nn.Module) -> dict[str, Tensor]:
 
 
 def model_params(model: nn.Module) -> int:
-    """Numbers in all parameters and persistent buffers, tied ones once."""
-    return sum(t.numel() for t in stored_tensors(model).values())
+    """Numbers in all parameters and persistent buffers, tied ones once; two that share a byte are two."""
+    packed = sum(
+        module.numbers - module.values.numel() for module in model.modules() if isinstance(module, StoredWeight)
+    )
+    return packed + sum(t.numel() for t in stored_tensors(model).values())
 
 
 def file_bytes(model: nn.Module) -> int:

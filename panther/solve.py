@@ -8,13 +8,13 @@ from typing import Any, NamedTuple, cast
 
 from torch import nn
 
-from panther.allocate import allocate, is_met, with_layer_latency
+from panther.allocate import allocate, in_whole_numbers, is_met, with_layer_latency
 from panther.allocators.base import Options, excess, total
 from panther.channels import kept_of
 from panther.errors import one_line
 from panther.limits import held_by_the_whole, smallest_within_drop
 from panther.prepared import Prepared, timed
-from panther.spec import Budget, Healed, Measured, Plan, Target, Tuning
+from panther.spec import DTYPES, Budget, Healed, Measured, Plan, Target, Tuning
 from panther.trials import tuned_plan
 from panther.verify import metric
 
@@ -58,7 +58,7 @@ def search_plan(prepared: Prepared, budget: Budget, target: Target, notes: list[
 
     def allocated(options: Options, wanted: Target) -> Plan:
         with timed(seconds, "allocate"):
-            return allocate(
+            plan = allocate(
                 options,
                 wanted,
                 prepared.found,
@@ -68,6 +68,7 @@ def search_plan(prepared: Prepared, budget: Budget, target: Target, notes: list[
                 budget=str(budget),
                 seed=request.seed,
             )
+            return plan if DTYPES[0] in request.dtypes else in_whole_numbers(plan, options)
 
     dense, layers = prepared.dense.measured(budget), total([choices[-1] for choices in options.values()])
     if not budget.limits_size:

@@ -23,6 +23,9 @@ PLAN_VERSION = 1
 MODES = ("none", "refit", "blocks", "distill", "auto")  # of healing
 TIME_LIMIT = 300.0
 
+BITS = {"int8": 8, "int4": 4}  # of the numbers of quantised weights
+DTYPES = ("float32", *BITS)  # what weights may be stored in; the first stands for the layer's own
+
 BUDGET_FIELDS = ("params", "flops", "size_mb", "latency_ms", "peak_memory_mb", "max_drop")
 
 # Fields that are an amount or a percentage of the dense model's: what the amount is, and one that people write.
@@ -159,10 +162,28 @@ class Cost:
 
 
 @dataclass(frozen=True)
+class Grid:
+    """How a matrix is rounded: bits a number, and how many neighbours in a row share a scale (None: all)."""
+
+    bits: int
+    group_size: int | None = None
+
+    def groups(self, columns: int) -> int:
+        """Scales a row."""
+        return 1 if self.group_size is None else max(1, -(-columns // self.group_size))
+
+    def size_bytes(self, rows: int, columns: int, bytes_per_scale: int) -> int:
+        """Of the numbers, each row from a new byte on, and the scales."""
+        return rows * (-(-columns * self.bits // 8) + self.groups(columns) * bytes_per_scale)
+
+
+@dataclass(frozen=True)
 class Choice:
     """What becomes of one layer: a scheme and its ranks, or "dense" with the reason.
 
     The scheme "channels" is a dense layer with fewer inputs or outputs; with `channels`, the others are of that layer.
+    With the packing "quantised" the weights of the scheme are whole numbers: "whole" is the dense weight, "corrected"
+    the same and a chain for part of its error.
     """
 
     layer: str
@@ -174,15 +195,22 @@ class Choice:
     cost: Cost = Cost()
     reason: str = ""
     channels: int = 0  # of those to or from its neighbour, how many are left; 0: all
+    group_size: int = 0  # numbers that share a scale, where it is quantised; 0: all of a row
 
     @property
     def is_dense(self) -> bool:
         return self.scheme == "dense"
 
     @property
-    def kind(self) -> tuple[str, tuple[int, ...], str, int]:
+    def grid(self) -> Grid | None:
+        """What its weights are rounded to, if they are."""
+        bits = BITS.get(self.dtype)
+        return None if bits is None or self.is_dense else Grid(bits, self.group_size or None)
+
+    @property
+    def kind(self) -> tuple[str, tuple[int, ...], str, int, Grid | None]:
         """What tells one option of a layer from another."""
-        return self.scheme, self.ranks, "dense" if self.is_dense else self.packing, self.channels
+        return self.scheme, self.ranks, "dense" if self.is_dense else self.packing, self.channels, self.grid
 
 
 def _number(value: object) -> object:
@@ -490,6 +518,7 @@ def _choice_from(row: Mapping[str, Any]) -> Choice:
             "ranks": tuple(int(r) for r in row["ranks"]),
             "cost": Cost(**row["cost"]),
             "channels": int(row.get("channels", 0)),
+            "group_size": int(row.get("group_size", 0)),
         }
     )
 
@@ -605,6 +634,7 @@ class LayerReport:
     reason: str = ""  # why it stayed dense
     packing: str = "dense"  # how its factors are stored: see Choice
     channels: int = 0  # that are left between it and its neighbour; 0: all
+    stored: str = ""  # of a quantised layer: "int8", "int4, groups of 32"
 
 
 @dataclass(frozen=True)
@@ -616,6 +646,15 @@ class Figures:
     flops: int  # of the layers that capture lists, at the example inputs
     latency_ms: float | None = None
     peak_memory_bytes: int | None = None
+
+
+@dataclass(frozen=True)
+class Baseline:
+    """The dense model with the weights of the same layers in few bits and nothing else done to it."""
+
+    name: str  # "int8", "int4": rounded by the weights alone, one scale a row
+    figures: Figures
+    agreement: Mapping[str, float]  # as Report's
 
 
 @dataclass(frozen=True)
@@ -649,6 +688,7 @@ class Report:
     limits: tuple[LimitReport, ...] = ()  # one for each limit of the budget
     healing: Healed | None = None  # None where nothing was healed
     tuning: Tuning | None = None  # of search="tuned"
+    baselines: tuple[Baseline, ...] = ()  # what storing whole numbers alone would do
 
     def to_json(self) -> str:
         return json.dumps(to_data(self), indent=1)

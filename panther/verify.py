@@ -25,15 +25,19 @@ import torch
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
+from panther import chains
 from panther.answers import class_scores, is_classifier, last_dense_call
 from panther.batches import Call, device_of, float_outputs, inference, masked_rows, run
 from panther.build_info import build_info
 from panther.chains import CHANNELS, chain_cost, dense_cost
 from panther.errors import CalibrationError, one_line
-from panther.nn import SketchedLayer
+from panther.nn import QUANTISED, QuantisedLayer, SketchedLayer
 from panther.nn.narrow import is_narrowed, sizes_of
+from panther.nn.surgery import as_plain, with_layers
 from panther.sizes import file_bytes, model_params, stored_tensors, tensor_bytes
 from panther.spec import (
+    BITS,
+    Baseline,
     Capture,
     Choice,
     Cost,
@@ -282,14 +286,23 @@ def layer_report(spec: LayerSpec, choice: Choice | None, compressed: nn.Module) 
         shape=spec.shape,
         scheme=layer.scheme,
         ranks=layer.ranks,
-        terms=layer.num_terms,
+        terms=0 if layer.scheme == chains.WHOLE else layer.num_terms,
         kept=after.params / spec.params,
         error=choice.error if choice else 0.0,
         before=before,
         after=after,
         packing=layer.PACKING,
         channels=_channels(spec, layer),
+        stored=_stored_as(layer),
     )
+
+
+def _stored_as(layer: SketchedLayer) -> str:
+    """ "int4, groups of 32": what the numbers of a quantised layer are; nothing of others."""
+    if not isinstance(layer, QuantisedLayer):
+        return ""
+    size = layer.grid.group_size
+    return f"int{layer.grid.bits}" + ("" if size is None else f", groups of {size}")
 
 
 def _narrowed_report(spec: LayerSpec, choice: Choice | None, layer: nn.Module, before: Cost) -> LayerReport:
@@ -328,9 +341,14 @@ def _stored_cost(spec: LayerSpec, layer: SketchedLayer) -> Cost:
 
     The order of its channels counts among them as far as the layer still stores it.
     """
-    counted = [tensor for name, tensor in stored_tensors(layer).items() if name != layer.BIAS or not spec.has_bias]
     inputs, outputs = sizes_of(layer)
     now = changed(spec, in_features=inputs, out_features=outputs)
+    if isinstance(layer, QuantisedLayer):
+        grids, scales = [part.grid for part in layer.stored], layer.stored[0].scales.element_size()
+        cost = chains.quantised_cost(layer.scheme, now, layer.ranks, grids, scales)
+        gained = 0 if spec.has_bias or layer.bias is None else layer.bias.numel()
+        return cost + Cost(gained, 0, gained * scales)
+    counted = [tensor for name, tensor in stored_tensors(layer).items() if name != layer.BIAS or not spec.has_bias]
     flops = chain_cost(layer.scheme, now, layer.ranks, 1, layer.PACKING).flops
     return Cost(sum(t.numel() for t in counted), flops, sum(map(tensor_bytes, counted)))
 
@@ -374,6 +392,9 @@ def verify(
     calls = tuple(held_out) or (example,)
     wanted = MEASUREMENTS if measure else _limited(target)
     measured = _measurements(dense, compressed, example, calls, eval_fn, dense_metric, wanted, said)
+    baselines: tuple[Baseline, ...] = ()
+    if measure:
+        baselines = _or_note("int8 and int4 alone", lambda: baselines_of(dense, capture, example, calls), (), said)
     totals = [
         figures(model, cost.flops, latency_ms=latency, peak_memory_bytes=memory)
         for model, cost, latency, memory in zip(
@@ -403,7 +424,33 @@ def verify(
         notes=tuple(dict.fromkeys(said)),
         limits=limits,
         healing=healing,
+        baselines=baselines,
     )
+
+
+def baselines_of(dense: nn.Module, capture: Capture, example: Call, calls: Sequence[Call]) -> tuple[Baseline, ...]:
+    """What whole numbers alone would do: the sketchable layers rounded to each number of bits, one scale a row.
+
+    All of them run in turn with the dense model, whose milliseconds theirs are relative to.
+    """
+    names = [spec.name for spec in capture.sketchable]
+    models = {dtype: _rounded(dense, names, bits) for dtype, bits in BITS.items()}
+    flops = sum(spec.flops for spec in capture.layers)
+    _, *times = latencies([dense, *models.values()], example)
+    return tuple(
+        Baseline(dtype, figures(model, flops, latency_ms=taken), agreement(dense, model, calls))
+        for (dtype, model), taken in zip(models.items(), times, strict=True)
+    )
+
+
+def _rounded(dense: nn.Module, names: Sequence[str], bits: int) -> nn.Module:
+    """A copy of a model with these layers in whole numbers."""
+    layers = {}
+    for name in names:
+        layer = dense.get_submodule(name)
+        kind = next(kind for kind in QUANTISED if isinstance(layer, kind))
+        layers[name] = QUANTISED[kind].from_dense(as_plain(layer, kind), bits=bits)
+    return layers[""] if "" in layers else with_layers(dense, layers)
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,7 @@ from panther.healers.losses import tensor_loss
 from panther.healers.training import Limits, Progressed, Task, train
 from panther.nn import SketchedLayer
 from panther.nn.narrow import DENSE_SIZES, NORMS, is_narrowed, sizes_of
+from panther.nn.on_grid import is_held
 
 Lists = (nn.ModuleList, nn.ModuleDict)  # which never run themselves
 Containers = (*Lists, nn.Sequential)
@@ -53,6 +54,8 @@ def _blocks(module: nn.Module, name: str) -> Iterator[str]:
 
 def is_replaced(module: nn.Module) -> bool:
     """Whether compression put a layer here that can learn from the dense one's outputs: it has as many of them."""
+    if is_held(module):
+        return True
     if is_narrowed(module):
         return not isinstance(module, NORMS) and sizes_of(module)[1] == vars(module)[DENSE_SIZES][1]
     return isinstance(module, SketchedLayer)

@@ -54,7 +54,7 @@ class Refitted:
 
 
 @dataclass
-class _Products:
+class Products:
     """Sums over rows of both models' inputs: means and products, shifted by the first rows' mean."""
 
     rows: int = 0
@@ -303,10 +303,15 @@ def _channels_last(layer: _Layer, tensor: Tensor) -> Tensor:
 
 def _rows(layer: _Layer, call: Call, *tensors: Tensor, enough: int) -> list[Tensor]:
     """Tensors with the features last as (rows, features) in float32 on the CPU: the same random rows of each."""
-    masks = _cpu_masks(call) if layer.spec.kind == "linear" else {}
+    return rows_of(call if layer.spec.kind == "linear" else None, *tensors, enough=enough, seed=layer.seed)
+
+
+def rows_of(call: Call | None, *tensors: Tensor, enough: int, seed: int) -> list[Tensor]:
+    """The same without a layer; call: whose padding is left out."""
+    masks = {} if call is None else _cpu_masks(call)
     rows = [masked_rows(tensor.float().cpu(), masks) for tensor in tensors]
     if len(rows[0]) > enough:
-        generator = torch.Generator().manual_seed(layer.seed)
+        generator = torch.Generator().manual_seed(seed)
         chosen = torch.randperm(len(rows[0]), generator=generator)[:enough]
         rows = [r[chosen] for r in rows]
     return rows
@@ -315,8 +320,8 @@ def _rows(layer: _Layer, call: Call, *tensors: Tensor, enough: int) -> list[Tens
 # --- one matrix for every row: reduced-rank regression ---------------------------------------------------------------
 
 
-def _products(layer: _Layer, pairs: Sequence[_Pair], rows_per_feature: int) -> _Products:
-    products = _Products()
+def _products(layer: _Layer, pairs: Sequence[_Pair], rows_per_feature: int) -> Products:
+    products = Products()
     enough = max(64, math.ceil(rows_per_feature * layer.spec.fan_in / len(pairs)))
     for call, x, h in pairs:
         both = (_channels_last(layer, _read(layer, arrival.first)) for arrival in (x, h))
@@ -500,8 +505,8 @@ def _link_rows(layer: _Layer, call: Call, x: Arrival, h: Arrival, *, enough: int
             return inputs, targets
         for link, weight in list(zip(sketched._links, sketched.active_weights(), strict=True))[:-1]:
             inner = cast(Any, sketched).CONVOLVE(inner, weight, None, link.stride, link.padding, link.dilation)
-    patches, dims = _patches(_with_batch(layer, inner), sketched._links[-1]), len(layer.spec.kernel_size)
-    places = _places(patches.shape[: 1 + dims], layer.seed, enough, inner.device)
+    patches, dims = patches_of(_with_batch(layer, inner), sketched._links[-1]), len(layer.spec.kernel_size)
+    places = places_in(patches.shape[: 1 + dims], layer.seed, enough, inner.device)
     target = _with_batch(layer, _wanted(layer, x, h)).movedim(1, -1)
     return patches[places].flatten(1).float().cpu(), target[places].float().cpu()
 
@@ -523,14 +528,14 @@ def _with_batch(layer: _Layer, tensor: Tensor) -> Tensor:
     return tensor.unsqueeze(0) if tensor.dim() == 1 + len(layer.spec.kernel_size) else tensor
 
 
-def _places(sizes: Sequence[int], seed: int, most: int, device: torch.device) -> tuple[Tensor, ...]:
+def places_in(sizes: Sequence[int], seed: int, most: int, device: torch.device) -> tuple[Tensor, ...]:
     """Random places in an array of these sizes, the same every time; all of them where there are few."""
     count = math.prod(sizes)
     chosen = torch.randperm(count, generator=torch.Generator().manual_seed(seed))[:most]
     return torch.unravel_index(chosen.to(device), tuple(sizes))
 
 
-def _patches(inner: Tensor, link: Any) -> Tensor:
+def patches_of(inner: Tensor, link: Any) -> Tensor:
     """(N, channels, *positions) as a view (N, *output positions, channels, *kernel): what the kernel lies on."""
     kernel, dims = link.kernel_size, len(link.kernel_size)
     views = nn.functional.pad(inner, _amounts(link))

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from panther.batches import Call, inference, masked_rows, run
 from panther.chains import TWO_GEMM
 from panther.nn import SketchedLayer, SKLinear
+from panther.nn.on_grid import is_held
 from panther.products import gram
 from panther.sketches import with_ridge
 
@@ -32,7 +33,7 @@ def reorder(student: nn.Module, calls: Sequence[Call]) -> list[str]:
         name: module
         for name, module in student.named_modules()
         if isinstance(module, SketchedLayer) and module.PACKING == TWO_GEMM and len(module.ranks) == 1
-        if hasattr(module, "up")  # a random basis has none
+        if hasattr(module, "up") and not is_held(module)  # a random basis has none; a grid would lose new rounding
     }
     sums: dict[str, Tensor] = {}
     masks: dict[tuple[int, ...], Tensor] = {}

@@ -168,7 +168,7 @@ class SketchedConv(SketchedLayer):
         sizes = (self.kernel_size, self.stride, self.padding, self.dilation, 1, self.bias is not None)
         return self._fill(dense_class(self.in_channels, self.out_channels, *sizes, self.padding_mode, device="meta"))
 
-    def config(self) -> dict[str, Any]:
+    def _geometry(self) -> dict[str, Any]:
         return {
             "in_channels": self.in_channels,
             "out_channels": self.out_channels,
@@ -178,8 +178,10 @@ class SketchedConv(SketchedLayer):
             "dilation": list(self.dilation),
             "padding_mode": self.padding_mode,
             "scheme": self.scheme,
-            **super().config(),
         }
+
+    def config(self) -> dict[str, Any]:
+        return {**self._geometry(), **super().config()}
 
     @classmethod
     def _read_geometry(cls, read: Config) -> tuple[Shape, str]:

@@ -41,7 +41,9 @@ def _parts(report: Report) -> Iterator[RenderableType]:
     yield ""
     if sketched:
         yield _sketched(sketched)
-        yield "kept: share of the layer's weights that remain"
+        yield "kept: share of the layer's weights that remain" + (
+            "; bytes: of their memory" if any(row.stored for row in sketched) else ""
+        )
         yield (
             "error: predicted share of the layer's output energy that is lost, weighted by how strongly the model's "
             "output reacts to it (without calibration data: of the weight's energy)"
@@ -51,6 +53,8 @@ def _parts(report: Report) -> Iterator[RenderableType]:
         yield _left_dense(dense)
         yield ""
     yield _totals(report)
+    if report.baselines:
+        yield _baselines(report)
     yield ""
     yield from _quality(report)
     if report.tuning is not None:
@@ -82,7 +86,8 @@ def _table(*columns: str, right: tuple[str, ...] = ()) -> Table:
 
 
 def _sketched(rows: Sequence[LayerReport]) -> Table:
-    numbers = ("kept", "rank", "terms", "error", "MFLOPs")
+    with_bytes = any(row.stored for row in rows)
+    numbers = ("kept", *(("bytes",) if with_bytes else ()), "rank", "terms", "error", "MFLOPs")
     table = _table("layer", "shape", "scheme", *numbers, right=numbers)
     for row in rows:
         table.add_row(
@@ -90,6 +95,7 @@ def _sketched(rows: Sequence[LayerReport]) -> Table:
             row.shape,
             ", ".join(_how(row)),
             f"{100 * row.kept:.1f} %",
+            *([f"{100 * row.after.size_bytes / row.before.size_bytes:.1f} %"] if with_bytes else []),
             " x ".join(map(str, row.ranks)),
             str(row.terms),
             _share(row.error),
@@ -103,6 +109,8 @@ def _how(row: LayerReport) -> Iterator[str]:
     yield row.scheme
     if row.packing == PIVOTED:
         yield row.packing
+    if row.stored:
+        yield row.stored
     if row.channels and row.scheme != CHANNELS:
         yield f"{row.channels} channels"
 
@@ -128,6 +136,25 @@ def _totals(report: Report) -> Table:
         dense, compressed = _scaled(report.dense, field, scale), _scaled(report.compressed, field, scale)
         if dense is not None and compressed is not None:
             table.add_row(label, _number(dense, digits), _number(compressed, digits), _ratio(dense, compressed, better))
+    return table
+
+
+def _baselines(report: Report) -> Table:
+    """What storing the same layers in whole numbers does by itself, beside what was done."""
+    figure = next((name for name in ("top1", "cosine") if name in report.agreement), "")
+    columns = ("file, MB", "GFLOPs", "latency", figure.replace("_", " "))
+    table = _table("for comparison", *columns, right=columns)
+    rows = [("this model", report.compressed, report.agreement)]
+    rows += [(f"{b.name} alone, by the weights only", b.figures, b.agreement) for b in report.baselines]
+    for name, figures, agreed in rows:
+        ms = None if figures.latency_ms is None else f"{figures.latency_ms:.2f} ms"
+        table.add_row(
+            name,
+            _number(figures.size_bytes / 1e6, 3),
+            _number(figures.flops / 1e9, 3),
+            ms or "",
+            f"{agreed[figure]:.4f}" if figure in agreed else "",
+        )
     return table
 
 

@@ -1,0 +1,164 @@
+"""How small the weights can be stored: rounding alone, ranks alone, and what panther makes of both, at equal bytes.
+
+`python -m benchmarks.bytes` takes a few minutes a cell; --minutes is of training, for the healed row. Needs what
+models/requirements-bench.txt lists and what `python -m benchmarks.fetch_data` gets.
+
+Bytes are those of the Linear and convolution weights that can be sketched, with their scales (four bytes each), and
+biases that ranks bring. Rounding to 3 and 2 bits has no layer here: its rows are computed with the numbers that they
+stand for, and cost what such a file would.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+import panther
+from benchmarks.common import header, say, table
+from models import crepe, minilm, whisper
+from models.data import MissingDataError
+from models.recipe import Recipe
+from panther.factors import dense_weight
+from panther.nn.surgery import with_layers
+from panther.quantise import to_nearest
+from panther.spec import Budget, Capture, Grid
+
+SHARES = (1 / 4, 1 / 8, 0.109, 1 / 16)
+PLAIN = (Grid(8), Grid(4, 32), Grid(4), Grid(3, 32), Grid(3), Grid(2, 32))  # rounding by the weights alone
+SCALE_BYTES = 4
+
+
+@dataclass(frozen=True)
+class Case:
+    """A model, what stays out, and the figure that is looked at."""
+
+    build: Callable[[], Recipe]
+    figures: tuple[str, ...]
+    exclude: tuple[Any, ...] = ()
+
+
+CASES = {
+    "minilm": Case(functools.partial(minilm.build, calibration=1024), ("cosine", "top10", "spearman")),
+    "crepe": Case(functools.partial(crepe.build, 1024), ("accuracy_minus_5_db",)),
+    "whisper": Case(functools.partial(whisper.build, 192), ("wer",), ("proj_out",)),  # the head is the embedding
+}
+
+Cell = tuple[str, float, dict[str, float], str]  # row, share of the bytes, figures, remark
+
+
+def stored_bytes(found: Capture, grid: Grid) -> int:
+    """Of all layers on a grid."""
+    return sum(grid.size_bytes(spec.out_features, spec.fan_in, SCALE_BYTES) for spec in found.sketchable)
+
+
+def dense_bytes(found: Capture) -> int:
+    return sum(4 * spec.params for spec in found.sketchable)
+
+
+def rounded(model: nn.Module, found: Capture, grid: Grid) -> nn.Module:
+    """The model whose weights stand on a grid, each number rounded by itself."""
+    layers = {}
+    for spec in found.sketchable:
+        layer: Any = model.get_submodule(spec.name)
+        new = type(layer).__new__(type(layer))
+        vars(new).update(vars(layer))
+        new._parameters = dict(layer._parameters)
+        weight = dense_weight(layer)
+        numbers = to_nearest(weight.flatten(1), grid).matrix().reshape(weight.shape)
+        new._parameters["weight"] = nn.Parameter(numbers, requires_grad=False)
+        layers[spec.name] = new
+    return with_layers(model, layers)
+
+
+def plain_cells(recipe: Recipe, found: Capture) -> Iterator[Cell]:
+    whole = dense_bytes(found)
+    for grid in PLAIN:
+        label = f"int{grid.bits}, a scale " + ("a row" if grid.group_size is None else f"for {grid.group_size}")
+        say(f"{recipe.name}: {label}")
+        figures = recipe.metrics(rounded(recipe.model, found, grid))
+        remark = "" if grid.bits in (4, 8) else "computed, no such layer"
+        yield f"{label}, to nearest", stored_bytes(found, grid) / whole, figures, remark
+
+
+def panther_cells(
+    recipe: Recipe, found: Capture, exclude: Sequence[Any], shares: Sequence[float], minutes: float, seed: int
+) -> Iterator[Cell]:
+    """Ranks alone, ranks in 8 bits, and both with 4 bits as well, refitted and trained."""
+    rows: dict[str, tuple[tuple[str, ...], Any]] = {
+        "ranks alone": (("float32",), "refit"),
+        "ranks and 8 bits": (("float32", "int8"), "refit"),
+        "all of it": (("float32", "int8", "int4"), "refit"),
+    }
+    if minutes > 0:
+        rows["all of it, healed"] = (("float32", "int8", "int4"), panther.Heal("distill", time_limit=60 * minutes))
+    whole = dense_bytes(found)
+    for label, (dtypes, heal) in rows.items():
+        for share in shares:
+            say(f"{recipe.name}: panther, {label}, {share:.3f} of the bytes")
+            start = time.perf_counter()
+            budget = Budget(size_mb=(found.model_bytes - whole + share * whole) / 1e6)
+            result = panther.compress(
+                recipe.model,
+                budget,
+                example_inputs=recipe.example_inputs,
+                calib_data=recipe.batches,
+                exclude=exclude,
+                dtypes=dtypes,
+                heal=heal,
+                seed=seed,
+                verify=False,
+            )
+            names = {spec.name for spec in found.sketchable}
+            held = sum(row.after.size_bytes for row in result.report.layers if row.name in names)
+            remark = f"{time.perf_counter() - start:.0f} s" + ("" if result.budget_met else ", budget not met")
+            yield f"panther, {label}", held / whole, recipe.metrics(result.model), remark
+
+
+def compare(names: Sequence[str], shares: Sequence[float], minutes: float, seed: int) -> str:
+    """The header, and a table for each model."""
+    recipes, parts = [], []
+    for name in names:
+        case = CASES[name]
+        say(f"{name}: loading")
+        recipe = case.build()
+        recipes.append(recipe)
+        found = panther.analyze(recipe.model, recipe.example_inputs, exclude=case.exclude)
+        cells: list[Cell] = [("dense", 1.0, recipe.metrics(recipe.model), "")]
+        cells += plain_cells(recipe, found)
+        cells += panther_cells(recipe, found, case.exclude, shares, minutes, seed)
+        rows = [
+            [label, f"{share:.4f}", *(f"{figures[name]:.3f}" for name in case.figures), remark]
+            for label, share, figures, remark in sorted(cells, key=lambda cell: -cell[1])
+        ]
+        columns = ["", "bytes", *(figure.replace("_", " ") for figure in case.figures), ""]
+        parts.append(f"{recipe.name}\n\n" + table(columns, rows))
+    what = [f"{recipe.name}: {recipe.notes}" for recipe in recipes]
+    return "\n\n".join(["\n".join([header(recipes, [*what, f"{minutes:g} minutes of training"], seed)]), *parts])
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.bytes", description=__doc__)
+    parser.add_argument("--models", nargs="+", choices=CASES, default=list(CASES), help="which (all)")
+    parser.add_argument(
+        "--shares", nargs="+", type=float, default=list(SHARES), help="of the bytes (1/4 1/8 .109 1/16)"
+    )
+    parser.add_argument("--minutes", type=float, default=5.0, help="of training for the healed row; 0: none (5)")
+    parser.add_argument("--seed", type=int, default=0)
+    given = parser.parse_args(argv)
+    try:
+        print(compare(given.models, given.shares, given.minutes, given.seed))
+    except MissingDataError as error:
+        print(f"bytes: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

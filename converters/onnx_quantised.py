@@ -1,0 +1,196 @@
+"""Quantised layers in an ONNX file: whole numbers, with DequantizeLinear before the product that reads them.
+
+The model is exported with the float weights that its numbers stand for; afterwards each of these in the file is put
+back as numbers and scales. Eight bits are int8. Four bits are int4, and groups of numbers are blocks, from opset 21 on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from torch import Tensor, nn
+
+from panther import chains
+from panther.nn import SKETCHED, QuantisedLayer
+from panther.nn.on_grid import CorrectedLinear
+from panther.nn.quantised import StoredWeight
+from panther.nn.surgery import with_layers
+from panther.ops import unpacked_int4
+
+BLOCKS_FROM = 21  # the opset that has int4 and blocks
+
+Parts = Mapping[str, StoredWeight]  # by the name of the float parameter that stands for it
+
+
+def with_floats(model: nn.Module) -> tuple[nn.Module, Parts]:
+    """The model with float layers in place of quantised ones, and how each of their weights is stored.
+
+    The model itself where it has none.
+    """
+    quantised = {name: layer for name, layer in model.named_modules() if isinstance(layer, QuantisedLayer)}
+    if not quantised:
+        return model, {}
+    layers = {name: _as_floats(layer) for name, layer in quantised.items()}
+    parts = {
+        f"{name}.{parameter}" if name else parameter: part
+        for name, layer in quantised.items()
+        for parameter, part in zip(_parameters(layer), layer.stored, strict=True)
+    }
+    return (layers[""] if "" in layers else with_layers(model, layers)), parts
+
+
+def _parameters(layer: QuantisedLayer) -> tuple[str, ...]:
+    """What the stored weights of a layer are called in its float form."""
+    return tuple("weight" if name == "whole" else name for name in layer._weight_names)
+
+
+def _as_floats(layer: QuantisedLayer) -> nn.Module:
+    dense, weights = layer.to_dense(), layer.active_weights()
+    if layer.scheme == chains.WHOLE:
+        return dense
+    if layer.scheme == chains.CORRECTED and isinstance(dense, nn.Linear):
+        dense.weight.data.copy_(weights[0])
+        return CorrectedLinear(dense, *weights[1:])
+    sketch = SKETCHED[layer.DENSE].from_factors(dense, layer.scheme, weights, layer.bias, low_rank=layer.low_rank)
+    return sketch.train(layer.training)
+
+
+def least_opset(parts: Parts) -> int | None:
+    """The opset from which these weights can be written as they are stored; None where any will do."""
+    needs = any(part.grid.bits == 4 or part.grid.group_size is not None for part in parts.values())
+    return BLOCKS_FROM if needs else None
+
+
+@dataclass(frozen=True)
+class _Numbers:
+    """A weight as ONNX holds it: whole numbers, scales, and along which axis these differ."""
+
+    values: np.ndarray[Any, Any]
+    scales: np.ndarray[Any, Any]
+    axis: int
+    block: int | None
+    shape: tuple[int, ...]  # that the reader wants
+
+    @property
+    def transposed(self) -> _Numbers:
+        """Of a matrix."""
+        shape = self.shape[::-1]
+        return _Numbers(self.values.T.copy(), self.scales.T.copy(), 1 - self.axis, self.block, shape)
+
+
+def put_numbers(program: Any, parts: Parts) -> list[str]:
+    """Put whole numbers and scales in place of the float weights of an exported program; notes on those that stay.
+
+    program: torch.onnx.ONNXProgram of the model that `with_floats` gave.
+    """
+    graph = program.model.graph
+    opset = int(program.model.opset_imports.get("", 0))
+    notes, stays = [], 0
+    for name, part in parts.items():
+        numbers = _numbers(part, opset)
+        value = None if numbers is None else _initializer(graph, name, part)
+        if numbers is None or value is None:
+            stays += 1
+        else:
+            _replace(graph, value, numbers)
+    if stays:
+        why = "" if opset >= BLOCKS_FROM else f": opset {opset} has no blocks, use {BLOCKS_FROM} or later"
+        notes.append(f"{stays} of {len(parts)} quantised weights are float numbers in the file{why}")
+    if opset < BLOCKS_FROM and any(part.grid.bits == 4 for part in parts.values()):
+        notes.append(f"weights of 4 bits take 8 in the file: opset {opset} has no int4, use {BLOCKS_FROM} or later")
+    return notes
+
+
+def _numbers(part: StoredWeight, opset: int) -> _Numbers | None:
+    """A stored weight for ONNX; None where this opset cannot say it."""
+    import ml_dtypes  # comes with onnx
+
+    grid = part.grid
+    if grid.group_size is not None and opset < BLOCKS_FROM:
+        return None
+    whole = part.values if grid.bits == 8 else unpacked_int4(part.values, part.columns)
+    values, scales = _array(whole), _array(part.scales)
+    if grid.bits == 4 and opset >= BLOCKS_FROM:
+        values = values.astype(ml_dtypes.int4)
+    if grid.group_size is not None:
+        return _Numbers(values, scales, 1, grid.group_size, part.size)
+    return _Numbers(values.reshape(part.size), scales.reshape(-1), 0, None, part.size)
+
+
+def _array(tensor: Tensor) -> np.ndarray[Any, Any]:
+    array: np.ndarray[Any, Any] = tensor.detach().cpu().numpy()
+    return array
+
+
+def _initializer(graph: Any, name: str, part: StoredWeight) -> Any:
+    """The float weight in the graph: by its name, or by its numbers where the exporter made another of it."""
+    for known, value in graph.initializers.items():
+        if known == name or known.endswith(f".{name}"):
+            return value
+    wanted = _array(part.dense())
+    for value in graph.initializers.values():
+        tensor = value.const_value
+        if tensor is not None and tuple(tensor.shape) == wanted.shape and np.array_equal(tensor.numpy(), wanted):
+            return value
+    return None
+
+
+def _replace(graph: Any, value: Any, numbers: _Numbers) -> None:
+    """Let every reader of a float weight read whole numbers instead; a transposition in between goes."""
+    made: dict[bool, Any] = {}
+
+    def stored(*, turned: bool) -> Any:
+        if turned not in made:
+            made[turned] = _dequantised(graph, f"{value.name}{'.T' if turned else ''}", numbers, turned=turned)
+        return made[turned]
+
+    for node, index in list(value.uses()):
+        if _is_turned(node, numbers):
+            new = stored(turned=True)
+            for reader, at in list(node.outputs[0].uses()):
+                reader.replace_input_with(at, new)
+            if not node.outputs[0].is_graph_output():
+                graph.remove(node, safe=True)
+                continue
+        node.replace_input_with(index, stored(turned=False))
+    if not list(value.uses()) and not value.is_graph_output():
+        del graph.initializers[value.name]
+
+
+def _is_turned(node: Any, numbers: _Numbers) -> bool:
+    perm = node.attributes.get("perm")
+    is_matrix = len(numbers.shape) == 2
+    return bool(node.op_type == "Transpose" and is_matrix and (perm is None or list(perm.value) == [1, 0]))
+
+
+def _dequantised(graph: Any, name: str, numbers: _Numbers, *, turned: bool) -> Any:
+    """The value of a new DequantizeLinear node of these numbers; it depends on nothing, and comes first."""
+    import onnx_ir as ir
+
+    held = numbers.transposed if turned else numbers
+    # Blocks are of a matrix: a convolution's weight is one until it has been widened.
+    shape = None if numbers.block is None or len(numbers.shape) == 2 else np.array(numbers.shape, dtype=np.int64)
+    given = [_constant(graph, f"{name}.values", held.values), _constant(graph, f"{name}.scales", held.scales)]
+    block = {} if held.block is None else {"block_size": held.block}
+    made = [ir.node("DequantizeLinear", given, attributes={"axis": held.axis, **block})]
+    if shape is not None:
+        made.append(ir.node("Reshape", [made[0].outputs[0], _constant(graph, f"{name}.size", shape)]))
+    for node in made:
+        node.outputs[0].name = f"{name}.{node.op_type}"
+    result = made[-1].outputs[0]
+    result.shape, result.type = ir.Shape(held.shape), given[1].type
+    graph.insert_before(graph[0], made)
+    return result
+
+
+def _constant(graph: Any, name: str, array: np.ndarray[Any, Any]) -> Any:
+    """A new initializer of a graph."""
+    import onnx_ir as ir
+
+    tensor: Any = ir.tensor(array, name=name)
+    value = ir.Value(name=name, shape=tensor.shape, type=ir.TensorType(tensor.dtype), const_value=tensor)
+    graph.register_initializer(value)
+    return value

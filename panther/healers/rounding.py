@@ -1,0 +1,239 @@
+"""A student's weights put on the grids of its plan, each in the norm of the inputs that it really gets.
+
+As in the refit, both models walk through the same calls in lockstep: what a layer is rounded to makes up for part of
+what the layers before it lost, and for what its own earlier links lost. From then on the layer is held to its grid.
+
+Notation: x (rows, n) what a matrix W (m, n) gets where nothing was rounded, h (rows, n) what it gets.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.linalg import LinAlgError  # type: ignore[attr-defined]  # it is not in torch's list of names
+
+from panther import chains
+from panther.batches import Call
+from panther.healers.lockstep import Arrival, LeftStepError, Lockstep, in_precision, stretches
+from panther.healers.refit import (
+    ANCHOR,
+    MOST_FEATURES,
+    RIDGE,
+    ROWS_PER_FEATURE,
+    Products,
+    patches_of,
+    places_in,
+    rows_of,
+)
+from panther.nn import SketchedLayer
+from panther.nn.on_grid import corrected, hold
+from panther.nn.surgery import put_layers
+from panther.progress import Progress
+from panther.quantise import Rounded, balanced, in_data_norm, to_nearest
+from panther.sketches import with_ridge
+from panther.spec import Choice, Grid, LayerSpec
+
+FEWEST_CALLS = 32  # that are looked at where they fit
+LEFT_RIDGE = 1e-3  # of the mean variance of an input, for what is left to correct
+
+
+@dataclass(frozen=True)
+class _Link:
+    """One weight of a layer: its name, as what it is applied, and the grid that it is to be on."""
+
+    name: str
+    link: chains.Link
+    grid: Grid
+
+
+@dataclass(frozen=True)
+class _Found:
+    """A layer of the student and the numbers of its weights."""
+
+    name: str
+    layer: nn.Module
+    numbers: Sequence[tuple[str, Rounded]]
+
+
+_Triple = tuple[Call, Arrival, Arrival]  # a call, and what the layer gets in both models
+
+
+def round_layers(
+    teacher: nn.Module,
+    student: nn.Module,
+    choices: Sequence[Choice],
+    specs: Mapping[str, LayerSpec],
+    calls: Sequence[Call],
+    *,
+    held_bytes: float = math.inf,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> list[str]:
+    """Hold every layer that these choices quantise to its grid, in place; remarks on those that went without the data.
+
+    choices: of layers that the student has as float ones (a chain, or the dense layer with all or fewer channels).
+    calls: as many of them as `held_bytes` allow are held at one depth of both models at once. None: numbers are rounded
+        each by itself.
+
+    Raises: LeftStepError when the calls run through the layers in different orders, or through one twice.
+    """
+    by_name = {choice.layer: choice for choice in choices if choice.grid is not None}
+    walked = [name for name in by_name if specs[name].calls == 1] if calls else []
+    done: list[str] = []
+
+    def wanted(name: str, numbers: int) -> int:
+        rows = max(1, numbers // specs[name].out_features)
+        return max(FEWEST_CALLS, math.ceil(ROWS_PER_FEATURE * specs[name].fan_in / rows))
+
+    walks = stretches(student, calls, walked, held_bytes, wanted) if walked else []
+    with torch.no_grad(), (progress or Progress(False)).bar("rounding") as bar:
+        for walk in walks:
+            held, found = calls[: walk.calls], list[_Found]()
+            with Lockstep(teacher, held, walk.stops) as dense, Lockstep(student, held, walk.stops) as own:
+                while (name := own.advance()) is not None:
+                    if dense.advance() != name or name in done:
+                        raise LeftStepError("the two models run their layers in different orders, or one twice")
+                    bar(len(done) / len(by_name), name)
+                    layer = student.get_submodule(name)
+                    given = list(zip(held, dense.arrivals, own.arrivals, strict=True))
+                    dense_layer = teacher.get_submodule(name)
+                    found.append(_round(student, layer, by_name[name], specs[name], dense_layer, given, seed))
+                    done.append(name)
+            _hold(student, found)  # a walk leaves the modules of a model as they were
+        left = [name for name in by_name if name not in done]
+        _hold(
+            student,
+            [_round(student, student.get_submodule(n), by_name[n], specs[n], None, (), seed) for n in left],
+        )
+    return [f"{name} was rounded without looking at data" for name in left] if calls else []
+
+
+def _round(
+    student: nn.Module,
+    layer: nn.Module,
+    choice: Choice,
+    spec: LayerSpec,
+    dense: nn.Module | None,
+    given: Sequence[_Triple],
+    seed: int,
+) -> _Found:
+    """Put the numbers of a grid into one layer."""
+    found: list[tuple[str, Rounded]] = []
+    links = _links(layer, choice, spec)
+    if len(links) == 2:
+        first, second = (cast(Tensor, getattr(layer, link.name)) for link in links)
+        for weight, value in zip((first, second), balanced(first.detach(), second.detach()), strict=True):
+            weight.data.copy_(value)
+    for link in links:
+        products = None if dense is None else _products(layer, dense, link, found, spec, given, seed)
+        weight = cast(Tensor, getattr(layer, link.name)).detach()
+        rounded, wanted = _rounded(
+            weight.flatten(1).double().cpu(), products, link.grid, weight.dtype, has_bias=layer.bias is not None
+        )
+        found.append((link.name, rounded))
+        if link is links[-1] and layer.bias is not None and products is not None and products.rows:
+            mean_x, mean_h = products.means()  # the norm of the data is about the mean, which the bias sets right
+            shift = weight.flatten(1).double().cpu() @ mean_x - rounded.matrix().double().cpu() @ mean_h
+            cast(Tensor, layer.bias).data.add_(shift.to(layer.bias))  # type: ignore[arg-type]
+        if choice.scheme == chains.CORRECTED:
+            sees_data = products is not None and products.rows
+            lower = with_ridge(products.covariances()[0], LEFT_RIDGE) if products is not None and sees_data else None
+            layer = corrected(cast(nn.Linear, layer), wanted - rounded.matrix().double(), choice.ranks[0], lower)
+            put_layers(student, {choice.layer: layer})
+            found.extend((name, to_nearest(getattr(layer, name).detach().cpu(), Grid(8))) for name in ("down", "up"))
+    for name, rounded in found:
+        weight = cast(Tensor, getattr(layer, name))
+        weight.data.copy_(rounded.matrix().reshape(weight.shape))
+    return _Found(choice.layer, layer, found)
+
+
+def _hold(student: nn.Module, found: Sequence[_Found]) -> None:
+    put_layers(student, {one.name: one.layer for one in found if student.get_submodule(one.name) is not one.layer})
+    for one in found:
+        for name, rounded in one.numbers:
+            hold(one.layer, name, rounded)
+
+
+def _links(layer: Any, choice: Choice, spec: LayerSpec) -> list[_Link]:
+    """The float weights of a layer that are rounded after each other."""
+    grid = cast(Grid, choice.grid)
+    if choice.scheme in (chains.WHOLE, chains.CORRECTED):
+        sizes = () if spec.kind == "linear" else (layer.kernel_size, layer.stride, layer.padding, layer.dilation)
+        inputs, outputs = layer.weight.shape[1], layer.weight.shape[0]
+        return [_Link("weight", chains.Link(inputs, outputs, *sizes), grid)]
+    return [_Link(name, link, grid) for name, link in zip(layer._weight_names, layer._links, strict=True)]
+
+
+def _rounded(
+    weight: Tensor, products: Products | None, grid: Grid, dtype: torch.dtype, *, has_bias: bool
+) -> tuple[Rounded, Tensor]:
+    """A matrix on a grid, and what it stands for: the matrix that does best on the inputs that it gets."""
+    if products is None or not products.rows:
+        return to_nearest(weight, grid, dtype=dtype), weight
+    own, cross = products.covariances() if has_bias else products.about_zero()
+    scale = float(own.diagonal().mean()) or 1.0
+    ridge = RIDGE * scale * torch.eye(len(own), dtype=torch.float64)
+    try:
+        target = weight @ ((1 - ANCHOR) * own + ANCHOR * cross + ridge)
+        solved = torch.cholesky_solve(target.T, with_ridge(own + ridge, 0.0)).T
+        return in_data_norm(solved, own, grid, dtype), solved
+    except LinAlgError:  # inputs that are not finite, or all the same
+        return to_nearest(weight, grid, dtype=dtype), weight
+
+
+def _products(
+    layer: Any,
+    dense: nn.Module,
+    link: _Link,
+    before: Sequence[tuple[str, Rounded]],
+    spec: LayerSpec,
+    given: Sequence[_Triple],
+    seed: int,
+) -> Products | None:
+    """Second moments of what a weight gets and should get; None where it sees too much at once."""
+    fan_in = link.link.params // link.link.out_channels
+    if fan_in > MOST_FEATURES or getattr(layer, "padding_mode", "zeros") != "zeros":
+        return None
+    products, enough = Products(), max(64, math.ceil(ROWS_PER_FEATURE * fan_in / max(1, len(given))))
+    rounded = {name: part.matrix() for name, part in before}
+    for call, x, h in given:
+        inner = _before(layer, link, h, {})
+        if before:  # what the links before this one lost is to be made up for, whatever the teacher gets
+            pair = inner, _before(layer, link, h, rounded)
+        elif cast(Tensor, x.first).shape == inner.shape:
+            pair = x.first, inner
+        else:  # fewer channels than the teacher's
+            pair = inner, inner
+        if spec.kind == "linear":
+            products.add(*rows_of(call, *pair, enough=enough, seed=seed))
+            continue
+        batch = [t if t.dim() == 2 + len(spec.kernel_size) else t.unsqueeze(0) for t in pair]
+        views = [patches_of(t, link.link) for t in batch]
+        places = places_in(views[0].shape[: 1 + len(spec.kernel_size)], seed, enough, views[0].device)
+        products.add(*(view[places].flatten(1).float().cpu() for view in views))
+    return products
+
+
+def _before(layer: Any, link: _Link, arrival: Arrival, rounded: Mapping[str, Tensor]) -> Tensor:
+    """What comes to a link of a layer, with some of the links before it rounded."""
+    inner = cast(Tensor, arrival.first)
+    if not isinstance(layer, SketchedLayer):
+        return inner
+    apply: Callable[..., Tensor] = _multiplied if layer._shape.kernel_size == () else cast(Any, layer).CONVOLVE
+    with in_precision(arrival.precision):
+        for name, part in zip(layer._weight_names, layer._links, strict=True):
+            if name == link.name:
+                break
+            own = cast(Tensor, getattr(layer, name))
+            weight = rounded[name].reshape(own.shape).to(own) if name in rounded else own
+            inner = apply(inner, weight, None, part.stride, part.padding, part.dilation)
+    return inner
+
+
+def _multiplied(inner: Tensor, weight: Tensor, *_: object) -> Tensor:
+    return nn.functional.linear(inner, weight)

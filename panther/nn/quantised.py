@@ -1,0 +1,398 @@
+"""Layers whose weights are whole numbers of 8 or 4 bits with scales: the weight itself, or the links of a chain.
+
+Scheme "whole": the dense weight. A chain's scheme: each of its links. "corrected" (linear layers): the dense weight in
+few bits, and a chain of 8 bits that makes up for part of the error of that: y = b + Q x + up (down x).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, Self, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from panther import chains
+from panther.nn.arguments import MAX_SIZE, Config, one_of
+from panther.nn.base import COMMON_KEYS, Shape, SketchedLayer, _check_finite
+from panther.nn.conv import CONFIG_KEYS as CONV_KEYS
+from panther.nn.conv import SKConv1d, SKConv2d, SKConv3d, SketchedConv
+from panther.nn.factor import compose
+from panther.nn.linear import SKLinear
+from panther.ops import dequantised, low_rank_linear_int8, packed_int4, quantised_linear
+from panther.quantise import Rounded, to_nearest
+from panther.spec import BITS, Grid
+
+GROUP_SIZES = (32, 64, 128)
+KEYS = ("ranks", "bits", "group_size", "bias", "dtype")
+LINEAR_KEYS = ("in_features", "out_features", "scheme", *KEYS)
+QUANTISED_CONV_KEYS = (*(key for key in CONV_KEYS if key not in COMMON_KEYS), *KEYS)
+LINEAR_SCHEMES = (chains.WHOLE, chains.LINEAR, chains.CORRECTED)
+CONV_SCHEMES = (chains.WHOLE, *chains.CONV_SCHEMES)
+
+
+class StoredWeight(nn.Module):
+    """One weight (out, *rest) as whole numbers and scales; its rows are packed each from a new byte on.
+
+    values: int8 (out, columns), or uint8 (out, ceil(columns / 2)) of 4 bits. scales: (out, groups).
+    """
+
+    values: Tensor
+    scales: Tensor
+
+    def __init__(
+        self, size: Sequence[int], grid: Grid, device: torch.device | str | None, dtype: torch.dtype | None
+    ) -> None:
+        super().__init__()
+        self.size, self.grid = tuple(size), grid
+        rows, columns = size[0], math.prod(size[1:])
+        kind, held = (torch.int8, columns) if grid.bits == 8 else (torch.uint8, -(-columns // 2))
+        self.register_buffer("values", torch.zeros(rows, held, dtype=kind, device=device))
+        self.register_buffer("scales", torch.ones(rows, grid.groups(columns), dtype=dtype, device=device))
+
+    @property
+    def columns(self) -> int:
+        return math.prod(self.size[1:])
+
+    @property
+    def numbers(self) -> int:
+        """Whole numbers, of which four bits hold two in a byte."""
+        return math.prod(self.size)
+
+    def fill(self, rounded: Rounded) -> None:
+        """Take numbers of this size and grid."""
+        if rounded.values.shape != (self.size[0], self.columns) or rounded.grid != self.grid:
+            raise ValueError(
+                f"expected {(self.size[0], self.columns)} numbers in {self.grid}, got {tuple(rounded.values.shape)} in "
+                f"{rounded.grid}"
+            )
+        self.values.copy_(rounded.values if self.grid.bits == 8 else packed_int4(rounded.values))
+        self.scales.copy_(rounded.scales)
+        _check_finite("scales of a quantised weight", self.scales)
+
+    def dense(self) -> Tensor:
+        """The weight that is meant, (out, *rest), in the dtype of the scales."""
+        return dequantised(self.values, self.scales, self.columns).reshape(self.size)
+
+    def forward(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """x (..., columns) -> (..., out), without a copy of the whole weight on a CPU."""
+        return quantised_linear(x, self.values, self.scales, bias)
+
+    def extra_repr(self) -> str:
+        group = "" if self.grid.group_size is None else f", group_size={self.grid.group_size}"
+        return f"{self.size}, bits={self.grid.bits}{group}"
+
+
+class QuantisedLayer(SketchedLayer):
+    """A dense or sketched layer whose weights are stored in few bits.
+
+    Made from trained layers: `from_dense` rounds a dense one by its weight alone, panther.compress by its data.
+    `whole` is the dense weight (schemes "whole" and "corrected"); `down`, `core` and `up` are the links of a chain.
+    """
+
+    PACKING = chains.QUANTISED
+    DEFAULT_SCHEME = chains.WHOLE
+    SKETCHED: ClassVar[type[SketchedLayer]]
+
+    grid: Grid
+
+    def __init__(self, *_args: object, **_options: object) -> None:
+        name = type(self).__name__
+        raise TypeError(
+            f"{name} is made from a trained layer and has no constructor: {name}.from_dense(layer, bits=8) takes an "
+            f"nn.{self.DENSE.__name__}"
+        )
+
+    @property
+    def _weight_names(self) -> tuple[str, ...]:
+        if self.scheme == chains.WHOLE:
+            return ("whole",)
+        links = ("down", "core", "up") if self.scheme == "tucker2" else ("down", "up")
+        return ("whole", *links) if self.scheme == chains.CORRECTED else links
+
+    def _chain(self, scheme: str, shape: chains.Geometry, ranks: Sequence[int]) -> tuple[chains.Link, ...]:
+        return chains.stored_links(scheme, shape, ranks)
+
+    def _allocate(
+        self,
+        shape: Shape,
+        chain: Sequence[chains.Link],
+        *,
+        low_rank: int,
+        bias: bool,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        self._shape, self._links, self.low_rank = shape, tuple(chain), low_rank
+        factors = chain[1:] if self.scheme == chains.CORRECTED else chain
+        self.ranks = tuple(link.out_channels for link in factors[:-1])
+        self.rank = max(self.ranks, default=0)
+        self.num_terms = self._active_terms = 1
+        grids = chains.grids_for(self.scheme, self.grid, len(chain))
+        for name, link, grid in zip(self._weight_names, chain, grids, strict=True):
+            setattr(self, name, StoredWeight(link.weight_shape, grid, device, dtype))
+        zeros = nn.Parameter(torch.zeros(shape.out_features, device=device, dtype=dtype)) if bias else None
+        self.register_parameter("bias", zeros)
+
+    @property
+    def stored(self) -> tuple[StoredWeight, ...]:
+        """The weights as they are stored, in the order in which they are used."""
+        return tuple(getattr(self, name) for name in self._weight_names)
+
+    def reset_parameters(self) -> None:
+        """Refused: whole numbers are not drawn at random."""
+        raise TypeError(f"{type(self).__name__} has no random weights to draw: make it again with from_dense(layer)")
+
+    @property
+    def active_terms(self) -> int:
+        """1: all of a quantised layer runs."""
+        return self.num_terms
+
+    @active_terms.setter
+    def active_terms(self, value: int) -> None:
+        raise ValueError(
+            f"{type(self).__name__}.active_terms: the links of a quantised layer were rounded to fit each other, so "
+            f'no part of it is a smaller layer. Keep a {self.SKETCHED.__name__} (dtype "float32") to switch terms.'
+        )
+
+    def active_weights(self) -> tuple[Tensor, ...]:
+        """What the stored weights stand for, in the dtype of the scales."""
+        return tuple(part.dense() for part in self.stored)
+
+    def _first_weight(self) -> Tensor:
+        return self.stored[0].scales
+
+    def _compose(self) -> Tensor:
+        weights = [weight.to(torch.promote_types(weight.dtype, torch.float32)) for weight in self.active_weights()]
+        if self.scheme == chains.CORRECTED:
+            whole = weights[0] + compose(weights[1:])
+        else:
+            whole = weights[0] if len(weights) == 1 else compose(weights)
+        return whole.to(self._first_weight().dtype).contiguous()
+
+    @classmethod
+    def from_dense(  # type: ignore[override]  # its size is a number of bits, not a rank
+        cls, layer: nn.Module, *, bits: int = 8, group_size: int | None = None
+    ) -> Self:
+        """The quantised layer nearest to a dense one, judged by the weight alone (compress() also looks at data).
+
+        bits: 8 or 4. group_size: 32, 64 or 128 neighbours share a scale; None: all of a row. dtype, device, bias and
+        training flag stay as they are.
+
+        Raises: TypeError for a class other than the one this layer stands for, its subclasses included.
+                ValueError for other bits or group sizes, and for a weight with NaN or Inf.
+        """
+        cls._check_dense(layer)
+        grid = grid_of(cls.__name__, bits, group_size)
+        weight = cast(Tensor, layer.weight).detach()
+        _check_finite(f"{cls.__name__}.from_dense: the weight of the dense layer", weight)
+        wide = weight.flatten(1).to(torch.promote_types(weight.dtype, torch.float32)).cpu()
+        return cls.from_rounded(layer, chains.WHOLE, [to_nearest(wide, grid, dtype=weight.dtype)], layer.bias)  # type: ignore[arg-type]
+
+    @classmethod
+    def from_rounded(cls, layer: nn.Module, scheme: str, parts: Sequence[Rounded], bias: Tensor | None) -> Self:
+        """The layer of these numbers in the place of a dense one, first link first ("corrected": the whole one first).
+
+        Raises: TypeError as from_dense. ValueError when a size or a grid does not fit, or a scale is not finite.
+        """
+        cls._check_dense(layer)
+        chain = parts[1:] if scheme == chains.CORRECTED else parts
+        ranks = [len(part.values) for part in chain[:-1]]
+        new = cls._bare()
+        new.grid = parts[0].grid
+        new._follow_dense(layer, scheme, ranks, bias is not None)
+        with torch.no_grad():
+            for target, part in zip(new.stored, parts, strict=True):
+                target.fill(part)
+            if bias is not None and new.bias is not None:
+                new.bias.copy_(bias)
+                _check_finite(f"{cls.__name__}.from_rounded: the bias", new.bias)
+                old = cast(Tensor | None, layer.bias)
+                new.bias.requires_grad_(cast(Tensor, layer.weight if old is None else old).requires_grad)
+        return new.train(layer.training)
+
+    def _follow_dense(self, layer: nn.Module, scheme: str, ranks: Sequence[int], bias: bool) -> None:
+        raise NotImplementedError(f"{type(self).__name__} does not say how to follow a dense layer")
+
+    @classmethod
+    def _shape_of(cls, layer: nn.Module) -> Shape:
+        return cls.SKETCHED._shape_of(layer)
+
+    def config(self) -> dict[str, Any]:
+        return {
+            "ranks": list(self.ranks),
+            "bits": self.grid.bits,
+            "group_size": self.grid.group_size or 0,
+            "bias": self.bias is not None,
+            "dtype": str(self._first_weight().dtype).removeprefix("torch."),
+        }
+
+    def _read_grid(self, read: Config) -> None:
+        bits, size = read.integer("bits", 4, 8), read.integer("group_size", 0, max(GROUP_SIZES))
+        self.grid = grid_of(read.owner, bits, size or None)
+
+    def _describe_terms(self) -> str:
+        rank = f"rank={self.ranks[0] if len(self.ranks) == 1 else self.ranks}, " if self.ranks else ""
+        group = "" if self.grid.group_size is None else f", group_size={self.grid.group_size}"
+        return f"{rank}bits={self.grid.bits}{group}" + ("" if self.bias is not None else ", bias=False")
+
+
+def grid_of(owner: str, bits: int, group_size: int | None) -> Grid:
+    """Raises: ValueError for bits or a group size that no layer stores."""
+    if bits not in BITS.values() or isinstance(bits, bool):
+        raise ValueError(f"{owner}(bits={bits!r}): expected {' or '.join(map(str, BITS.values()))}")
+    if group_size is not None and group_size not in GROUP_SIZES:
+        raise ValueError(f"{owner}(group_size={group_size!r}): expected None or one of {GROUP_SIZES}")
+    return Grid(bits, group_size)
+
+
+class QuantisedLinear(QuantisedLayer):
+    """nn.Linear in 8 or 4 bits a weight: QuantisedLinear.from_dense(layer, bits=8).
+
+    On a CPU the weight is widened as it is read, a few rows of inputs at a time, and never as a whole.
+
+    Shapes: x (..., in_features) -> (..., out_features).
+    """
+
+    DENSE = nn.Linear
+    SKETCHED = SKLinear
+
+    def _follow_dense(self, layer: nn.Module, scheme: str, ranks: Sequence[int], bias: bool) -> None:
+        one_of(type(self).__name__, "scheme", scheme, LINEAR_SCHEMES)
+        weight = cast(nn.Linear, layer).weight
+        self._build(self._shape_of(layer), scheme, ranks, bias=bias, device=weight.device, dtype=weight.dtype)
+
+    def _build(
+        self,
+        shape: Shape,
+        scheme: str,
+        ranks: Sequence[int],
+        *,
+        bias: bool,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        self.scheme = scheme
+        self.in_features, self.out_features = shape.in_features, shape.out_features
+        chain = self._chain(scheme, shape, ranks)
+        self._allocate(shape, chain, low_rank=max(ranks, default=1), bias=bias, device=device, dtype=dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        parts = self.stored
+        if self.scheme == chains.WHOLE:
+            whole: Tensor = parts[0](x, self.bias)
+            return whole
+        down, up = parts[-2:]
+        bias = self.bias if self.scheme == chains.LINEAR else None
+        if down.grid.bits == 8:
+            y = low_rank_linear_int8(x, down.values, down.scales, up.values, up.scales, bias)
+        else:
+            y = up(down(x, None), bias)
+        return y if self.scheme == chains.LINEAR else y + parts[0](x, self.bias)
+
+    def to_dense(self) -> nn.Linear:
+        """The nn.Linear that computes the same, up to rounding."""
+        return self._fill(nn.Linear(self.in_features, self.out_features, self.bias is not None, device="meta"))
+
+    def config(self) -> dict[str, Any]:
+        sizes = {"in_features": self.in_features, "out_features": self.out_features, "scheme": self.scheme}
+        return {**sizes, **super().config()}
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any]) -> Self:
+        read = Config(cls.__name__, config, LINEAR_KEYS)
+        shape, scheme = (
+            Shape(read.integer("in_features"), read.integer("out_features")),
+            read.word("scheme", LINEAR_SCHEMES),
+        )
+        ranks = read.integers("ranks", 0 if scheme == chains.WHOLE else 1, high=MAX_SIZE)
+        read.check_numbers(sum(link.params for link in chains.stored_links(scheme, shape, ranks)))
+        new = cls._bare()
+        new._read_grid(read)
+        new._build(shape, scheme, ranks, bias=read.flag("bias"), dtype=read.dtype())
+        return new
+
+    def extra_repr(self) -> str:
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, scheme={self.scheme!r}, "
+            f"{self._describe_terms()}"
+        )
+
+
+class QuantisedConv(QuantisedLayer, SketchedConv):
+    """A convolution, or a chain of them, in 8 or 4 bits a weight; each link is widened when it runs.
+
+    Shapes: x (batch, in_channels, *size) or (in_channels, *size) -> as the dense layer.
+    """
+
+    def _follow_dense(self, layer: nn.Module, scheme: str, ranks: Sequence[int], bias: bool) -> None:
+        one_of(type(self).__name__, "scheme", scheme, CONV_SCHEMES)
+        conv = cast(nn.Conv2d, layer)
+        self._build(
+            self._shape_of(conv),
+            conv.padding_mode,
+            scheme,
+            ranks,
+            low_rank=max(ranks, default=1),
+            bias=bias,
+            device=conv.weight.device,
+            dtype=conv.weight.dtype,
+        )
+
+    def config(self) -> dict[str, Any]:
+        return {**self._geometry(), **QuantisedLayer.config(self)}
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any]) -> Self:
+        read = Config(cls.__name__, config, QUANTISED_CONV_KEYS)
+        shape, mode = cls._read_geometry(read)
+        scheme = read.word("scheme", CONV_SCHEMES)
+        count = {chains.WHOLE: 0, "tucker2": 2}.get(scheme, 1)
+        ranks = read.integers("ranks", count, high=MAX_SIZE)
+        read.check_numbers(sum(link.params for link in chains.stored_links(scheme, shape, ranks)))
+        new = cls._bare()
+        new._read_grid(read)
+        bias, dtype = read.flag("bias"), read.dtype()
+        new._build(shape, mode, scheme, ranks, low_rank=max(ranks, default=1), bias=bias, dtype=dtype)
+        return new
+
+
+class QuantisedConv1d(QuantisedConv):
+    """nn.Conv1d in 8 or 4 bits a weight: QuantisedConv1d.from_dense(layer, bits=8)."""
+
+    DENSE = nn.Conv1d
+    DIMS = 1
+    CONVOLVE = staticmethod(F.conv1d)
+    SKETCHED = SKConv1d
+
+    def to_dense(self) -> nn.Conv1d:
+        """The nn.Conv1d that computes the same, up to rounding."""
+        return cast(nn.Conv1d, self._dense(nn.Conv1d))
+
+
+class QuantisedConv2d(QuantisedConv):
+    """nn.Conv2d in 8 or 4 bits a weight: QuantisedConv2d.from_dense(layer, bits=8)."""
+
+    DENSE = nn.Conv2d
+    DIMS = 2
+    CONVOLVE = staticmethod(F.conv2d)
+    SKETCHED = SKConv2d
+
+    def to_dense(self) -> nn.Conv2d:
+        """The nn.Conv2d that computes the same, up to rounding."""
+        return cast(nn.Conv2d, self._dense(nn.Conv2d))
+
+
+class QuantisedConv3d(QuantisedConv):
+    """nn.Conv3d in 8 or 4 bits a weight: QuantisedConv3d.from_dense(layer, bits=8)."""
+
+    DENSE = nn.Conv3d
+    DIMS = 3
+    CONVOLVE = staticmethod(F.conv3d)
+    SKETCHED = SKConv3d
+
+    def to_dense(self) -> nn.Conv3d:
+        """The nn.Conv3d that computes the same, up to rounding."""
+        return cast(nn.Conv3d, self._dense(nn.Conv3d))

@@ -1,0 +1,114 @@
+"""Quantised layers in ONNX files: whole numbers of standard operators, which onnxruntime reads as the model does."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import onnx
+import pytest
+import torch
+from torch import Tensor, nn
+
+from panther import chains
+from panther.converters.onnx import write
+from panther.nn import QUANTISED, SKETCHED, QuantisedLinear
+from panther.nn.on_grid import corrected
+from panther.quantise import to_nearest
+from panther.spec import Grid
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*would be smaller:UserWarning")  # layers this small hardly pay
+
+
+def net() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(96, 130), nn.ReLU(), nn.Linear(130, 64, bias=False), nn.Tanh(), nn.Linear(64, 10))
+
+
+def conv_net() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(3, 20, 3, padding=1), nn.ReLU(), nn.Conv2d(20, 8, 3, stride=2, bias=False))
+
+
+def with_whole(model: nn.Sequential, grid: Grid) -> nn.Sequential:
+    """Every layer in whole numbers."""
+    small = [
+        QUANTISED[type(m)].from_dense(m, bits=grid.bits, group_size=grid.group_size) if type(m) in QUANTISED else m
+        for m in model
+    ]
+    return nn.Sequential(*small).eval()
+
+
+def with_chains(model: nn.Sequential, grid: Grid) -> nn.Sequential:
+    """The second last layer as a chain of whole numbers."""
+    small = list(model)
+    place = 2
+    dense: Any = small[place]
+    sketch = SKETCHED[type(dense)].from_dense(dense, rank=6)
+    parts = [to_nearest(weight.detach().flatten(1), grid) for weight in sketch.active_weights()]
+    small[place] = QUANTISED[type(dense)].from_rounded(dense, sketch.scheme, parts, dense.bias)
+    return nn.Sequential(*small).eval()
+
+
+def with_correction(model: nn.Sequential, grid: Grid) -> nn.Sequential:
+    small = list(model)
+    dense: Any = small[0]
+    whole = to_nearest(dense.weight.detach(), grid)
+    chain = corrected(dense, (dense.weight.detach() - whole.matrix()).double(), 8)
+    factors = [to_nearest(t.detach(), Grid(8)) for t in (chain.down, chain.up)]
+    small[0] = QuantisedLinear.from_rounded(dense, chains.CORRECTED, [whole, *factors], dense.bias)
+    return nn.Sequential(*small).eval()
+
+
+def inputs(model: nn.Sequential) -> Tensor:
+    return torch.randn((4, 96) if isinstance(model[0], nn.Linear | QuantisedLinear) else (2, 3, 9, 8))
+
+
+def kinds(path: Path) -> dict[str, set[str]]:
+    """Operator types of a file, and the element types of its initializers."""
+    graph = onnx.load(path).graph
+    types = onnx.TensorProto.DataType
+    return {
+        "operators": {node.op_type for node in graph.node},
+        "numbers": {types.Name(t.data_type) for t in graph.initializer if len(t.dims) > 1},
+    }
+
+
+@pytest.mark.parametrize("grid", [Grid(8), Grid(4), Grid(4, 32), Grid(8, 64)], ids=str)
+@pytest.mark.parametrize("make", [with_whole, with_chains, with_correction], ids=lambda f: f.__name__)
+@pytest.mark.parametrize("build", [net, conv_net], ids=lambda f: f.__name__)
+def test_onnxruntime_agrees_and_the_file_holds_whole_numbers(build: Any, make: Any, grid: Grid, tmp_path: Path) -> None:
+    if make is with_correction and build is conv_net:
+        pytest.skip("a convolution has no correction")
+    dense = build()
+    small = make(dense, grid)
+    report = write(small, tmp_path / "small.onnx", inputs(dense))
+    assert report.ok and report.checks and all(check.ok for check in report.checks), report.notes
+    found = kinds(report.path)
+    assert "DequantizeLinear" in found["operators"]
+    assert ("INT4" if grid.bits == 4 else "INT8") in found["numbers"]
+    assert not any("float numbers in the file" in note for note in report.notes)
+    whole = write(dense.eval(), tmp_path / "dense.onnx", inputs(dense))
+    if make is with_whole:
+        assert "FLOAT" not in found["numbers"] or grid.group_size is not None  # whose scales are a matrix
+        assert report.size_bytes < whole.size_bytes
+
+
+def test_an_opset_without_int4_takes_a_byte_a_number_and_says_so(tmp_path: Path) -> None:
+    small = with_whole(net(), Grid(4))
+    report = write(small, tmp_path / "small.onnx", inputs(small), opset=18)
+    assert report.ok and report.opset == 18 and "INT8" in kinds(report.path)["numbers"]
+    assert any("weights of 4 bits take 8 in the file: opset 18" in note for note in report.notes)
+
+
+def test_an_opset_without_blocks_keeps_floats_and_says_so(tmp_path: Path) -> None:
+    small = with_whole(net(), Grid(8, 32))
+    report = write(small, tmp_path / "small.onnx", inputs(small), opset=18)
+    assert report.ok and kinds(report.path)["numbers"] == {"FLOAT"}
+    assert any("3 of 3 quantised weights are float numbers in the file: opset 18 has" in note for note in report.notes)
+
+
+def test_a_model_that_is_itself_the_layer_is_written(tmp_path: Path) -> None:
+    layer = QuantisedLinear.from_dense(nn.Linear(40, 30), bits=4).eval()
+    report = write(layer, tmp_path / "layer.onnx", torch.randn(3, 40))
+    assert report.ok and kinds(report.path)["numbers"] == {"INT4"}

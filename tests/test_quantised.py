@@ -1,0 +1,366 @@
+"""Models in whole numbers, through panther.compress: within their budgets, healed as they are stored, and saved."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import panther
+from panther import chains
+from panther.batches import Call, as_call
+from panther.healers.rounding import round_layers
+from panther.nn import QuantisedLayer
+from panther.nn.on_grid import held, is_held
+from panther.spec import Choice, Plan
+
+STRENGTHS = torch.logspace(0, -1.5, 64)  # of the inputs' features: what is rounded in the data norm knows of them
+
+
+class Block(nn.Module):
+    def __init__(self, width: int = 64) -> None:
+        super().__init__()
+        self.norm, self.up, self.down = nn.LayerNorm(width), nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        answer: Tensor = x + self.down(nn.functional.gelu(self.up(self.norm(x))))
+        return answer
+
+
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(64, 64)
+        self.blocks = nn.ModuleList([Block(), Block()])
+        self.out = nn.Linear(64, 7)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x)
+        for block in self.blocks:
+            x = block(x)
+        answer: Tensor = self.out(x)
+        return answer
+
+
+class Cnn(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.features = nn.Sequential(
+            nn.Conv2d(3, 24, 3, padding=1), nn.ReLU(), nn.Conv2d(24, 40, 3, stride=2, bias=False), nn.ReLU()
+        )
+        self.head = nn.Linear(40, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        answer: Tensor = self.head(self.features(x).mean((2, 3)))
+        return answer
+
+
+def net() -> Net:
+    torch.manual_seed(0)
+    return Net().eval()
+
+
+def cnn() -> Cnn:
+    torch.manual_seed(0)
+    return Cnn().eval()
+
+
+def rows(count: int = 16, size: int = 32, seed: int = 1) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    turn = torch.linalg.qr(torch.randn(64, 64, generator=torch.Generator().manual_seed(9))).Q
+    return [torch.randn(size, 64, generator=generator) * STRENGTHS @ turn for _ in range(count)]
+
+
+def images(count: int = 12, seed: int = 1) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(8, 3, 9, 9, generator=generator).cumsum(-1) for _ in range(count)]
+
+
+def compress(model: nn.Module, budget: Any, **options: Any) -> panther.Result:
+    data = rows() if isinstance(model, Net) else images()
+    given: dict[str, Any] = {
+        "example_inputs": data[0][:4],
+        "calib_data": data,
+        "progress": False,
+        "verify": False,
+        "heal": "refit",
+    }
+    return panther.compress(model, budget, **{**given, **options})
+
+
+@torch.no_grad()
+def error(dense: nn.Module, small: nn.Module, seed: int = 5) -> float:
+    unseen = rows(4, seed=seed) if isinstance(dense, Net) else images(4, seed=seed)
+    wanted, got = (torch.cat([model(x) for x in unseen]) for model in (dense, small))
+    return float((got - wanted).square().sum() / (wanted - wanted.mean(0)).square().sum())
+
+
+def quantised_layers(model: nn.Module) -> dict[str, QuantisedLayer]:
+    return {name: layer for name, layer in model.named_modules() if isinstance(layer, QuantisedLayer)}
+
+
+def everything(model: nn.Module, dtype: str, scheme: str = chains.WHOLE, group_size: int = 0) -> Plan:
+    names = [n for n, m in model.named_modules() if isinstance(m, nn.Linear | nn.Conv2d)]
+    return Plan(tuple(Choice(n, scheme, (), chains.QUANTISED, dtype, group_size=group_size) for n in names))
+
+
+@pytest.fixture(autouse=True)
+def _small_layers_hardly_pay() -> Iterator[None]:
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*would be smaller")
+        yield
+
+
+# Budgets
+
+
+@pytest.mark.parametrize("build", [net, cnn], ids=["linear", "convolutions"])
+@pytest.mark.parametrize("share", ["45%", "30%"])
+def test_a_budget_of_bytes_is_held_by_the_file(build: Any, share: str, tmp_path: Path) -> None:
+    model = build()
+    result = compress(model, panther.Budget(size_mb=share), dtypes=("float32", "int8", "int4"))
+    assert result.budget_met and quantised_layers(result.model)
+    result.save(tmp_path / "small")
+    size = (tmp_path / "small" / "model.safetensors").stat().st_size
+    assert size == result.report.compressed.size_bytes <= float(share[:-1]) / 100 * result.report.dense.size_bytes
+    assert error(model, result.model) < 0.2
+
+
+@pytest.mark.parametrize("build", [net, cnn], ids=["linear", "convolutions"])
+def test_what_was_saved_loads_and_computes_the_same(build: Any, tmp_path: Path) -> None:
+    model = build()
+    result = compress(model, panther.Budget(size_mb="30%"), dtypes=("int8", "int4"))
+    result.save(tmp_path / "small")
+    again = panther.load(tmp_path / "small", model=build)
+    assert list(quantised_layers(again)) == list(quantised_layers(result.model))
+    x = rows(1, seed=7)[0] if build is net else images(1, seed=7)[0]
+    with torch.no_grad():
+        assert torch.equal(again(x), result.model(x))
+
+
+def test_whole_numbers_lose_less_than_ranks_at_equal_bytes() -> None:
+    model = net()
+    alone = compress(model, panther.Budget(size_mb="30%"))
+    mixed = compress(model, panther.Budget(size_mb="30%"), dtypes=("float32", "int8", "int4"))
+    assert error(model, mixed.model) < 0.1 * error(model, alone.model)
+
+
+def test_a_budget_of_operations_takes_ranks_and_stores_them_in_whole_numbers_where_asked() -> None:
+    model = net()
+    floats = compress(model, panther.Budget(flops=0.5), dtypes=("float32", "int8"))
+    assert not quantised_layers(floats.model)  # they would save no operations
+    small = compress(model, panther.Budget(flops=0.5), dtypes=("int8",))
+    assert small.budget_met and len(quantised_layers(small.model)) == 6
+    assert any(layer.ranks for layer in quantised_layers(small.model).values())
+    assert small.report.compressed.size_bytes < 0.35 * floats.report.compressed.size_bytes
+    # Pivots, which have more ranks for the same operations, are not stored in whole numbers.
+    assert error(model, small.model) < 3 * error(model, floats.model)
+
+
+def test_bytes_and_operations_are_both_held() -> None:
+    model = net()
+    budget = panther.Budget(flops=0.6, size_mb="25%")
+    result = compress(model, budget, dtypes=("float32", "int8", "int4"))
+    assert result.budget_met and all(limit.met for limit in result.report.limits)
+    again = result.resolve(panther.Budget(flops=0.8, size_mb="40%"))
+    assert again.budget_met and error(model, again.model) < error(model, result.model)
+
+
+def test_four_bits_alone_are_four_bits() -> None:
+    result = compress(net(), 1.0, dtypes=("int4",))
+    assert {layer.grid.bits for layer in quantised_layers(result.model).values()} == {4}
+    assert len(quantised_layers(result.model)) == 6
+
+
+# Rounding
+
+
+def test_rounding_that_looks_at_the_data_loses_less_than_rounding_numbers() -> None:
+    model = net()
+    plan = everything(model, "int4")
+    plain = compress(model, 1.0, dtypes=("int4",), plan=plan, heal="none")
+    looked = compress(model, 1.0, dtypes=("int4",), plan=plan, heal="refit")
+    assert error(model, looked.model) < 0.75 * error(model, plain.model)
+    assert [stage for _, stage, _ in looked.report.healing.history][-1] == "rounding"  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("build", [net, cnn], ids=["linear", "convolutions"])
+def test_healing_trains_with_the_rounding_in_place(build: Any) -> None:
+    model = build()
+    plan = everything(model, "int4")
+    trained = compress(
+        model,
+        1.0,
+        dtypes=("int4",),
+        plan=plan,
+        heal=panther.Heal("distill", steps=150, learning_rate=5e-4, time_limit=1e6),
+    )
+    assert len(quantised_layers(trained.model)) == len(plan.choices)
+    healing = trained.report.healing
+    assert healing is not None and healing.steps == 150
+    figures = {stage: figure for _, stage, figure in healing.history}
+    assert figures["distill"] < 0.95 * figures["rounding"]
+    # What was trained is what is stored: the last held-out loss is that of the model that came out.
+    again = panther.heal(model, trained.model, (rows() if build is net else images()), as_call(rows()[0]), "none")
+    assert again.before == pytest.approx(healing.after, rel=1e-3)
+
+
+def test_blocks_are_trained_on_their_grids_too() -> None:
+    model = net()
+    plan = everything(model, "int4")
+    heal = panther.Heal("blocks", steps=200, learning_rate=1e-4, time_limit=1e6)
+    result = compress(model, 1.0, dtypes=("int4",), plan=plan, heal=heal)
+    healing = result.report.healing
+    assert healing is not None and healing.steps > 0
+    figures = {stage: figure for _, stage, figure in healing.history}
+    assert figures["blocks"] < figures["rounding"]
+
+
+def test_the_mean_of_what_a_chain_gives_stays() -> None:
+    """Errors are judged about the mean, which the bias has to set right."""
+    model = nn.Sequential(nn.Linear(64, 64)).eval()
+    data = [x + 3 * torch.linspace(-1, 1, 64) for x in rows(8)]
+    plan = Plan((Choice("0", chains.LINEAR, (16,), chains.QUANTISED, "int4"),))
+    given: dict[str, Any] = {"example_inputs": data[0], "calib_data": data, "progress": False, "verify": False}
+    result = panther.compress(model, 1.0, dtypes=("int4",), plan=plan, heal="refit", **given)
+    x = torch.cat(data)
+    with torch.no_grad():
+        wanted, got = model(x), result.model(x)
+    assert float((got - wanted).mean(0).norm()) < 0.1 * float((got - wanted).norm(dim=1).mean())
+
+
+def test_a_layer_that_runs_twice_is_rounded_without_the_data_and_that_is_said() -> None:
+    class Twice(Net):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(self.first(x))
+
+    torch.manual_seed(0)
+    model = Twice().eval()
+    calls = [Call((x,)) for x in rows(8)]
+    found = panther.analyze(model, rows(1)[0]).layers
+    specs = {spec.name: spec for spec in found}
+    student = copy.deepcopy(model)
+    choices = [Choice(name, chains.WHOLE, (), chains.QUANTISED, "int4") for name in specs]
+    said = round_layers(model, student, choices, specs, calls)
+    assert said == ["first was rounded without looking at data"]
+    assert all(is_held(student.get_submodule(name)) for name in specs)
+    part = held(student.first, "weight")
+    assert part is not None and int(part.values.abs().max()) <= 8
+
+
+@pytest.mark.filterwarnings("ignore:no calibration data:UserWarning")
+def test_without_data_the_numbers_themselves_are_rounded() -> None:
+    model = net()
+    result = compress(model, panther.Budget(size_mb="30%"), dtypes=("int8", "int4"), calib_data=None, heal="none")
+    assert result.budget_met and quantised_layers(result.model) and error(model, result.model) < 0.2
+
+
+@pytest.mark.parametrize("scheme", [chains.WHOLE, chains.CORRECTED])
+def test_a_correction_is_a_choice_and_helps(scheme: str) -> None:
+    model = net()
+    names = ["blocks.0.up", "blocks.1.down"]
+    ranks = () if scheme == chains.WHOLE else (16,)
+    plan = Plan(tuple(Choice(n, scheme, ranks, chains.QUANTISED, "int4") for n in names))
+    result = compress(model, 1.0, dtypes=("float32", "int4"), plan=plan)
+    layer = quantised_layers(result.model)[names[0]]
+    assert layer.scheme == scheme and layer.ranks == ranks
+    plain = compress(
+        model,
+        1.0,
+        dtypes=("float32", "int4"),
+        plan=Plan(tuple(Choice(n, chains.WHOLE, (), chains.QUANTISED, "int4") for n in names)),
+    )
+    if scheme == chains.CORRECTED:
+        assert error(model, result.model) < 0.9 * error(model, plain.model)
+        row = next(row for row in result.report.layers if row.name == names[0])
+        assert row.kept > 1 and row.after.size_bytes < row.before.size_bytes / 4
+
+
+def test_a_killed_run_goes_on_from_its_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, plan = net(), everything(net(), "int4")
+    heal = panther.Heal("distill", steps=60, learning_rate=1e-3, time_limit=1e6)
+    whole = compress(model, 1.0, dtypes=("int4",), plan=plan, heal=heal, checkpoint=tmp_path / "a")
+    from panther.healers import training
+
+    steps, real = [0], training._step
+
+    class KilledError(BaseException):
+        pass
+
+    def step(*given: Any) -> bool:
+        steps[0] += 1
+        if steps[0] == 45:
+            raise KilledError
+        return real(*given)
+
+    monkeypatch.setattr(training, "_step", step)
+    with pytest.raises(KilledError):
+        compress(model, 1.0, dtypes=("int4",), plan=plan, heal=heal, checkpoint=tmp_path / "b")
+    monkeypatch.undo()
+    assert (tmp_path / "b").exists()
+    again = compress(model, 1.0, dtypes=("int4",), plan=plan, heal=heal, checkpoint=tmp_path / "b")
+    for (name, a), b in zip(whole.model.state_dict().items(), again.model.state_dict().values(), strict=True):
+        assert torch.equal(a, b), name
+
+
+# What is said
+
+
+def test_the_report_shows_what_whole_numbers_alone_would_do() -> None:
+    result = compress(net(), panther.Budget(size_mb="30%"), dtypes=("int8", "int4"), verify=True)
+    eight, four = result.report.baselines
+    assert (eight.name, four.name) == ("int8", "int4")
+    assert result.report.dense.size_bytes > eight.figures.size_bytes > four.figures.size_bytes
+    assert eight.figures.flops == result.report.dense.flops
+    assert eight.agreement["cosine"] > four.agreement["cosine"] > 0.5
+    text = str(result.report)
+    assert "int4 alone, by the weights only" in text and "; bytes: of their memory" in text and "whole," in text
+
+
+def test_baselines_are_shown_where_nothing_is_quantised_and_left_out_where_nothing_is_measured() -> None:
+    assert len(compress(cnn(), 0.5, verify=True).report.baselines) == 2
+    assert not compress(cnn(), 0.5).report.baselines
+
+
+def test_numbers_that_share_a_byte_are_counted_one_by_one() -> None:
+    model = net()
+    result = compress(model, 1.0, dtypes=("int4",), plan=everything(model, "int4"))
+    scales = sum(part.scales.numel() for layer in quantised_layers(result.model).values() for part in layer.stored)
+    assert result.report.compressed.params == result.report.dense.params + scales
+
+
+def test_milliseconds_are_measured_for_whole_numbers_too() -> None:
+    result = compress(net(), panther.Budget(latency_ms="100%", size_mb="30%"), dtypes=("float32", "int8", "int4"))
+    chosen = [choice for choice in result.plan.choices if choice.grid is not None]
+    assert all(choice.cost.latency_ms > 0 for choice in chosen)
+
+
+def test_the_tuned_search_tries_whole_numbers() -> None:
+    result = compress(
+        net(), panther.Budget(size_mb="30%"), dtypes=("int8", "int4"), search="tuned", n_trials=4, heal="none"
+    )
+    assert result.budget_met and quantised_layers(result.model) and result.report.tuning is not None
+
+
+def test_a_plan_in_whole_numbers_goes_through_json() -> None:
+    model = net()
+    first = compress(model, panther.Budget(size_mb="30%"), dtypes=("int8", "int4"))
+    plan = Plan.from_json(first.plan.to_json())
+    assert [choice.kind for choice in plan.choices] == [choice.kind for choice in first.plan.choices]
+    again = compress(model, panther.Budget(size_mb="30%"), dtypes=("int8", "int4"), plan=plan)
+    x = rows(1, seed=3)[0]
+    with torch.no_grad():
+        assert torch.allclose(first.model(x), again.model(x), atol=1e-5)
+
+
+def test_the_model_itself_can_be_changed() -> None:
+    model = net()
+    dense = copy.deepcopy(model)
+    result = compress(model, panther.Budget(size_mb="30%"), dtypes=("int8", "int4"), inplace=True)
+    assert result.model is model and quantised_layers(model) and error(dense, model) < 0.2
