@@ -6,7 +6,8 @@
 
 A recorded task is a table: what a small network scores at every point of a grid, with several seeds a point. An
 evaluation answers one of the seeds at random, so that the noise is what training really has; regret is in terms of
-their mean. Every search sees the same answers to the same questions, and what it recommends is its best answer.
+their mean. Every search sees the same answers to the same questions. What it recommends is the point of its best
+answer, as its library does; a column beside it has what panther's model of the same answers would have recommended.
 
 Needs optuna (and scikit-learn for --record) besides what panther has installed.
 """
@@ -32,6 +33,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.common import command, say, table
+from panther.tuner.analysis import expected_best
 from panther.tuner.backends import Question
 from panther.tuner.space import Float, Integer, Space
 from panther.tuner.strategy import Strategy, ask
@@ -287,6 +289,7 @@ class Outcome:
     search: str
     seed: int
     regret: float  # of what it recommends, in units of a random point's
+    expected: float  # the same of the point where panther's model of its answers is highest
     seconds: float  # a suggestion
 
 
@@ -301,8 +304,11 @@ def replayed(name: str, search: str, seed: int, count: int) -> Outcome:
         return task.observe(point, np.random.default_rng([seed, asked[key], _hash(key)]))
 
     points, scores, seconds = SEARCHES[search](task.space, answer, count, seed)
+    trials = [Trial(n, p, scores={"score": score}) for n, (p, score) in enumerate(zip(points, scores, strict=True))]
     best = points[int(np.argmax(scores))]
-    return Outcome(name, search, seed, task.regret(best), seconds / len(points))
+    expected = expected_best(trials, task.space, Goal())
+    of_model = task.regret(expected.params if expected else best)
+    return Outcome(name, search, seed, task.regret(best), of_model, seconds / len(points))
 
 
 def _hash(key: Any) -> int:
@@ -310,14 +316,23 @@ def _hash(key: Any) -> int:
     return zlib.crc32(repr(key).encode())
 
 
-def replay(names: Sequence[str], searches: Sequence[str], seeds: int, count: int, jobs: int) -> list[Outcome]:
-    work = [(name, search, seed, count) for name in names for search in searches for seed in range(seeds)]
-    outcomes = []
+def replay(
+    names: Sequence[str],
+    searches: Sequence[str],
+    seeds: Sequence[int],
+    count: int,
+    jobs: int,
+    keep: Callable[[list[Outcome]], None] = lambda _so_far: None,
+) -> list[Outcome]:
+    """Every search on every task with every seed; `keep` hears of all so far after each seed."""
+    work = [(name, search, seed, count) for seed in seeds for name in names for search in searches]
+    outcomes: list[Outcome] = []
     with ProcessPoolExecutor(jobs, initializer=_one_thread) as pool:
         for outcome in pool.map(replayed, *zip(*work, strict=True)):
             outcomes.append(outcome)
-            if outcome.seed == seeds - 1:
-                say(f"{outcome.task}: {outcome.search} done ({len(outcomes)} of {len(work)})")
+            if len(outcomes) % (len(names) * len(searches)) == 0:
+                keep(outcomes)
+                say(f"seed {outcome.seed} done ({len(outcomes)} of {len(work)})")
     return outcomes
 
 
@@ -342,7 +357,7 @@ def ranks(outcomes: Sequence[Outcome]) -> dict[str, float]:
 
 
 def summary(outcomes: Sequence[Outcome]) -> str:
-    """A row a search: mean rank, regret, regret relative to the baseline's, seconds a suggestion."""
+    """A row a search: mean rank, regret, regret relative to the baseline's and by the model, seconds a suggestion."""
     by_search: dict[str, list[Outcome]] = {}
     for outcome in outcomes:
         by_search.setdefault(outcome.search, []).append(outcome)
@@ -351,9 +366,12 @@ def summary(outcomes: Sequence[Outcome]) -> str:
     rows = []
     for search in sorted(by_search, key=order.__getitem__):
         relative = f"{mean[search] / mean[BASELINE]:.2f}" if mean.get(BASELINE) else "-"
+        expected = statistics.fmean(o.expected for o in by_search[search])
         seconds = statistics.fmean(o.seconds for o in by_search[search])
-        rows.append([search, f"{order[search]:.2f}", f"{mean[search]:.4f}", relative, f"{seconds:.3f}"])
-    return table(["search", "mean rank", "regret", f"regret / {BASELINE}'s", "seconds a suggestion"], rows)
+        figures = [f"{order[search]:.2f}", f"{mean[search]:.4f}", relative, f"{expected:.4f}", f"{seconds:.3f}"]
+        rows.append([search, *figures])
+    columns = ["search", "mean rank", "regret", f"regret / {BASELINE}'s", "model's pick", "seconds a suggestion"]
+    return table(columns, rows)
 
 
 def by_task(outcomes: Sequence[Outcome]) -> str:
@@ -429,7 +447,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--minilm", action="store_true", help="time compress(search='tuned') instead")
     add("--tasks", nargs="*", metavar="NAME", help=f"of {', '.join(tasks())} (default: all)")
     add("--searches", nargs="*", default=list(SEARCHES), metavar="NAME", help=f"of {', '.join(SEARCHES)}")
-    add("--seeds", type=int, default=SEEDS)
+    add("--seeds", type=int, default=SEEDS, help=f"how many (default: {SEEDS})")
+    add("--first-seed", type=int, default=0, help="try changes on others than those that are reported")
     add("--evaluations", type=int, default=EVALUATIONS)
     add("--jobs", type=int, default=1, help="processes; the seconds a suggestion are right with as many cores")
     add("--save", type=Path, metavar="FILE", help="write every outcome there as JSON")
@@ -452,12 +471,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     unknown = [*set(names) - set(tasks()), *set(options.searches) - set(SEARCHES)]
     if unknown:
         parser.error(f"no such task or search: {', '.join(unknown)}")
-    outcomes = replay(names, options.searches, options.seeds, options.evaluations, options.jobs)
-    if options.save:
-        options.save.write_text(json.dumps([asdict(outcome) for outcome in outcomes]) + "\n", encoding="utf-8")
+
+    def keep(outcomes: list[Outcome]) -> None:
+        if options.save:
+            options.save.write_text(json.dumps([asdict(outcome) for outcome in outcomes]) + "\n", encoding="utf-8")
+
+    seeds = range(options.first_seed, options.first_seed + options.seeds)
+    outcomes = replay(names, options.searches, seeds, options.evaluations, options.jobs, keep)
     print(f"command: {command()}")
     print(f"{len(names)} tasks, {options.seeds} seeds, {options.evaluations} evaluations each")
-    print("regret: of the point with the best answer, in units of a random point's\n")
+    print("regret: of the point with the best answer, in units of a random point's")
+    print("model's pick: the point where a Gaussian process fitted to the same answers is highest\n")
     print(summary(outcomes), by_task(outcomes), sep="\n\n")
     return 0
 

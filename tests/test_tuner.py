@@ -136,6 +136,20 @@ def test_a_goal_that_is_missing_in_the_answer_says_so():
         tuner.optimize()
 
 
+def test_the_expected_best_is_the_models_and_the_result_the_observed_one():
+    noise = iter(np.random.default_rng(1).normal(0, 0.3, 40))
+    tuner = study(lambda x: next(noise) - 4 * (x - 0.5) ** 2, {"x": (0.0, 1.0)}, initial=40, iterations=0)
+    assert tuner.expected_best_trial() is None
+    params, score = tuner.optimize()
+    assert score == max(trial.scores["score"] for trial in tuner.trials)
+    assert abs(tuner.expected_best_trial().params["x"] - 0.5) < abs(params["x"] - 0.5)
+
+
+def test_of_several_goals_no_trial_is_the_expected_best():
+    with pytest.raises(ValueError, match="pareto_front"):
+        study(objectives={"accuracy": "max", "latency_ms": "min"}).expected_best_trial()
+
+
 def test_repeats_score_the_mean():
     noise = iter(range(100))
     tuner = study(lambda **p: next(noise), repeats=2, initial=2, iterations=0)

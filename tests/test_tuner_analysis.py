@@ -7,12 +7,13 @@ import random
 import numpy as np
 import pytest
 import torch
+from scipy.stats import multivariate_normal
 
 from panther.errors import TunerError
 from panther.tuner import analysis
 from panther.tuner.space import Category, Float, Space
-from panther.tuner.surrogate import _squared_distances, fit
-from panther.tuner.trial import Goal, Trial
+from panther.tuner.surrogate import EXPLAINING, SEARCHING, _matern, _squared_distances, fit
+from panther.tuner.trial import Goal, Trial, best_of
 
 SPACE = Space.parse({"num_terms": (1, 8), "rate": Float(1e-4, 1e-1, log=True), "act": ["relu", "gelu", "tanh"]})
 GOAL = Goal()
@@ -211,3 +212,71 @@ def test_coinciding_points_do_no_harm():
     points = np.repeat([[0.2], [0.7]], 5, axis=0)
     scores = np.tile([0.1, 0.2, 0.3, 0.4, 0.5], 2) + np.repeat([0.0, 1.0], 5)
     assert np.isfinite(fit(points, scores, [1])(np.linspace(0, 1, 11)[:, None])).all()
+
+
+@pytest.mark.parametrize("prior", [EXPLAINING, SEARCHING])
+def test_the_fit_is_at_a_peak_of_the_posterior(prior):
+    rng = np.random.default_rng(2)
+    points = rng.random((25, 2))
+    scores = np.sin(4 * points[:, 0]) + points[:, 1] ** 2 + 0.2 * rng.standard_normal(25)
+    scores = (scores - scores.mean()) / scores.std()
+    found = fit(points, scores, [1, 1], prior)
+
+    def posterior(lengths, noise, constant):
+        """Written out, for one point more or less beside the fit."""
+        kernel = _matern((((points[:, None] - points[None]) / lengths) ** 2).sum(-1))[0] + noise * np.eye(25)
+        rest = scores - constant
+        variance = prior.variance or rest @ np.linalg.solve(kernel, rest) / 25
+        likelihood = multivariate_normal.logpdf(rest, cov=variance * kernel)
+        off = (np.log(lengths / np.sqrt(2)) - prior.length[0]) / prior.length[1]
+        return likelihood - (off @ off + ((np.log(noise) - prior.noise[0]) / prior.noise[1]) ** 2) / 2
+
+    top = posterior(found.lengths, found.noise, found.constant)
+    for factor in (0.9, 1.1):
+        assert posterior(found.lengths * [factor, 1], found.noise, found.constant) < top
+        assert posterior(found.lengths * [1, factor], found.noise, found.constant) < top
+        assert posterior(found.lengths, found.noise * factor, found.constant) < top
+        assert posterior(found.lengths, found.noise, found.constant * factor) < top
+
+
+def test_equal_scores_can_be_fitted_where_the_variance_is_known():
+    points = np.random.default_rng(0).random((6, 2))
+    np.testing.assert_allclose(fit(points, np.full(6, 2.5), [1, 1], SEARCHING)(points), 2.5, rtol=1e-12)
+
+
+# --- the expected best
+
+
+def test_the_expected_best_is_not_the_luckiest_trial():
+    space = Space.parse({"x": (0.0, 1.0)})
+    xs = np.linspace(0, 1, 21)
+    scores = -((xs - 0.5) ** 2) + 0.01 * np.where(np.arange(21) % 2, -1, 1)
+    scores[16] += 0.1  # at 0.8: now the best one observed
+    trials = [
+        Trial(i, {"x": float(x)}, scores={"score": float(y)}) for i, (x, y) in enumerate(zip(xs, scores, strict=True))
+    ]
+    assert best_of(trials, GOAL).number == 16
+    assert 7 <= analysis.expected_best(trials, space, GOAL).number <= 13
+    smallest = [Trial(t.number, t.params, scores={"score": -t.scores["score"]}) for t in trials]
+    assert (
+        analysis.expected_best(smallest, space, Goal(maximise=False))
+        == smallest[analysis.expected_best(trials, space, GOAL).number]
+    )
+
+
+def test_without_noise_the_expected_best_is_the_best():
+    trials = study(lambda p: -abs(p["num_terms"] - 5) - abs(math.log10(p["rate"]) + 2) + (p["act"] == "gelu"))
+    assert analysis.expected_best(trials, SPACE, GOAL) == best_of(trials, GOAL)
+
+
+def test_the_expected_best_may_win():
+    trials = [Trial(i, {"x": float(i)}, scores={"score": float(i)}) for i in range(8)]
+    trials += [Trial(8, {"x": 8.0}, status="infeasible", scores={"score": 8.0})]
+    trials += [Trial(9, {"x": 9.0}, scores={"score": -math.inf}), Trial(10, {"x": 9.5}, status="failed")]
+    assert analysis.expected_best(trials, Space.parse({"x": (0.0, 10.0)}), GOAL).number == 7
+
+
+@pytest.mark.parametrize("scores", [[], [0.3, 0.9, 0.2], [0.5] * 8])
+def test_with_few_or_equal_scores_the_expected_best_is_the_best_observed(scores):
+    trials = [Trial(i, {"x": i / 10}, scores={"score": score}) for i, score in enumerate(scores)]
+    assert analysis.expected_best(trials, Space.parse({"x": (0.0, 1.0)}), GOAL) == best_of(trials, GOAL)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import statistics
 from pathlib import Path
+from typing import Self
 
 import numpy as np
 import pytest
@@ -82,7 +83,7 @@ def test_the_same_question_has_the_same_answer_in_every_search(monkeypatch: pyte
 
 def outcomes() -> list[Outcome]:
     regrets = {"panther auto": (0.1, 0.2), "hyperopt TPE": (0.3, 0.2), "random": (0.5, 0.9)}
-    return [Outcome("task", s, seed, r, 0.01) for s, pair in regrets.items() for seed, r in enumerate(pair)]
+    return [Outcome("task", s, seed, r, r / 2, 0.01) for s, pair in regrets.items() for seed, r in enumerate(pair)]
 
 
 def test_ranks_are_means_over_tasks_and_seeds_and_ties_share_a_place() -> None:
@@ -92,18 +93,55 @@ def test_ranks_are_means_over_tasks_and_seeds_and_ties_share_a_place() -> None:
 def test_the_summary_is_sorted_by_rank_and_relative_to_hyperopt() -> None:
     rows = summary(outcomes()).splitlines()[2:]
     assert [row.split("|")[1].strip() for row in rows] == ["panther auto", "hyperopt TPE", "random"]
-    assert [cell.strip() for cell in rows[0].split("|")[2:-1]] == ["1.25", "0.1500", "0.60", "0.010"]
+    assert [cell.strip() for cell in rows[0].split("|")[2:-1]] == ["1.25", "0.1500", "0.60", "0.0750", "0.010"]
     assert "| task | " in by_task(outcomes())
 
 
 def test_the_command_prints_both_tables_and_saves_outcomes(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tuner, "replay", lambda *_: outcomes())
-    assert main(["--tasks", "one_layer", "--save", str(tmp_path / "all.json")]) == 0
+    file = tmp_path / "all.json"
+    given = ["--seeds", "2", "--first-seed", "7", "--evaluations", "6", "--searches", "random", "hyperopt TPE"]
+    assert main(["--tasks", "one_layer", "--save", str(file), *given]) == 0
     out = capsys.readouterr().out
-    assert "mean rank" in out and "panther auto" in out
-    assert len(json.loads((tmp_path / "all.json").read_text())) == 6
+    assert "mean rank" in out and "| hyperopt TPE |" in out
+    saved = json.loads(file.read_text())
+    assert [(one["search"], one["seed"]) for one in saved] == [
+        (s, n) for n in (7, 8) for s in ("random", "hyperopt TPE")
+    ]
+
+
+def test_a_run_that_is_cut_off_has_saved_whole_seeds(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Here:
+        """Of ProcessPoolExecutor what is used, in this process."""
+
+        def __init__(self, *_: object, **__: object) -> None: ...
+        def __enter__(self) -> Self:
+            return self
+
+        def __exit__(self, *_: object) -> None: ...
+
+        map = staticmethod(map)
+
+    def one(task: str, search: str, seed: int, _count: int) -> Outcome:
+        if seed == 2:
+            raise KeyboardInterrupt
+        return Outcome(task, search, seed, 0.1, 0.1, 0.0)
+
+    monkeypatch.setattr(tuner, "ProcessPoolExecutor", Here)
+    monkeypatch.setattr(tuner, "replayed", one)
+    kept: list[int] = []
+    with pytest.raises(KeyboardInterrupt):
+        tuner.replay(["a", "b"], ["c"], range(5), 3, 1, lambda outcomes: kept.append(len(outcomes)))
+    assert kept == [2, 4]
+
+
+def test_the_models_pick_is_judged_beside_the_best_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    task = tasks()["branin"]
+    monkeypatch.setattr(tuner, "expected_best", lambda trials, *_: trials[3])
+    outcome = replayed("branin", "random", 0, 12)
+    points, _scores, _ = tuner.SEARCHES["random"](task.space, lambda _: 0.0, 12, 0)
+    assert outcome.expected == task.regret(points[3]) != outcome.regret
 
 
 def test_unknown_tasks_are_refused(capsys: pytest.CaptureFixture[str]) -> None:

@@ -11,8 +11,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from panther.errors import TunerError
+from panther.tuner.backends.base import clipped
 from panther.tuner.space import Category, Space
-from panther.tuner.trial import Goal, Params, Trial
+from panther.tuner.trial import Goal, Params, Trial, best_of
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -107,6 +108,34 @@ def _pandas() -> Any:
     return pd
 
 
+# --- what the model expects
+
+
+def expected_best(trials: Sequence[Trial], space: Space, goal: Goal) -> Trial | None:
+    """The trial where a Gaussian process fitted to all finite scores is highest, among those that may win.
+
+    Scores far below the others count as less far. With fewer than five, or equal ones, it is the best observed.
+    """
+    from panther.tuner.surrogate import fit
+
+    able = [trial for trial in trials if trial.is_feasible and math.isfinite(trial.scores[goal.name])]
+    able = sorted(_within(able, space), key=lambda trial: -goal.gain(trial.scores))[:MOST]
+    gains = np.array([goal.gain(trial.scores) for trial in able])
+    if len(able) < FEWEST or not _vary(gains):
+        return best_of(trials, goal)
+    points = space.encode([trial.params for trial in able])
+    return able[int(np.argmax(fit(points, clipped(gains), _blocks(space))(points)))]
+
+
+def _within(trials: Sequence[Trial], space: Space) -> list[Trial]:
+    """Those in the box, as it may have been another one when they were made."""
+    return [trial for trial in trials if all(p.contains(trial.params[n]) for n, p in space.parameters.items())]
+
+
+def _vary(scores: Array) -> bool:
+    return bool(np.ptp(scores) > 1e-12 * np.abs(scores).max())
+
+
 # --- importance
 
 
@@ -127,7 +156,7 @@ def importance(trials: Sequence[Trial], space: Space, goals: Sequence[Goal], goa
     """
     name = goal_of(goals, goal).name
     used = [trial for trial in trials if math.isfinite(trial.scores.get(name, math.nan))]
-    used = [trial for trial in used if all(p.contains(trial.params[n]) for n, p in space.parameters.items())]
+    used = _within(used, space)
     if len(used) < FEWEST:
         raise TunerError(
             f"importance needs at least {FEWEST} trials with a finite {name!r}; this study has {len(used)}"
@@ -147,7 +176,7 @@ def _shares(points: list[Params], scores: Array, space: Space) -> tuple[Row, Row
     from panther.tuner.surrogate import fit
 
     nothing = dict.fromkeys(space.parameters, 0.0)
-    if np.ptp(scores) <= 1e-12 * np.abs(scores).max():
+    if not _vary(scores):
         return nothing, dict(nothing), 0.0
     surrogate = fit(space.encode(points), scores, _blocks(space))
     left, right = _draws(len(space.parameters))

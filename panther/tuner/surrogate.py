@@ -1,7 +1,8 @@
 """A smooth function through noisy scores, to ask what they depend on: a Gaussian process in NumPy and SciPy.
 
-It explains a finished study and suggests no points. Notation: n trials, d parameters, D_p (n, n) squared distances in
-one parameter alone, l_p its length scale, K = M52(sum_p D_p / l_p^2) + noise the kernel with Matern's 5/2.
+It explains a finished study, and finds the length scales and the noise of the process that suggests points. Notation:
+n trials, d parameters, D_p (n, n) squared distances in one parameter alone, l_p its length scale,
+K = M52(sum_p D_p / l_p^2) + noise the kernel with Matern's 5/2.
 """
 
 from __future__ import annotations
@@ -14,9 +15,21 @@ from numpy.typing import NDArray
 
 Array = NDArray[np.float64]
 
-# Centre and width of the priors on log(length / sqrt(d)) and log(noise): wide enough that forty trials outweigh them.
-LENGTHS = (np.log(0.5), 1.5)
-NOISE = (np.log(1e-2), 2.0)
+
+@dataclass(frozen=True)
+class Prior:
+    """What is believed before any trial: centre and width of log(length / sqrt(d)) and of log(noise)."""
+
+    length: tuple[float, float]
+    noise: tuple[float, float]  # its variance, as a share of the process's
+    least: tuple[float, float] = (-5.0, -12.0)  # of log(length) and log(noise)
+    variance: float | None = None  # of the process, where that is known; else it is put at its best
+
+
+EXPLAINING = Prior((np.log(0.5), 1.5), (np.log(1e-2), 2.0))  # so wide that forty trials outweigh it
+# Most probable lengths are long, the more so the more parameters: what is not seen to matter does not. The numbers are
+# those of Hvarfner, Hellsten and Nardi, ICML 2024, for which log-normal priors have their densities' peaks here.
+SEARCHING = Prior((2**0.5 - 3, 3**0.5), (-5.0, 1.0), (np.log(0.025), np.log(1e-4)), 1.0)
 JITTER = 1e-8  # keeps K positive definite where points coincide
 STARTS = (np.log(0.3), np.log(2.0))  # of the length scales; the better of both fits is taken
 
@@ -28,59 +41,78 @@ class Surrogate:
     points: Array  # (n, columns)
     blocks: tuple[int, ...]  # columns of each parameter
     lengths: Array  # (d,)
-    weights: Array  # (n,) K^-1 y
-    mean: float
-    scale: float
+    weights: Array  # (n,) K^-1 (y - constant), y the scores of mean 0 and spread 1
+    constant: float
+    noise: float
+    mean: float  # of the scores
+    scale: float  # their spread
     fit: float  # the share of the scores' variance that is predicted for trials left out; below 0: worse than the mean
 
     def __call__(self, points: Array) -> Array:
         distances = _squared_distances(points, self.points, self.blocks)
         kernel, _slope = _matern(np.tensordot(self.lengths**-2.0, distances, 1))
-        return np.asarray(self.mean + self.scale * (kernel @ self.weights), dtype=np.float64)
+        return np.asarray(self.mean + self.scale * (self.constant + kernel @ self.weights), dtype=np.float64)
 
 
-def fit(points: Array, scores: Array, blocks: Sequence[int]) -> Surrogate:
-    """The process of the most probable length scales and noise.
+def fit(points: Array, scores: Array, blocks: Sequence[int], prior: Prior = EXPLAINING) -> Surrogate:
+    """The process of the most probable length scales, noise and constant.
 
-    Shapes: points (n, sum of blocks) in [0, 1], scores (n,) finite and not all equal.
+    Shapes: points (n, sum of blocks) in [0, 1], scores (n,) finite; not all equal, unless the prior has the variance.
     Cost:   n^3 flops and d * n^2 numbers for each of about a hundred steps.
     """
-    from scipy.linalg import cho_solve
     from scipy.optimize import minimize
 
-    mean, scale = float(scores.mean()), float(scores.std())
+    mean, scale = float(scores.mean()), float(scores.std()) or 1.0
     y = (scores - mean) / scale
     distances = _squared_distances(points, points, blocks)
     count = len(blocks)
-    centre = np.append(np.full(count, LENGTHS[0] + np.log(count) / 2), NOISE[0])
-    width = np.append(np.full(count, LENGTHS[1]), NOISE[1])
+    centre = np.append(np.full(count, prior.length[0] + np.log(count) / 2), prior.noise[0])
+    width = np.append(np.full(count, prior.length[1]), prior.noise[1])
+
+    def at_best(inverse: Array) -> tuple[float, Array, float]:
+        """The most probable constant, K^-1 (y - constant), and the variance of the process."""
+        sums = inverse.sum(0)
+        constant = float(sums @ y / sums.sum())
+        weights = inverse @ (y - constant)
+        known = None if prior.variance is None else prior.variance / scale**2
+        return constant, weights, float((y - constant) @ weights) / len(y) if known is None else known
 
     def loss(theta: Array) -> tuple[float, Array]:
-        """Minus the log posterior without constants, the variance of the process put at its best, and the gradient."""
-        scaled = distances * np.exp(-2 * theta[:count])[:, None, None]
-        kernel, slope = _matern(scaled.sum(0))
+        """Minus the log posterior without constants, and its gradient."""
+        closeness = np.exp(-2 * theta[:count])
+        kernel, slope = _matern(np.tensordot(closeness, distances, 1))
         factor, inverse = _inverted(kernel, theta[count])
-        weights = inverse @ y
-        variance = float(y @ weights) / len(y)
+        constant, weights, variance = at_best(inverse)
         outer = inverse - np.outer(weights, weights) / variance
-        slopes = [(outer * slope * part).sum() / 2 for part in scaled]
+        slopes = closeness * np.tensordot(distances, outer * slope, 2) / 2
         gradient = np.append(slopes, np.trace(outer) * np.exp(theta[count]) / 2)
         off = (theta - centre) / width
-        value = len(y) * np.log(variance) / 2 + float(np.log(np.diag(factor)).sum()) + float(off @ off) / 2
+        misfit = len(y) * np.log(variance) + float((y - constant) @ weights) / variance
+        value = misfit / 2 + float(np.log(np.diag(factor)).sum()) + float(off @ off) / 2
         return value, gradient + off / width
 
-    limits = [(-5.0, 5.0)] * count + [(-12.0, 3.0)]
+    limits = [(prior.least[0], 5.0)] * count + [(prior.least[1], 3.0)]
     tried = [
-        minimize(loss, np.append(np.full(count, start), NOISE[0]), jac=True, method="L-BFGS-B", bounds=limits)
+        minimize(loss, np.append(np.full(count, start), prior.noise[0]), jac=True, method="L-BFGS-B", bounds=limits)
         for start in STARTS
     ]
     theta = min(tried, key=lambda found: float(found.fun)).x
     lengths = np.exp(theta[:count])
     kernel, _slope = _matern(np.tensordot(lengths**-2.0, distances, 1))
-    factor, inverse = _inverted(kernel, theta[count])
-    weights = cho_solve((factor, True), y)
+    _factor, inverse = _inverted(kernel, theta[count])
+    constant, weights, _variance = at_best(inverse)
     left_out = weights / np.diag(inverse)  # y minus its prediction from all others
-    return Surrogate(points, tuple(blocks), lengths, weights, mean, scale, 1.0 - float((left_out**2).mean()))
+    return Surrogate(
+        points,
+        tuple(blocks),
+        lengths,
+        weights,
+        constant,
+        float(np.exp(theta[count])),
+        mean,
+        scale,
+        1.0 - float((left_out**2).mean()),
+    )
 
 
 def _inverted(kernel: Array, log_noise: float) -> tuple[Array, Array]:

@@ -182,6 +182,19 @@ class SkAutoTuner:
 
         return knee(self.trials, self.goals)
 
+    def expected_best_trial(self) -> Trial | None:
+        """The trial whose score a smooth model of all of them expects to be the best; None where none counts.
+
+        With noisy scores the best one observed is often only lucky; without noise it is mostly this one too.
+
+        Raises: ValueError with several goals.
+        """
+        if len(self.goals) > 1:
+            raise ValueError("of several goals there is no one best trial: see pareto_front")
+        from panther.tuner.analysis import expected_best
+
+        return expected_best(self.trials, self.space, self.goals[0])
+
     @property
     def best_params(self) -> Params:
         """Raises: TunerError where no trial has a score."""

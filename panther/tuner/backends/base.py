@@ -22,6 +22,8 @@ from panther.tuner.trial import Goal, Limit, Params, Trial
 
 Numbers = NDArray[np.float64]
 
+FAR = 3.0  # interquartile ranges beyond the quartiles: what lies further counts as this far
+
 
 @dataclass(frozen=True)
 class Question:
@@ -128,6 +130,16 @@ def losses(question: Question, trials: Sequence[Trial]) -> list[float]:
     broken = [any(excess(limit, trial) > 0 for limit in question.limits) for trial in scored]
     found = iter(np.where(broken, 1 + beyond, loss).tolist())
     return [next(found) if has_all_scores(question, trial) else np.inf for trial in trials]
+
+
+def clipped(column: Numbers) -> Numbers:
+    """Numbers as they are, those far off the quartiles brought near, and infinite ones with them."""
+    finite = column[np.isfinite(column)]
+    if not len(finite):
+        return np.nan_to_num(column, posinf=1.0, neginf=-1.0)
+    low, high = np.quantile(finite, [0.25, 0.75])
+    far = FAR * (high - low) or np.abs(finite).max() or 1.0
+    return np.clip(column, max(low - far, finite.min()), min(high + far, finite.max()))
 
 
 @cache
