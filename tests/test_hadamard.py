@@ -5,6 +5,7 @@ import math
 import pytest
 import scipy.linalg
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from panther.ops import OPS, hadamard
 from tests.kernels import COMPILED, needs_kernels
@@ -28,6 +29,16 @@ def test_transform_is_the_product_with_the_matrix_of_scipy(n, dtype):
     x = torch.randn(5, n).to(dtype)
     exact = x.double() @ torch.from_numpy(scipy.linalg.hadamard(n)).double() / math.sqrt(n)
     assert_within_the_rounding_bound(hadamard(x), x, exact)
+
+
+@pytest.mark.parametrize("n", [*SIZES, *LARGE])
+def test_torch_counts_the_additions_of_a_run_and_of_its_backward(n):
+    with FlopCounterMode(display=False) as counter:
+        hadamard(torch.randn(2, 3, n))
+    assert counter.get_total_flops() == 6 * n * round(math.log2(n))
+    with FlopCounterMode(display=False) as counter:
+        hadamard(torch.randn(2, 3, n, requires_grad=True)).sum().backward()
+    assert counter.get_total_flops() == 2 * 6 * n * round(math.log2(n))
 
 
 @pytest.mark.parametrize("n", LARGE)

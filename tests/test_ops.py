@@ -7,6 +7,7 @@ import textwrap
 import pytest
 import torch
 from torch.nn import functional as F
+from torch.utils.flop_counter import FlopCounterMode
 
 from panther.build_info import build_info
 from panther.ops import OPS, low_rank_linear
@@ -41,6 +42,18 @@ def assert_within_the_rounding_bound(got, inputs):
 def test_every_number_of_rows_is_within_the_rounding_bound(rows, sizes, dtype):
     inputs = factors(rows, *sizes, dtype)
     assert_within_the_rounding_bound(low_rank_linear(*inputs), inputs)
+
+
+@pytest.mark.parametrize(("rows", "size_in", "rank", "out"), [(1, 13, 3, 7), (6, 19, 1, 1), (0, 8, 2, 4)])
+def test_torch_counts_a_run_and_the_products_of_its_backward(rows, size_in, rank, out):
+    inputs = factors(rows, size_in, rank, out)
+    with FlopCounterMode(display=False) as counter:
+        low_rank_linear(*inputs)
+    assert counter.get_total_flops() == 2 * rows * rank * (size_in + out)
+    x, *others = inputs
+    with FlopCounterMode(display=False) as counter:
+        low_rank_linear(x.requires_grad_(), *others).sum().backward()  # the weights' gradients are not wanted
+    assert counter.get_total_flops() == 2 * 2 * rows * rank * (size_in + out)
 
 
 @needs_kernels

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch.nn import functional as F
+from torch.utils.flop_counter import FlopCounterMode
 
 from panther.ops import OPS, dequantised, low_rank_linear_int8, quantised
 from tests.kernels import needs_kernels
@@ -28,6 +29,18 @@ def assert_within_the_rounding_bound(got, inputs):
     scale = x.double().abs() @ wide_down.abs().T @ wide_up.abs().T + bias.double().abs()
     roundings = down.shape[0] + down.shape[1] + 4
     assert bool(((got.double() - exact).abs() <= roundings * torch.finfo(got.dtype).eps * scale).all())
+
+
+@pytest.mark.parametrize("group_size", GROUPS)
+@pytest.mark.parametrize(("rows", "size_in", "rank", "out"), [(1, 13, 3, 7), (6, 190, 70, 1), (0, 8, 2, 4)])
+def test_torch_counts_a_run_and_the_products_of_its_backward(rows, size_in, rank, out, group_size):
+    x, *others = inputs_of(rows, size_in, rank, out, group_size)
+    with FlopCounterMode(display=False) as counter:
+        low_rank_linear_int8(x, *others)
+    assert counter.get_total_flops() == 2 * rows * rank * (size_in + out)
+    with FlopCounterMode(display=False) as counter:
+        low_rank_linear_int8(x.requires_grad_(), *others).sum().backward()
+    assert counter.get_total_flops() == 2 * 2 * rows * rank * (size_in + out)
 
 
 @needs_kernels

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from panther.ops import OPS, pivoted_linear
 from tests.kernels import needs_kernels
@@ -30,6 +31,19 @@ def assert_near(got, inputs):
     scale = REFERENCE(*changed_floats(inputs, lambda value: value.double().abs()))
     roundings = inputs[1].shape[0] + inputs[0].shape[-1] + 4
     assert bool(((got.double() - exact).abs() <= roundings * torch.finfo(got.dtype).eps * scale).all())
+
+
+@pytest.mark.parametrize("side", ["rows", "columns"])
+@pytest.mark.parametrize("rows", [0, 1, 6])
+@pytest.mark.parametrize(("size_in", "rank", "out"), SIZES)
+def test_torch_counts_a_run_and_the_products_of_its_backward(side, rows, size_in, rank, out):
+    x, *others = inputs_of(side, rows, size_in, rank, out)
+    with FlopCounterMode(display=False) as counter:
+        pivoted_linear(x, *others)
+    assert counter.get_total_flops() == 2 * rows * rank * (size_in + out - rank)
+    with FlopCounterMode(display=False) as counter:
+        pivoted_linear(x.requires_grad_(), *others).sum().backward()  # the weights' gradients are not wanted
+    assert counter.get_total_flops() == 2 * 2 * rows * rank * (size_in + out - rank)
 
 
 @needs_kernels

@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from panther.ops import OPS, sparse_sign_sketch
 from panther.ops._philox import philox
@@ -28,6 +29,14 @@ def sketched(x, size, *, first_row=0, seed=0, nonzeros=4):
     sketch = torch.zeros(size, x.shape[1], dtype=x.dtype)
     sparse_sign_sketch(x, sketch, first_row=first_row, seed=seed, nonzeros=nonzeros)
     return sketch
+
+
+@pytest.mark.parametrize("nonzeros", [1, 4, 8])
+@pytest.mark.parametrize("rows", [0, 1, 30])
+def test_torch_counts_the_additions(rows, nonzeros):
+    with FlopCounterMode(display=False) as counter:
+        sketched(torch.randn(rows, 7), 13, nonzeros=nonzeros)
+    assert counter.get_total_flops() == nonzeros * rows * 7
 
 
 @pytest.mark.parametrize(("counter", "key", "result"), KNOWN)

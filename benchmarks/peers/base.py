@@ -9,7 +9,6 @@ import argparse
 import contextlib
 import importlib
 import json
-import math
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -34,7 +33,7 @@ STATES = ("unhealed", "healed")
 MODELS = {"minilm": "models.minilm", "crepe": "models.crepe"}
 EXCLUDED: dict[str, list[Any] | None] = {"minilm": None, "crepe": [nn.Linear]}  # CREPE's classifier stays dense
 LAYER_OPS = frozenset(
-    {"mm", "addmm", "convolution", "low_rank_linear", "pivoted_linear"}
+    {"mm", "addmm", "convolution", "low_rank_linear", "low_rank_linear_int8", "pivoted_linear"}
 )  # attention's products without weights are bmm
 COMPARED_SAMPLES = 64  # calibration samples on which a method's own options are compared
 REASON = 300  # characters of a reason that are shown
@@ -142,17 +141,11 @@ def _layer_flops(counts: Mapping[Any, int]) -> int:
     return sum(count for op, count in counts.items() if str(op).partition(".")[2] in LAYER_OPS)
 
 
-def _low_rank_flops(x: Sequence[int], down: Sequence[int], up: Sequence[int], *_: Any, **__: Any) -> int:
-    return 2 * math.prod(x[:-1]) * (math.prod(down) + math.prod(up))
-
-
 def _attention_flops(query: Sequence[int], key: Sequence[int], value: Sequence[int], *_: Any, **__: Any) -> int:
     return int(sdpa_flop_count(query, key, value))
 
 
 FORMULAS: dict[Any, Callable[..., int]] = {  # of what torch's counter does not know
-    torch.ops.panther.low_rank_linear: _low_rank_flops,
-    torch.ops.panther.pivoted_linear: _low_rank_flops,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops,
 }
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
 from panther.ops import _kernels
 
@@ -48,6 +49,7 @@ def define(
     *,
     reference: Callable[..., Any],
     samples: Callable[[torch.dtype], list[tuple[Any, ...]]],
+    flops: Callable[..., int],
     setup_context: Callable[..., None] | None = None,
     backward: Callable[..., Any] | None = None,
 ) -> Op:
@@ -55,6 +57,8 @@ def define(
 
     The reference serves every device that has no kernel of its own, and tensors without data. Under autocast the
     floating inputs are cast to the autocast dtype, as they are for F.linear. torch.func transforms see the reference.
+    flops: what one run needs, from the shapes of tensors and from other inputs as they are; torch's FlopCounterMode
+    counts it. What a backward needs is counted from the standard ops that it is made of.
     An op that accumulates comes without backward, and then without autocast: its casts would be copies, not what is
     added to.
     """
@@ -63,6 +67,7 @@ def define(
     _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     op = Op(name, reference, getattr(torch.ops.panther, name).default, samples)
     _LIBRARY.impl(name, _falling_back_to(reference), "CompositeExplicitAutograd")
+    register_flop_formula(getattr(torch.ops.panther, name))(flops)
     torch.library.register_fake(qualified, reference, lib=_LIBRARY)
     # The key that every torch.func transform sets first: the transforms meet standard ops only. A backward from
     # register_autograd would raise inside them.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -61,12 +63,17 @@ def _samples(dtype: torch.dtype) -> list[tuple[Tensor, ...]]:
     ]
 
 
+def _flops(x: Sequence[int], **_: Any) -> int:
+    return math.prod(x) * int(math.log2(x[-1]))
+
+
 HADAMARD = define(
     "hadamard(Tensor x) -> Tensor",
     reference=reference,
     setup_context=_setup_context,
     backward=_backward,
     samples=_samples,
+    flops=_flops,
 )
 
 

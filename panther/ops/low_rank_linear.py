@@ -5,6 +5,8 @@ Notation: x (..., in) the input, down (R, in) and up (out, R) the factors, R the
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -79,12 +81,17 @@ def _samples(dtype: torch.dtype) -> list[tuple[Tensor | None, ...]]:
     ]
 
 
+def _flops(x: Sequence[int], down: Sequence[int], up: Sequence[int], *_: Any, **__: Any) -> int:
+    return 2 * math.prod(x[:-1]) * (math.prod(down) + math.prod(up))
+
+
 LOW_RANK_LINEAR = define(
     "low_rank_linear(Tensor x, Tensor down, Tensor up, Tensor? bias) -> Tensor",
     reference=reference,
     setup_context=_setup_context,
     backward=_backward,
     samples=_samples,
+    flops=_flops,
 )
 
 

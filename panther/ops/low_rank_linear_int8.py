@@ -5,6 +5,8 @@ Notation: as in low_rank_linear, and for values and scales as in _quantised.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -101,6 +103,12 @@ def _samples(dtype: torch.dtype) -> list[tuple[Tensor | None, ...]]:
     ]
 
 
+def _flops(
+    x: Sequence[int], down: Sequence[int], down_scales: Sequence[int], up: Sequence[int], *_: Any, **__: Any
+) -> int:
+    return 2 * math.prod(x[:-1]) * (math.prod(down) + math.prod(up))
+
+
 LOW_RANK_LINEAR_INT8 = define(
     "low_rank_linear_int8(Tensor x, Tensor down, Tensor down_scales, Tensor up, Tensor up_scales, Tensor? bias)"
     " -> Tensor",
@@ -108,6 +116,7 @@ LOW_RANK_LINEAR_INT8 = define(
     setup_context=_setup_context,
     backward=_backward,
     samples=_samples,
+    flops=_flops,
 )
 
 

@@ -7,6 +7,8 @@ adds the others to them, up (out, R) gives y. Which of the two it is, the shapes
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -130,12 +132,17 @@ def _samples(dtype: torch.dtype) -> list[tuple[Tensor | None, ...]]:
     ]
 
 
+def _flops(x: Sequence[int], down: Sequence[int], up: Sequence[int], *_: Any, **__: Any) -> int:
+    return 2 * math.prod(x[:-1]) * (math.prod(down) + math.prod(up))
+
+
 PIVOTED_LINEAR = define(
     "pivoted_linear(Tensor x, Tensor down, Tensor up, Tensor? bias, Tensor? order) -> Tensor",
     reference=reference,
     setup_context=_setup_context,
     backward=_backward,
     samples=_samples,
+    flops=_flops,
 )
 
 

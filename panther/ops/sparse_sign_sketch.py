@@ -7,6 +7,8 @@ Notation: x (rows, n) the input, S (l, n) the sketch, Omega (l, all rows) the ma
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -84,10 +86,15 @@ def _samples(dtype: torch.dtype) -> list[tuple[Tensor | int, ...]]:
     ]
 
 
+def _flops(sketch: Sequence[int], x: Sequence[int], first_row: int, seed: int, nonzeros: int, **_: Any) -> int:
+    return nonzeros * math.prod(x)
+
+
 SPARSE_SIGN_SKETCH = define(
     "sparse_sign_sketch(Tensor(a!) sketch, Tensor x, int first_row, int seed, int nonzeros) -> ()",
     reference=reference,
     samples=_samples,
+    flops=_flops,
 )
 
 

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from panther.build_info import build_info
 from panther.ops import OPS, REFERENCES
@@ -43,6 +44,12 @@ def assert_near(got, op, inputs):
     scale = op.reference(*sizes(inputs)).amax(-1, keepdim=True)
     assert got.shape == exact.shape
     assert bool(((got.double() - exact).abs() <= ROUNDINGS * torch.finfo(got.dtype).eps * scale).all())
+
+
+def counted(function, *inputs):
+    with FlopCounterMode(display=False) as counter:
+        function(*inputs)
+    return counter.get_flop_counts().get("Global", {})
 
 
 def wanting_gradients(inputs):
@@ -241,6 +248,25 @@ def test_accumulating_op_leaves_autocast_alone(op):
         op(own, *others)
     op(known, *others)
     assert own.dtype == torch.float32 and torch.equal(own, known)
+
+
+@every
+def test_flops_of_op_are_counted_once_and_under_its_name(op):
+    for inputs in op.samples(torch.float32):
+        counts = counted(op, *inputs)
+        assert list(counts) == [op.overload.overloadpacket]
+        with torch.no_grad():
+            assert counted(op, *inputs) == counts
+        with torch.inference_mode():
+            assert counted(op, *inputs) == counts
+    assert sum(counted(op, *op.samples(torch.float32)[0]).values()) > 0
+
+
+@ops
+def test_flops_of_op_are_those_that_torch_counts_in_a_reference_made_of_products(op):
+    for inputs in op.samples(torch.float32):
+        wanted = counted(op.reference, *inputs)
+        assert not wanted or sum(wanted.values()) == sum(counted(op, *wanting_gradients(inputs)).values())
 
 
 @every
