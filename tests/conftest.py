@@ -1,5 +1,6 @@
 """What holds for every test: no network, and the same random numbers each time."""
 
+import logging
 import os
 
 # Before anything imports transformers: weights come from installed packages only.
@@ -11,6 +12,10 @@ import pytest
 import torch
 
 from tests.kernels import COMPILED, SETS
+
+# pytest listens to every logger that keeps its records to itself. As soon as torch's one has a listener, whatever torch
+# compiles, exports or copies without data is traced: a record with the stack of the call for every tensor.
+logging.getLogger("torch.__trace").propagate = True
 
 
 @pytest.fixture(autouse=True)
