@@ -34,8 +34,10 @@ export HF_HUB_OFFLINE := 1
 demo: $(VENV)/models.stamp
 	$(BIN)/python -m models.demo
 
+# A process a core, and no more than four for the sake of memory. Each has one thread, since more would wait for each
+# other; tests of threads set their number. A process that is done takes over tests of another.
 test: $(VENV)/models.stamp
-	$(BIN)/python -m pytest -q
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n logical --maxprocesses 4 --dist worksteal
 
 # The C++ under the address and undefined-behaviour sanitizers; `make test` runs this as well.
 sanitize: $(VENV)/panther.stamp
