@@ -5,6 +5,8 @@ Notation: x (..., in), W (out, in) in values and scales as _quantised stores the
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -69,6 +71,10 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     )
 
 
+def _flops(x: Sequence[int], values: Sequence[int], *_: Any, **__: Any) -> int:
+    return 2 * math.prod(x) * values[0]
+
+
 def _samples(dtype: torch.dtype) -> list[tuple[Tensor | None, ...]]:
     """Inputs of odd sizes, in both storages: one scale a row or several, no rows, views that are no copies."""
 
@@ -103,6 +109,7 @@ QUANTISED_LINEAR = define(
     setup_context=_setup_context,
     backward=_backward,
     samples=_samples,
+    flops=_flops,
 )
 
 
