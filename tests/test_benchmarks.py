@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import panther
+from benchmarks import bytes as stored
 from benchmarks import (
     common,
     crepe,
@@ -281,6 +282,22 @@ def test_the_healing_script_prints_a_row_a_model(
     ]
     for recipe, row, figure in zip((encoder, tracker), rows, figures, strict=True):
         assert row[3] == f"{recipe.metrics(recipe.model)[figure]:.3f}"
+
+
+def test_the_script_on_bytes_prints_every_way_of_storing(
+    encoder: Recipe, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    figure = next(iter(encoder.metrics(encoder.model)))
+    monkeypatch.setattr(stored, "CASES", {"one": stored.Case(lambda: encoder, (figure,))})
+    assert start(stored, monkeypatch, "--models", "one", "--shares", "0.25", "--minutes", "0.01") == 0
+    columns, _, *rows = printed_table(capsys.readouterr().out)
+    assert list(columns)[:3] == ["", "bytes", figure.replace("_", " ")]
+    labels = [row[0] for row in rows]
+    assert labels[0] == "dense" and len(rows) == 1 + len(stored.PLAIN) + 4
+    shares = {row[0]: float(row[1]) for row in rows}
+    assert all(share <= 0.2501 for label, share in shares.items() if label.startswith("panther"))
+    assert shares["int8, a scale a row, to nearest"] > shares["int4, a scale a row, to nearest"] > 0.125
+    assert float(rows[0][2]) == pytest.approx(encoder.metrics(encoder.model)[figure], abs=1e-3)
 
 
 def test_the_op_script_prints_every_layer_and_the_means(

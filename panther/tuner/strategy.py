@@ -51,10 +51,10 @@ def _auto(strategy: Strategy, question: Question) -> tuple[list[Params], str]:
 
 
 def _progressive(strategy: Strategy, question: Question) -> tuple[list[Params], str]:
-    """The whole box with half of the iterations, then only a part of it around the best point."""
+    """The whole box by TPE with half of the iterations, then a part of it around the best point by the model."""
     half = strategy.iterations // 2
     if question.number < strategy.initial + half:
-        return _auto(strategy, question)[0], "broad"
+        return BACKENDS["spread" if question.number < strategy.initial else "tpe"](question), "broad"
     trials = known_trials(question)
     loss = losses(question, trials)
     if not trials or min(loss) == float("inf"):
