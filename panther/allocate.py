@@ -10,18 +10,24 @@ from panther.allocators import ALLOCATORS, Allocator, Evaluate, Options
 from panther.allocators.base import Divergence, total
 from panther.chains import CHANNELS, WHOLE, dense_cost
 from panther.sizes import header_reserve
-from panther.spec import Budget, Capture, Choice, Cost, LayerSpec, Measured, Plan, Target
+from panther.spec import BITS, DTYPES, Budget, Capture, Choice, Cost, LayerSpec, Measured, Plan, Target
 
 NOTHING_MEASURED = Measured()
 
 
 def resolve(
-    budget: Budget, capture: Capture, dtype_bytes: Mapping[str, int], measured: Measured = NOTHING_MEASURED
+    budget: Budget,
+    capture: Capture,
+    dtype_bytes: Mapping[str, int],
+    measured: Measured = NOTHING_MEASURED,
+    *,
+    dtypes: Sequence[str] = DTYPES[:1],
 ) -> Target:
     """Absolute limits on the sketchable layers and on the whole model, and the line that says what they mean.
 
     dtype_bytes: bytes of one number of each sketchable layer. measured: of the dense model, as far as the budget's
-    fields ask for it. The layers' own limit on milliseconds needs theirs: see `with_layer_latency`.
+    fields ask for it. dtypes: what weights may be stored in. The layers' own limit on milliseconds needs theirs: see
+    `with_layer_latency`.
     """
     dense = dense_total(capture.sketchable, dtype_bytes)
     rest = capture.model_params - dense.params
@@ -29,7 +35,7 @@ def resolve(
     if params is not None and budget.of == "model":
         params -= rest
     whole = _bytes_limit(budget.size_mb, capture.model_bytes)
-    size = None if whole is None else whole - (capture.model_bytes - dense.size_bytes) - _header_growth(capture)
+    size = None if whole is None else whole - (capture.model_bytes - dense.size_bytes) - _header_growth(capture, dtypes)
     peak = (
         None if measured.peak_memory_bytes is None else _bytes_limit(budget.peak_memory_mb, measured.peak_memory_bytes)
     )
@@ -83,7 +89,7 @@ def _bytes_limit(megabytes: float | str | None, dense: int) -> int | None:
     return int(dense * float(text[:-1]) / 100 if text.endswith("%") else float(text) * 1e6)
 
 
-def _header_growth(capture: Capture) -> int:
+def _header_growth(capture: Capture, dtypes: Sequence[str]) -> int:
     """The most by which the header of the file can grow: the entries that every layer may have once it is sketched."""
     added = {}
     largest = 0
@@ -92,6 +98,9 @@ def _header_growth(capture: Capture) -> int:
         if spec.kernel_size:
             links, orders = [*links, "core"], [*orders, "column_order"]
         added.update({f"{spec.name}.{name}": 2 + len(spec.kernel_size) for name in links})
+        if set(dtypes) & set(BITS):  # a weight is two tensors then, and a corrected one has three
+            parts = [f"{link}.{part}" for link in ("whole", *links) for part in ("values", "scales")]
+            added.update({f"{spec.name}.{name}": 2 for name in parts})
         # In place of its bias, or because sketching gives it one, which makes the mean output right.
         added.update({f"{spec.name}.{name}": 1 for name in ("offset", *orders)})
         largest = max(largest, spec.fan_in, spec.out_features)

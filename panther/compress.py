@@ -248,7 +248,7 @@ def prepared_for(request: Request) -> Prepared:
 
 
 def _target(dense: Dense, found: Capture, dtype_bytes: Mapping[str, int], budget: Budget) -> Target:
-    return resolve(budget, found, dtype_bytes, dense.measured(budget))
+    return resolve(budget, found, dtype_bytes, dense.measured(budget), dtypes=dense.request.dtypes)
 
 
 def _unfitted_first(data: Calibration) -> Iterator[Call]:

@@ -364,3 +364,20 @@ def test_the_model_itself_can_be_changed() -> None:
     dense = copy.deepcopy(model)
     result = compress(model, panther.Budget(size_mb="30%"), dtypes=("int8", "int4"), inplace=True)
     assert result.model is model and quantised_layers(model) and error(dense, model) < 0.2
+
+
+def test_the_longest_header_is_reckoned_with(tmp_path: Path) -> None:
+    """Of layers that are stored in six tensors each, the file is within its budget to the byte."""
+    model = nn.Sequential(*(nn.Linear(64, 64) for _ in range(6))).eval()
+    data = rows(8)
+    plan = Plan(tuple(Choice(str(i), chains.CORRECTED, (8,), chains.QUANTISED, "int4") for i in range(6)))
+    given: dict[str, Any] = {"example_inputs": data[0], "calib_data": data, "progress": False, "verify": False}
+    made = panther.compress(model, 1.0, dtypes=("float32", "int4"), plan=plan, heal="refit", **given)
+    held = sum(row.after.size_bytes for row in made.report.layers)
+    biases = 6 * 64 * 4
+    budget = panther.Budget(size_mb=(held + biases + 8000) / 1e6)
+    found = panther.compress(model, budget, dtypes=("float32", "int4"), heal="none", **given)
+    limit = found.target.size_bytes
+    assert limit is not None
+    header = made.report.compressed.size_bytes - held - biases
+    assert limit + biases + header <= (held + biases + 8000)
