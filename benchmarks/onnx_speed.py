@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import functools
+import logging
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -31,7 +32,13 @@ from panther.converters.inputs import flatten
 from panther.errors import PantherError
 from panther.verify import medians_in_turn
 
-SEARCHES = ("uniform", "sensitivity")
+# How ranks are chosen, and what they are stored in.
+WAYS: dict[str, dict[str, Any]] = {
+    "uniform": {"search": "uniform"},
+    "sensitivity": {},
+    "sensitivity, int8": {"dtypes": ("int8",)},
+}
+DYNAMIC = "none: onnxruntime's dynamic int8"  # of the dense file; inputs are rounded as well, while it runs
 EXCLUDED: dict[str, list[Any] | None] = {"minilm": None, "crepe": [nn.Linear]}  # as in benchmarks.crepe
 COLUMNS = (
     "model",
@@ -57,34 +64,35 @@ class Speed:
     batch: int
     flops_ratio: float  # of the dense Linear and Conv layers, dense / compressed
     onnx_ms: tuple[float, float]
-    torch_ms: tuple[float, float]
-    parity: float  # of the compressed file with the compressed model, as a share of the output's largest value
+    torch_ms: tuple[float, float] | None
+    parity: float | None  # of the compressed file with the compressed model, as a share of the output's largest value
 
     def cells(self) -> list[str]:
         onnx, eager = self.onnx_ms, self.torch_ms
+        own = ["-"] * 3 if eager is None else [f"{eager[0]:.2f}", f"{eager[1]:.2f}", f"{eager[0] / eager[1]:.2f}"]
         return [
             self.model,
             self.ranks,
             str(self.batch),
             f"{self.flops_ratio:.2f}",
             *(f"{onnx[0]:.2f}", f"{onnx[1]:.2f}", f"{onnx[0] / onnx[1]:.2f}"),
-            *(f"{eager[0]:.2f}", f"{eager[1]:.2f}", f"{eager[0] / eager[1]:.2f}"),
-            f"{self.parity:.0e}",
+            *own,
+            "-" if self.parity is None else f"{self.parity:.0e}",
         ]
 
 
 def compress(recipe: Recipe, keep: float, seed: int, exclude: Sequence[Any] | None = None) -> dict[str, panther.Result]:
     """The recipe's model as `panther.compress` makes it, for each way to choose ranks."""
     results = {}
-    for search in SEARCHES:
-        say(f"{recipe.name}: compressing, {search} ranks")
-        results[search] = panther.compress(
+    for way, options in WAYS.items():
+        say(f"{recipe.name}: compressing, {way} ranks")
+        results[way] = panther.compress(
             recipe.model,
             keep,
             example_inputs=recipe.example_inputs,
             calib_data=recipe.batches,
             exclude=exclude,
-            search=search,
+            **options,
             heal="none",  # speed depends on the plan alone
             seed=seed,
             progress=False,
@@ -104,11 +112,14 @@ def speeds(
     models = {"dense": recipe.model, **{search: result.model for search, result in results.items()}}
     with tempfile.TemporaryDirectory() as folder:
         files = {name: exported(models[name], Path(folder) / f"{name}.onnx", recipe, inputs) for name in models}
-        sessions = {name: session(file.path, threads) for name, file in files.items()}
+        paths = {name: file.path for name, file in files.items()} | {DYNAMIC: Path(folder) / "dynamic.onnx"}
+        dynamic_int8(paths["dense"], paths[DYNAMIC])
+        sessions = {name: session(path, threads) for name, path in paths.items()}
         for size, given in inputs.items():
             say(f"{recipe.name}: batch {size}")
             onnx_ms = _milliseconds({name: file_run(s, recipe.model, given) for name, s in sessions.items()}, seconds)
             torch_ms = _torch_milliseconds(models, given, seconds)
+            yield Speed(recipe.name, DYNAMIC, size, 1.0, (onnx_ms["dense"], onnx_ms[DYNAMIC]), None, None)
             for search, result in results.items():
                 yield Speed(
                     recipe.name,
@@ -119,6 +130,14 @@ def speeds(
                     (torch_ms["dense"], torch_ms[search]),
                     max(check.max_rel for check in files[search].checks),
                 )
+
+
+def dynamic_int8(path: Path, target: Path) -> None:
+    """Write what onnxruntime makes of a file by itself: weights in int8, inputs rounded while it runs."""
+    from onnxruntime.quantization import quantize_dynamic
+
+    logging.getLogger().setLevel(logging.ERROR)  # it asks for a preprocessing that changes nothing here
+    quantize_dynamic(path, target)
 
 
 def batch_of(example: Any, size: int) -> Any:
