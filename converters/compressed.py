@@ -25,6 +25,7 @@ from panther.converters.weights import ModelSource, check_no_meta, copy_of, make
 from panther.errors import ExportError, LoadError
 from panther.nn import LAYERS
 from panther.nn.narrow import DENSE_SIZES, NARROWED, NORMS, is_narrowed, narrow_config, narrowed_to, sizes_of
+from panther.nn.quantised import StoredWeight
 from panther.nn.surgery import inherit, keep_unfused
 from panther.spec import Plan, Report, to_data
 
@@ -320,6 +321,22 @@ def _check_geometry(dense: nn.Module, layer: nn.Module, name: str, folder: Path,
         )
 
 
+def _check_numbers(model: nn.Module, tensors: Mapping[str, Tensor], names: Mapping[str, str], folder: Path) -> None:
+    """Raise LoadError unless whole numbers are of their own types, and their scales finite and above zero."""
+    for place, module in model.named_modules():
+        if not isinstance(module, StoredWeight):
+            continue
+        values, scales = (tensors[names[f"{place}.{part}" if place else part]] for part in ("values", "scales"))
+        if values.dtype != module.values.dtype:
+            raise LoadError(f"{folder / WEIGHTS}: {place}.values is {values.dtype}, expected {module.values.dtype}")
+        if scales.dtype not in (torch.float32, torch.bfloat16, torch.float16, module.scales.dtype):
+            raise LoadError(f"{folder / WEIGHTS}: {place}.scales is {scales.dtype}, expected {module.scales.dtype}")
+        if not bool((torch.isfinite(scales) & (scales > 0)).all()):
+            raise LoadError(
+                f"{folder / WEIGHTS}: {place}.scales holds numbers that no scale can be: the file is damaged"
+            )
+
+
 def _assign(
     model: nn.Module, tensors: Mapping[str, Tensor], tied: Mapping[str, str], device: torch.device, folder: Path
 ) -> None:
@@ -341,6 +358,7 @@ def _assign(
                 f"{folder / WEIGHTS}: {name} is {tuple(got.shape)} {got.dtype}, the model's is {tuple(expected.shape)} "
                 f"{expected.dtype}: give the architecture that was compressed"
             )
+    _check_numbers(model, tensors, names, folder)
     # Copies, for the memory of `tensors` is the mapped file.
     own = {stored: tensors[stored].clone().to(device) for stored in dict.fromkeys(names.values())}
     try:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor, nn
 
 from panther import chains
@@ -21,6 +22,8 @@ from panther.nn.surgery import with_layers
 from panther.ops import unpacked_int4
 
 BLOCKS_FROM = 21  # the opset that has int4 and blocks
+HALF_SCALES_FROM = 19
+MODEL = "model"  # what the exported program calls the model: its only attribute
 
 Parts = Mapping[str, StoredWeight]  # by the name of the float parameter that stands for it
 
@@ -84,32 +87,78 @@ class _Numbers:
 def put_numbers(program: Any, parts: Parts) -> list[str]:
     """Put whole numbers and scales in place of the float weights of an exported program; notes on those that stay.
 
+    A weight is known by its numbers: the exporter may have turned it, or multiplied a batch norm into it, and gives it
+    another name then. Where a batch norm is in it, the scales take that factor over.
+
     program: torch.onnx.ONNXProgram of the model that `with_floats` gave.
     """
     graph = program.model.graph
     opset = int(program.model.opset_imports.get("", 0))
-    notes, stays = [], 0
+    too_old, lost = 0, 0
     for name, part in parts.items():
         numbers = _numbers(part, opset)
-        value = None if numbers is None else _initializer(graph, name, part)
-        if numbers is None or value is None:
-            stays += 1
-        else:
-            _replace(graph, value, numbers)
-    if stays:
-        why = "" if opset >= BLOCKS_FROM else f": opset {opset} has no blocks, use {BLOCKS_FROM} or later"
-        notes.append(f"{stays} of {len(parts)} quantised weights are float numbers in the file{why}")
+        if numbers is None:
+            too_old += 1
+        elif not _put(graph, name, part, numbers):
+            lost += 1
+    notes = []
+    if too_old:
+        notes.append(
+            f"{too_old} of {len(parts)} quantised weights are float numbers in the file: opset {opset} cannot say "
+            f"their blocks or the type of their scales, use {BLOCKS_FROM} or later, and float32"
+        )
+    if lost:
+        notes.append(
+            f"{lost} of {len(parts)} quantised weights are float numbers in the file: the exporter changed them"
+        )
     if opset < BLOCKS_FROM and any(part.grid.bits == 4 for part in parts.values()):
         notes.append(f"weights of 4 bits take 8 in the file: opset {opset} has no int4, use {BLOCKS_FROM} or later")
     return notes
+
+
+def _put(graph: Any, name: str, part: StoredWeight, numbers: _Numbers) -> bool:
+    """Put a weight's numbers where its floats are; False where these are nowhere."""
+    wanted = _array(part.dense())
+    own = f"{MODEL}.{name}"
+    values = sorted(graph.initializers.values(), key=lambda value: value.name != own)
+    for value in values:
+        tensor = value.const_value
+        if tensor is None or tensor.size != wanted.size or tensor.dtype.numpy() != wanted.dtype:
+            continue
+        got = tensor.numpy()
+        if got.shape == wanted.shape and np.array_equal(got, wanted):
+            _replace(graph, value, numbers)
+            return True
+        if wanted.ndim == 2 and got.shape == wanted.shape[::-1] and np.array_equal(got, wanted.T):
+            _replace(graph, value, numbers, is_turned=True)
+            return True
+        if value.name == own and got.shape == wanted.shape:
+            scaled = _with_factors(numbers, wanted, got)
+            if scaled is not None:
+                _replace(graph, value, scaled)
+                return True
+    return False
+
+
+def _with_factors(numbers: _Numbers, wanted: np.ndarray[Any, Any], got: np.ndarray[Any, Any]) -> _Numbers | None:
+    """The numbers of a weight whose rows were each multiplied with a factor; None where something else was done."""
+    rows, other = wanted.reshape(len(wanted), -1).astype(np.float64), got.reshape(len(got), -1).astype(np.float64)
+    size = (rows * rows).sum(1)
+    factors = np.where(size > 0, (rows * other).sum(1) / np.where(size > 0, size, 1.0), 0.0)
+    if not np.allclose(rows * factors[:, None], other, rtol=1e-5, atol=1e-6 * float(np.abs(other).max(initial=0.0))):
+        return None
+    scales = numbers.scales * factors.reshape(-1, *(1,) * (numbers.scales.ndim - 1))
+    return _Numbers(numbers.values, scales.astype(numbers.scales.dtype), numbers.axis, numbers.block, numbers.shape)
 
 
 def _numbers(part: StoredWeight, opset: int) -> _Numbers | None:
     """A stored weight for ONNX; None where this opset cannot say it."""
     import ml_dtypes  # comes with onnx
 
-    grid = part.grid
+    grid, dtype = part.grid, part.scales.dtype
     if grid.group_size is not None and opset < BLOCKS_FROM:
+        return None
+    if dtype == torch.float64 or (dtype != torch.float32 and opset < HALF_SCALES_FROM):
         return None
     whole = part.values if grid.bits == 8 else unpacked_int4(part.values, part.columns)
     values, scales = _array(whole), _array(part.scales)
@@ -121,25 +170,21 @@ def _numbers(part: StoredWeight, opset: int) -> _Numbers | None:
 
 
 def _array(tensor: Tensor) -> np.ndarray[Any, Any]:
-    array: np.ndarray[Any, Any] = tensor.detach().cpu().numpy()
+    import ml_dtypes
+
+    flat = tensor.detach().cpu().contiguous()
+    if flat.dtype == torch.bfloat16:  # which NumPy has from elsewhere
+        bits: np.ndarray[Any, Any] = flat.view(torch.int16).numpy()
+        return bits.view(ml_dtypes.bfloat16)
+    array: np.ndarray[Any, Any] = flat.numpy()
     return array
 
 
-def _initializer(graph: Any, name: str, part: StoredWeight) -> Any:
-    """The float weight in the graph: by its name, or by its numbers where the exporter made another of it."""
-    for known, value in graph.initializers.items():
-        if known == name or known.endswith(f".{name}"):
-            return value
-    wanted = _array(part.dense())
-    for value in graph.initializers.values():
-        tensor = value.const_value
-        if tensor is not None and tuple(tensor.shape) == wanted.shape and np.array_equal(tensor.numpy(), wanted):
-            return value
-    return None
+def _replace(graph: Any, value: Any, numbers: _Numbers, *, is_turned: bool = False) -> None:
+    """Let every reader of a float weight read whole numbers instead; a transposition in between goes.
 
-
-def _replace(graph: Any, value: Any, numbers: _Numbers) -> None:
-    """Let every reader of a float weight read whole numbers instead; a transposition in between goes."""
+    is_turned: the file has the transposed matrix.
+    """
     made: dict[bool, Any] = {}
 
     def stored(*, turned: bool) -> Any:
@@ -148,14 +193,14 @@ def _replace(graph: Any, value: Any, numbers: _Numbers) -> None:
         return made[turned]
 
     for node, index in list(value.uses()):
-        if _is_turned(node, numbers):
+        if not is_turned and _is_turned(node, numbers):
             new = stored(turned=True)
             for reader, at in list(node.outputs[0].uses()):
                 reader.replace_input_with(at, new)
             if not node.outputs[0].is_graph_output():
                 graph.remove(node, safe=True)
                 continue
-        node.replace_input_with(index, stored(turned=False))
+        node.replace_input_with(index, stored(turned=is_turned))
     if not list(value.uses()) and not value.is_graph_output():
         del graph.initializers[value.name]
 

@@ -158,6 +158,9 @@ def compress(
         plan = _plan_in(Path(checkpoint), budget=str(wanted), seed=seed, search=search)
     if plan is not None and not isinstance(plan, Plan):
         plan = Plan.from_json(plan)
+    if plan is not None:  # which says itself what it stores weights in
+        stored = dict.fromkeys(choice.dtype for choice in plan.choices if choice.grid is not None)
+        dtypes = tuple(dict.fromkeys((*dtypes, *stored)))
     request = Request(
         model=model if device is None else copy.deepcopy(model).to(device),
         budget=wanted,

@@ -105,7 +105,72 @@ def test_an_opset_without_blocks_keeps_floats_and_says_so(tmp_path: Path) -> Non
     small = with_whole(net(), Grid(8, 32))
     report = write(small, tmp_path / "small.onnx", inputs(small), opset=18)
     assert report.ok and kinds(report.path)["numbers"] == {"FLOAT"}
-    assert any("3 of 3 quantised weights are float numbers in the file: opset 18 has" in note for note in report.notes)
+    assert any("3 of 3 quantised weights are float numbers in the file: opset 18 can" in note for note in report.notes)
+
+
+class Tokens(nn.Module):
+    """Linear layers over (batch, tokens, features), as in a transformer: the exporter turns their weights."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(96, 200), nn.Linear(200, 96, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        answer: Tensor = self.down(self.up(x).relu())
+        return answer
+
+
+@pytest.mark.parametrize("grid", [Grid(8), Grid(4), Grid(4, 32)], ids=str)
+def test_weights_that_the_exporter_turns_are_whole_numbers_too(grid: Grid, tmp_path: Path) -> None:
+    model = Tokens().eval()
+    for name in ("up", "down"):
+        layer = QuantisedLinear.from_dense(getattr(model, name), bits=grid.bits, group_size=grid.group_size)
+        setattr(model, name, layer.eval())
+    report = write(model, tmp_path / "tokens.onnx", torch.randn(2, 5, 96))
+    assert report.ok and not any("float numbers" in note for note in report.notes), report.notes
+    found = kinds(report.path)["numbers"]
+    assert ("INT4" if grid.bits == 4 else "INT8") in found and ("FLOAT" not in found or grid.group_size is not None)
+
+
+@pytest.mark.parametrize("grid", [Grid(8), Grid(4)], ids=str)
+def test_a_batch_norm_that_the_exporter_multiplies_in_goes_to_the_scales(grid: Grid, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    norm = nn.BatchNorm2d(24)
+    nn.init.normal_(norm.running_mean)  # type: ignore[arg-type]
+    nn.init.uniform_(norm.running_var, 0.5, 2)  # type: ignore[arg-type]
+    nn.init.normal_(norm.weight)  # also negative ones
+    model = with_whole(nn.Sequential(nn.Conv2d(16, 24, 3, bias=False), norm, nn.ReLU(), nn.Conv2d(24, 8, 3)), grid)
+    report = write(model, tmp_path / "normed.onnx", torch.randn(2, 16, 9, 8))
+    assert report.ok, report.checks
+    assert kinds(report.path)["numbers"] == {"INT4" if grid.bits == 4 else "INT8"}
+
+
+def test_a_layer_whose_name_ends_alike_keeps_its_own_weight(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Sequential(nn.ReLU(), nn.Linear(64, 64)), nn.Linear(64, 64)).eval()
+    model[1] = QuantisedLinear.from_dense(model[1]).eval()
+    assert write(model, tmp_path / "named.onnx", torch.randn(4, 64)).ok
+
+
+@pytest.mark.parametrize(
+    ("dtype", "opset", "numbers"),
+    [(torch.bfloat16, None, "FLOAT"), (torch.float16, 18, "FLOAT16"), (torch.float64, None, "DOUBLE")],
+)
+def test_scales_of_other_types_are_written_or_the_weight_stays(
+    dtype: torch.dtype, opset: int | None, numbers: str, tmp_path: Path
+) -> None:
+    """What onnxruntime cannot run in such a type is not panther's matter: only that the file is right where it can."""
+    model = with_whole(nn.Sequential(nn.Linear(64, 32)).to(dtype), Grid(8))
+    x = torch.randn(3, 64, dtype=dtype)
+    dense = nn.Sequential(model[0].to_dense()).eval()
+    try:
+        expected = write(dense, tmp_path / "dense.onnx", x, opset=opset).ok
+    except Exception as error:
+        with pytest.raises(type(error)):
+            write(model, tmp_path / "small.onnx", x, opset=opset)
+        return
+    report = write(model, tmp_path / "small.onnx", x, opset=opset)
+    assert report.ok == expected and numbers
 
 
 def test_a_model_that_is_itself_the_layer_is_written(tmp_path: Path) -> None:

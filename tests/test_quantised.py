@@ -10,11 +10,13 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import panther
 from panther import chains
 from panther.batches import Call, as_call
+from panther.errors import LoadError
 from panther.healers.rounding import round_layers
 from panther.nn import QuantisedLayer
 from panther.nn.on_grid import held, is_held
@@ -280,6 +282,74 @@ def test_a_correction_is_a_choice_and_helps(scheme: str) -> None:
         assert error(model, result.model) < 0.9 * error(model, plain.model)
         row = next(row for row in result.report.layers if row.name == names[0])
         assert row.kept > 1 and row.after.size_bytes < row.before.size_bytes / 4
+
+
+def test_batches_that_part_ways_are_rounded_all_the_same() -> None:
+    class Parts(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.c, self.a, self.b = (nn.Linear(64, 64) for _ in range(3))
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.c(x).relu()
+            first, second = (self.a, self.b) if float(y.mean()) > 0.2 else (self.b, self.a)
+            answer: Tensor = second(first(y).relu())
+            return answer
+
+    torch.manual_seed(0)
+    model = Parts().eval()
+    data = [x * scale for x, scale in zip(rows(8), (0.1, 3.0) * 4, strict=True)]
+    given: dict[str, Any] = {"example_inputs": data[0], "calib_data": data, "progress": False, "verify": False}
+    result = panther.compress(model, 1.0, dtypes=("int4",), heal="refit", **given)
+    assert len(quantised_layers(result.model)) == 3
+    assert any("rounding stopped looking at the data" in note for note in result.report.notes)
+
+
+def test_what_follows_a_correction_gets_it_in_the_walk() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64)).eval()
+    calls = [Call((x,)) for x in rows(4)]
+    specs = {spec.name: spec for spec in panther.analyze(model, rows(1)[0]).layers}
+    student = copy.deepcopy(model)
+    choices = [
+        Choice("0", chains.CORRECTED, (8,), chains.QUANTISED, "int4"),
+        Choice("1", chains.WHOLE, (), chains.QUANTISED, "int4"),
+    ]
+    seen: list[Tensor] = []
+    student[1].register_forward_pre_hook(lambda _m, args: seen.append(args[0].clone()))
+    assert not round_layers(model, student, choices, specs, calls)
+    with torch.no_grad():
+        wanted = torch.cat([student[0](call.args[0]) for call in calls])
+    # The last of them ran with the correction in place, which is stored in eight bits afterwards.
+    got = torch.cat(seen[-4:])
+    assert float((got - wanted).norm()) < 0.01 * float(wanted.norm())
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("values", lambda t: t.view(torch.int8), "values is torch.int8, expected torch.uint8"),
+        ("scales", lambda t: t.double(), "scales is torch.float64"),
+        ("scales", lambda t: -t, "no scale can be"),
+        ("scales", lambda t: t * torch.nan, "no scale can be"),
+        ("scales", lambda t: t[:, :0], "scales is"),
+    ],
+)
+def test_a_file_whose_numbers_were_changed_is_refused(name: str, change: Any, message: str, tmp_path: Path) -> None:
+    model = net()
+    compress(model, 1.0, dtypes=("int4",), plan=everything(model, "int4"), heal="none").save(tmp_path / "small")
+    path = tmp_path / "small" / "model.safetensors"
+    tensors = load_file(path)
+    tensors[f"first.whole.{name}"] = change(tensors[f"first.whole.{name}"]).contiguous()
+    save_file(tensors, path, metadata={"format": "pt"})
+    with pytest.raises(LoadError, match=message):
+        panther.load(tmp_path / "small", model=net)
+
+
+def test_a_plan_says_itself_what_it_stores_weights_in() -> None:
+    first = compress(net(), panther.Budget(size_mb="30%"), dtypes=("int8", "int4"))
+    again = compress(net(), panther.Budget(size_mb="30%"), plan=first.plan)
+    assert list(quantised_layers(again.model)) == list(quantised_layers(first.model))
 
 
 def test_a_killed_run_goes_on_from_its_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,8 +8,9 @@ Notation: x (rows, n) what a matrix W (m, n) gets where nothing was rounded, h (
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -19,7 +20,8 @@ from torch.linalg import LinAlgError  # type: ignore[attr-defined]  # it is not 
 
 from panther import chains
 from panther.batches import Call
-from panther.healers.lockstep import Arrival, LeftStepError, Lockstep, in_precision, stretches
+from panther.errors import one_line
+from panther.healers.lockstep import Arrival, LeftStepError, Lockstep, Stretch, in_precision, stretches
 from panther.healers.refit import (
     ANCHOR,
     MOST_FEATURES,
@@ -31,7 +33,7 @@ from panther.healers.refit import (
     rows_of,
 )
 from panther.nn import SketchedLayer
-from panther.nn.on_grid import corrected, hold
+from panther.nn.on_grid import CorrectedLinear, corrected, hold
 from panther.nn.surgery import put_layers
 from panther.progress import Progress
 from panther.quantise import Rounded, balanced, in_data_norm, to_nearest
@@ -80,7 +82,7 @@ def round_layers(
     calls: as many of them as `held_bytes` allow are held at one depth of both models at once. None: numbers are rounded
         each by itself.
 
-    Raises: LeftStepError when the calls run through the layers in different orders, or through one twice.
+    Where the calls part ways, or a module fails when it runs so, the layers that are left go without the data.
     """
     by_name = {choice.layer: choice for choice in choices if choice.grid is not None}
     walked = [name for name in by_name if specs[name].calls == 1] if calls else []
@@ -90,27 +92,54 @@ def round_layers(
         rows = max(1, numbers // specs[name].out_features)
         return max(FEWEST_CALLS, math.ceil(ROWS_PER_FEATURE * specs[name].fan_in / rows))
 
-    walks = stretches(student, calls, walked, held_bytes, wanted) if walked else []
+    said: list[str] = []
     with torch.no_grad(), (progress or Progress(False)).bar("rounding") as bar:
-        for walk in walks:
+        for walk in stretches(student, calls, walked, held_bytes, wanted) if walked else []:
             held, found = calls[: walk.calls], list[_Found]()
-            with Lockstep(teacher, held, walk.stops) as dense, Lockstep(student, held, walk.stops) as own:
-                while (name := own.advance()) is not None:
-                    if dense.advance() != name or name in done:
-                        raise LeftStepError("the two models run their layers in different orders, or one twice")
-                    bar(len(done) / len(by_name), name)
-                    layer = student.get_submodule(name)
-                    given = list(zip(held, dense.arrivals, own.arrivals, strict=True))
-                    dense_layer = teacher.get_submodule(name)
-                    found.append(_round(student, layer, by_name[name], specs[name], dense_layer, given, seed))
-                    done.append(name)
+            try:
+                for one in _walk(teacher, student, walk, held, by_name, specs, seed):
+                    found.append(one)
+                    done.append(one.name)
+                    bar(len(done) / len(by_name), one.name)
+            except Exception as error:  # a user's module may raise anything, and the calls may part ways
+                said.append(f"rounding stopped looking at the data: {one_line(error)}")
             _hold(student, found)  # a walk leaves the modules of a model as they were
+            if said:
+                break
         left = [name for name in by_name if name not in done]
         _hold(
             student,
             [_round(student, student.get_submodule(n), by_name[n], specs[n], None, (), seed) for n in left],
         )
-    return [f"{name} was rounded without looking at data" for name in left] if calls else []
+    if calls and left:
+        names = ", ".join(left[:3]) + (f" and {len(left) - 3} more" if len(left) > 3 else "")
+        said.append(f"{names} {'was' if len(left) == 1 else 'were'} rounded without looking at data")
+    return said
+
+
+def _walk(
+    teacher: nn.Module,
+    student: nn.Module,
+    walk: Stretch,
+    held: Sequence[Call],
+    by_name: Mapping[str, Choice],
+    specs: Mapping[str, LayerSpec],
+    seed: int,
+) -> Iterator[_Found]:
+    """The layers of one stretch with their numbers in them, in execution order."""
+    done: set[str] = set()
+    with contextlib.ExitStack() as stack:
+        dense = stack.enter_context(Lockstep(teacher, held, walk.stops))
+        own = stack.enter_context(Lockstep(student, held, walk.stops))
+        while (name := own.advance()) is not None:
+            if dense.advance() != name or name in done:
+                raise LeftStepError("the two models run their layers in different orders, or one twice")
+            done.add(name)
+            layer, given = student.get_submodule(name), list(zip(held, dense.arrivals, own.arrivals, strict=True))
+            found = _round(student, layer, by_name[name], specs[name], teacher.get_submodule(name), given, seed)
+            if isinstance(found.layer, CorrectedLinear):  # the calls that have stopped here still run the old layer
+                stack.callback(layer.register_forward_hook(found.layer.add_to).remove)
+            yield found
 
 
 def _round(
