@@ -329,7 +329,7 @@ def test_version_and_help_are_no_errors(run) -> None:
     assert run("--version")[:2] == (0, f"panther {cli.__version__}\n")
     code, out, _ = run("--help")
     assert code == 0
-    assert "3 budget not met" in out and "--int8" not in out
+    assert "3 budget not met" in out and "--int8" in out and "--int4" in out
 
 
 # What the flags mean
