@@ -38,6 +38,7 @@ WAYS: dict[str, dict[str, Any]] = {
     "sensitivity": {},
     "sensitivity, int8": {"dtypes": ("int8",)},
 }
+ROUNDED = {"sensitivity, int8, rounded inputs": "sensitivity, int8"}  # files that are written another way besides
 DYNAMIC = "none: onnxruntime's dynamic int8"  # of the dense file; inputs are rounded as well, while it runs
 EXCLUDED: dict[str, list[Any] | None] = {"minilm": None, "crepe": [nn.Linear]}  # as in benchmarks.crepe
 COLUMNS = (
@@ -112,6 +113,8 @@ def speeds(
     models = {"dense": recipe.model, **{search: result.model for search, result in results.items()}}
     with tempfile.TemporaryDirectory() as folder:
         files = {name: exported(models[name], Path(folder) / f"{name}.onnx", recipe, inputs) for name in models}
+        for name, of in ROUNDED.items():
+            files[name] = exported(models[of], Path(folder) / f"{name}.onnx", recipe, inputs, round_inputs=True)
         paths = {name: file.path for name, file in files.items()} | {DYNAMIC: Path(folder) / "dynamic.onnx"}
         dynamic_int8(paths["dense"], paths[DYNAMIC])
         sessions = {name: session(path, threads) for name, path in paths.items()}
@@ -120,15 +123,16 @@ def speeds(
             onnx_ms = _milliseconds({name: file_run(s, recipe.model, given) for name, s in sessions.items()}, seconds)
             torch_ms = _torch_milliseconds(models, given, seconds)
             yield Speed(recipe.name, DYNAMIC, size, 1.0, (onnx_ms["dense"], onnx_ms[DYNAMIC]), None, None)
-            for search, result in results.items():
+            for name in (*results, *ROUNDED):
+                result = results[ROUNDED.get(name, name)]
                 yield Speed(
                     recipe.name,
-                    search,
+                    name,
                     size,
                     result.report.dense.flops / result.report.compressed.flops,
-                    (onnx_ms["dense"], onnx_ms[search]),
-                    (torch_ms["dense"], torch_ms[search]),
-                    max(check.max_rel for check in files[search].checks),
+                    (onnx_ms["dense"], onnx_ms[name]),
+                    (torch_ms["dense"], torch_ms[name]) if name in torch_ms else None,
+                    files[name].rounding or max(check.max_rel for check in files[name].checks),
                 )
 
 
@@ -162,8 +166,8 @@ def session_options(threads: int) -> onnxruntime.SessionOptions:
     return options
 
 
-def exported(model: nn.Module, path: Path, recipe: Recipe, inputs: Mapping[int, Any]) -> ExportReport:
-    report = WRITERS["onnx"](model, path, recipe.example_inputs, batches=list(inputs.values()))
+def exported(model: nn.Module, path: Path, recipe: Recipe, inputs: Mapping[int, Any], **options: Any) -> ExportReport:
+    report = WRITERS["onnx"](model, path, recipe.example_inputs, batches=list(inputs.values()), **options)
     if not report.ok:
         raise PantherError(f"the file differs from the model, so that its speed means nothing:\n{report}")
     return report
@@ -195,7 +199,8 @@ def report(recipes: Sequence[Recipe], found: Sequence[Speed], keep: float, seed:
     what = [
         f"keep {keep}; medians of runs in turns, {threads} threads in both runtimes; ratio: dense / compressed",
         f"one sample: {sizes}",
-        "FLOPs: of the Linear and Conv layers; difference: to the compressed model in torch, of the largest output",
+        "FLOPs: of the Linear and Conv layers; difference: to the compressed model in torch, of the largest output; "
+        "with rounded inputs its root mean square",
     ]
     return "\n".join([header(recipes, what, seed), "", table(COLUMNS, [speed.cells() for speed in found])])
 

@@ -2,11 +2,12 @@
 
 The model is exported with the float weights that its numbers stand for; afterwards each of these in the file is put
 back as numbers and scales. Eight bits are int8. Four bits are int4, and groups of numbers are blocks, from opset 21 on.
+`round_inputs` makes products of whole numbers of them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +24,7 @@ from panther.ops import unpacked_int4
 
 BLOCKS_FROM = 21  # the opset that has int4 and blocks
 HALF_SCALES_FROM = 19
+MOST_SUMMED = 65_536  # products of 255 and 127 that a sum of 32 bits holds
 MODEL = "model"  # what the exported program calls the model: its only attribute
 
 Parts = Mapping[str, StoredWeight]  # by the name of the float parameter that stands for it
@@ -203,6 +205,101 @@ def _replace(graph: Any, value: Any, numbers: _Numbers, *, is_turned: bool = Fal
         node.replace_input_with(index, stored(turned=is_turned))
     if not list(value.uses()) and not value.is_graph_output():
         del graph.initializers[value.name]
+
+
+def round_inputs(program: Any) -> int:
+    """Let matrices of 8 bits be multiplied with inputs of 8 bits, each tensor rounded on a scale found as it comes.
+
+    A product then is of whole numbers: DynamicQuantizeLinear, MatMulInteger, and a multiplication with both scales.
+    Matrices in blocks or of 4 bits, and convolutions, stay as they are.
+
+    program: as `put_numbers` leaves it. Returns how many products were changed.
+    """
+    graph = program.model.graph
+    rounded: dict[Any, Sequence[Any]] = {}  # by what is rounded, which several products may read
+    count = 0
+    for held in [node for node in graph if node.op_type == "DequantizeLinear"]:
+        for node, index in list(held.outputs[0].uses()):
+            matrix = _int8_matrix(held, node, index)
+            if matrix is not None:
+                _multiply_whole(graph, node, matrix, rounded)
+                count += 1
+        if not list(held.outputs[0].uses()):
+            values = held.inputs[:2]
+            graph.remove(held, safe=True)
+            for value in values:
+                if not list(value.uses()):
+                    del graph.initializers[value.name]
+    return count
+
+
+def _int8_matrix(held: Any, node: Any, index: int) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]] | None:
+    """Numbers (in, out) and scales (out) that a product multiplies with; None where it cannot be of whole numbers."""
+    values, scales = (value.const_value.numpy() for value in held.inputs[:2])
+    plain = {"transA": 0, "alpha": 1.0, "beta": 1.0}
+    is_product = node.op_type == "MatMul" or (
+        node.op_type == "Gemm" and all(_attribute(node, name, value) == value for name, value in plain.items())
+    )
+    if not is_product or index != 1 or values.dtype != np.int8 or values.ndim != 2 or scales.ndim != 1:
+        return None
+    is_turned = bool(node.op_type == "Gemm" and _attribute(node, "transB", 0))
+    features = values.shape[1 if is_turned else 0]
+    if scales.dtype != np.float32 or features > MOST_SUMMED or _attribute(held, "axis", 1) != 1 - is_turned:
+        return None
+    return (np.ascontiguousarray(values.T) if is_turned else values), scales
+
+
+def _attribute(node: Any, name: str, default: Any) -> Any:
+    found = node.attributes.get(name)
+    return default if found is None else found.value
+
+
+def _multiply_whole(
+    graph: Any,
+    node: Any,
+    matrix: tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]],
+    rounded: dict[Any, Sequence[Any]],
+) -> None:
+    """Put a product of whole numbers in place of a MatMul or Gemm."""
+    import onnx_ir as ir
+
+    given, result = node.inputs[0], node.outputs[0]
+    if given not in rounded:
+        rounded[given] = _rounded(graph, given)
+    values, scale, zero = rounded[given]
+    name = f"{result.name}.whole"
+    numbers, scales = (
+        _constant(graph, f"{name}.{what}", part) for what, part in zip(("values", "scales"), matrix, strict=True)
+    )
+    new = [ir.node("MatMulInteger", [values, numbers, zero])]
+    new.append(ir.node("Cast", [new[-1].outputs[0]], attributes={"to": int(ir.DataType.FLOAT)}))
+    new.append(ir.node("Mul", [scale, scales]))
+    new.append(ir.node("Mul", [new[-2].outputs[0], new[-1].outputs[0]]))
+    if node.op_type == "Gemm" and len(node.inputs) > 2 and node.inputs[2] is not None:
+        new.append(ir.node("Add", [new[-1].outputs[0], node.inputs[2]]))
+    for place, made in enumerate(new):
+        made.outputs[0].name = f"{name}.{made.op_type}.{place}"
+    last = new[-1].outputs[0]
+    last.shape, last.type = result.shape, result.type
+    graph.insert_before(node, new)
+    ir.convenience.replace_all_uses_with(result, last, replace_graph_outputs=True)
+    graph.remove(node, safe=True)
+    last.name = result.name
+
+
+def _rounded(graph: Any, given: Any) -> Sequence[Any]:
+    """Whole numbers, scale and zero point of a value, computed right where it is."""
+    import onnx_ir as ir
+
+    node = ir.node("DynamicQuantizeLinear", [given], num_outputs=3)
+    for output, what in zip(node.outputs, ("values", "scale", "zero"), strict=True):
+        output.name = f"{given.name}.rounded.{what}"
+    source = given.producer()
+    if source is None:
+        graph.insert_before(graph[0], node)
+    else:
+        graph.insert_after(source, node)
+    return node.outputs
 
 
 def _is_turned(node: Any, numbers: _Numbers) -> bool:

@@ -52,6 +52,9 @@ class ExportReport:
     standard_ops: bool
     seconds: float
     notes: tuple[str, ...] = ()
+    # What rounding inputs changes besides: root mean square of the differences, as a share of the output's own. None
+    # where inputs are not rounded.
+    rounding: float | None = None
 
     def to_json(self) -> str:
         return json.dumps(to_data(self), indent=1, default=str)
@@ -66,12 +69,31 @@ class ExportReport:
         if self.checks:
             verdict = "agrees with" if self.ok else "DIFFERS from"
             lines.append(f"{verdict} the model (tolerance {self.tolerance:.0e} of each output's largest value)")
-        return "\n".join([*lines, *(f"  {check}" for check in self.checks), *(f"note: {note}" for note in self.notes)])
+        lines += [f"  {check}" for check in self.checks]
+        if self.rounding is not None:
+            lines.append(f"inputs of linear layers rounded to 8 bits: answers change by {self.rounding:.2g} (rms)")
+        return "\n".join([*lines, *(f"note: {note}" for note in self.notes)])
 
 
 def tolerance_for(tensors: list[Tensor]) -> float:
     """The tolerance of the least exact floating-point type among the tensors."""
     return max((TOLERANCES.get(tensor.dtype, 0.0) for tensor in tensors), default=0.0) or TOLERANCES[torch.float32]
+
+
+def relative_rms(got: Tensor, wanted: Tensor) -> float:
+    """Root mean square of the difference as a share of the wanted values' own; 0 for integers that agree.
+
+    Values that are not finite in both are left out; infinite where they differ in that, or in shape.
+    """
+    if got.shape != wanted.shape:
+        return math.inf
+    a, b = got.double(), wanted.double()
+    finite = torch.isfinite(b)
+    if not torch.equal(torch.isfinite(a), finite):
+        return math.inf
+    a, b = a[finite], b[finite]
+    size = b.square().mean().sqrt().item() if b.numel() else 0.0
+    return (a - b).square().mean().sqrt().item() / max(size, SMALLEST_SCALE) if b.numel() else 0.0
 
 
 def difference(got: Tensor, wanted: Tensor) -> tuple[float, float]:

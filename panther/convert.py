@@ -188,6 +188,7 @@ def _parser() -> _Parser:
     add("--resume", action="store_true", help="go on from --checkpoint, with the same flags as then")
     add("--seed", type=int, default=0, metavar="N")
     add("--device", metavar="DEVICE", help="cpu, cuda, cuda:1 (default: where the model is)")
+    add("--round-inputs", action="store_true", help="int8 layers of the ONNX file round their inputs too: faster")
     add("--opset", type=int, metavar="N", help="ONNX opset (default: the exporter's own)")
     add("--no-verify", action="store_true", help="do not measure agreement, latency and memory")
     add("--benchmark", action="store_true", help="time the dense and the compressed ONNX file at batch 1 and 32")
@@ -697,12 +698,13 @@ def _deliver(
     """Write everything, print the results, and say how it went."""
     stem = source.resolve().name if source.is_dir() else source.stem
     base = stem if result.budget_met else f"{stem}.over-budget"
-    options = {} if arguments.opset is None else {"opset": arguments.opset}
+    options: dict[str, Any] = {} if arguments.opset is None else {"opset": arguments.opset}
     saved = result.save(folder / f"{base}.panther")
     delivery = _Delivery(result)
     texts = _write_reports(arguments, delivery, folder, base)
     try:
-        export: ExportReport = result.export_onnx(folder / f"{base}.onnx", **options)
+        rounds = arguments.round_inputs
+        export: ExportReport = result.export_onnx(folder / f"{base}.onnx", **options, round_inputs=rounds)
     except Exception as error:  # exporting runs the model's code; what is written already must not go unsaid
         _show_traceback(arguments.verbose)
         _say_delivered(arguments, delivery, [saved, *texts])

@@ -21,7 +21,7 @@ from panther.chains import CHANNELS
 from panther.columns import channels_of
 from panther.factors import Decomposed, Factors, Profile, Rounding, convolve, dense_weight, mean_patch, on_grid
 from panther.nn.factor import compose
-from panther.quantise import MOST_FEATURES, RIDGE, balanced, in_data_norm, lost, to_nearest
+from panther.quantise import MOST_FEATURES, RIDGE, in_data_norm, incoherent, lost, to_nearest
 from panther.sketches import SENSITIVITY_RIDGE, SKETCHES, LowRank, Moments, Seen, with_ridge
 from panther.spec import BITS, DTYPES, Choice, Cost, Grid, LayerSpec, Pair
 
@@ -355,7 +355,7 @@ def _rounding(factors: Factors, grid: Grid) -> Rounding:
     for decomposed in factors.schemes.values():
         if decomposed.scheme != CHANNELS and decomposed.ranks:
             parts = decomposed.links(weight, decomposed.ranks[len(decomposed.ranks) // 2])
-            parts = balanced(*parts) if len(parts) == 2 else parts
+            parts = incoherent(*parts) if len(parts) == 2 else parts
             rounded = compose([on_grid(part, grid) for part in parts])
             # In units of the whole layer's output, as far as the chain's own is it.
             links = max(links, share(weight - (compose(parts) - rounded)))

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import onnx
+import onnxruntime
 import pytest
 import torch
 from torch import Tensor, nn
@@ -177,3 +178,64 @@ def test_a_model_that_is_itself_the_layer_is_written(tmp_path: Path) -> None:
     layer = QuantisedLinear.from_dense(nn.Linear(40, 30), bits=4).eval()
     report = write(layer, tmp_path / "layer.onnx", torch.randn(3, 40))
     assert report.ok and kinds(report.path)["numbers"] == {"INT4"}
+
+
+def operators(path: Path) -> list[str]:
+    return [node.op_type for node in onnx.load(path).graph.node]
+
+
+def test_rounded_inputs_become_products_of_whole_numbers(tmp_path: Path) -> None:
+    model, x = with_whole(net(), Grid(8)), torch.randn(4, 96)
+    report = write(model, tmp_path / "whole.onnx", x, round_inputs=True, batches=[torch.randn(4, 96)])
+    assert report.ok and report.rounding is not None and 0 < report.rounding < 0.03
+    assert max(check.max_rel for check in report.checks) <= report.tolerance  # of the file without that
+    found = operators(report.path)
+    assert found.count("MatMulInteger") == 3 and not {"DequantizeLinear", "MatMul", "Gemm"} & set(found)
+    assert "rms" in str(report) and '"rounding"' in report.to_json()
+    session = onnxruntime.InferenceSession(report.path, providers=["CPUExecutionProvider"])
+    (got,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
+    wanted = model(x).detach()
+    assert (torch.from_numpy(got) - wanted).norm() < 0.03 * wanted.norm()
+
+
+def test_layers_that_read_the_same_value_share_its_rounding(tmp_path: Path) -> None:
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = nn.ModuleList(QuantisedLinear.from_dense(nn.Linear(40, 24), bits=8) for _ in range(3))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.layers[2](torch.cat((self.layers[0](x), self.layers[1](x)), -1)[..., :40])
+
+    report = write(Two().eval(), tmp_path / "two.onnx", torch.randn(2, 5, 40), round_inputs=True)
+    found = operators(report.path)
+    assert report.ok and (found.count("MatMulInteger"), found.count("DynamicQuantizeLinear")) == (3, 2)
+
+
+@pytest.mark.parametrize(("build", "grid"), [(net, Grid(4)), (net, Grid(8, 64)), (conv_net, Grid(8))], ids=str)
+def test_what_cannot_be_multiplied_in_whole_numbers_stays_and_is_told(build: Any, grid: Grid, tmp_path: Path) -> None:
+    model = with_whole(build(), grid)
+    report = write(model, tmp_path / "kept.onnx", inputs(model), round_inputs=True)
+    assert report.ok and "MatMulInteger" not in operators(report.path)
+    assert any("round_inputs changed nothing" in note for note in report.notes)
+
+
+def test_the_rest_of_a_mixed_model_is_told(tmp_path: Path) -> None:
+    model = with_whole(net(), Grid(8))
+    model[4] = QuantisedLinear.from_dense(nn.Linear(64, 10), bits=4)
+    report = write(model.eval(), tmp_path / "mixed.onnx", torch.randn(4, 96), round_inputs=True)
+    assert report.ok and operators(report.path).count("MatMulInteger") == 2
+    assert any(note.startswith("1 quantised weights are not multiplied") for note in report.notes)
+
+
+def test_a_model_that_rounded_inputs_break_is_no_success(tmp_path: Path) -> None:
+    model = nn.Sequential(QuantisedLinear.from_dense(nn.Linear(16, 8), bits=8)).eval()
+    x = torch.randn(4, 16)
+    x[0, 0] = 1e4  # beside which everything else is rounded to nothing
+    report = write(model, tmp_path / "well.onnx", x, round_inputs=True, batches=[x[1:] / 1e3])
+    assert report.ok
+    x[:, 0] = 1e4
+    model[0].stored[0].values[:, 0] = 0  # and which is not even read
+    report = write(model, tmp_path / "broken.onnx", x, round_inputs=True)
+    assert not report.ok and report.rounding is not None and report.rounding > 0.25
+    assert report.path.name == "broken.failed.onnx" and not (tmp_path / "broken.onnx").exists()

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from panther.nn.factor import compose
-from panther.quantise import RANGES, Rounded, balanced, in_data_norm, lost, scales_for, spread, to_nearest
+from panther.quantise import RANGES, Rounded, in_data_norm, incoherent, lost, scales_for, spread, to_nearest
 from panther.spec import Grid
 
 GRIDS = [Grid(8), Grid(4), Grid(4, 32), Grid(4, 128)]
@@ -118,14 +118,61 @@ def test_bytes_are_those_of_the_numbers_and_of_the_scales(bits: int, size: int |
 
 
 @pytest.mark.parametrize("sizes", [((6, 40), (30, 6)), ((6, 4, 3, 3), (30, 6, 1, 1)), ((6, 4, 1), (30, 6, 3))], ids=str)
-def test_balanced_links_are_the_same_chain(sizes: tuple[tuple[int, ...], ...]) -> None:
-    down, up = (torch.randn(size, generator=torch.Generator().manual_seed(2), dtype=torch.float64) for size in sizes)
+@pytest.mark.parametrize("knows_data", [False, True])
+def test_incoherent_links_are_the_same_chain_without_numbers_that_stand_out(
+    sizes: tuple[tuple[int, ...], ...], knows_data: bool
+) -> None:
+    generator = torch.Generator().manual_seed(2)
+    down, up = (torch.randn(size, generator=generator, dtype=torch.float64) for size in sizes)
     up[:, 2] = 0
     up[:, 3] *= 1e4
-    new = balanced(down, up)
+    inputs = torch.randn(500, down[0].numel(), generator=generator, dtype=torch.float64)
+    inputs[:, 0] *= 1e3
+    new = incoherent(down, up, inputs.T @ inputs / 500 if knows_data else None)
     torch.testing.assert_close(compose(new), compose((down, up)))
-    norms = new[1].transpose(0, 1).flatten(1).norm(dim=1)
-    assert norms.tolist() == pytest.approx([1, 1, 0, 1, 1, 1])
+    columns = new[1].transpose(0, 1).flatten(1)
+    if not knows_data:
+        assert torch.linalg.svdvals(columns).tolist() == pytest.approx([1] * 6, abs=1e-9)
+    norms = columns.norm(dim=1)
+    assert norms.max() < 4 * norms.min()
+    again = incoherent(down, up, None, seed=0), incoherent(down, up, None, seed=1)
+    assert not torch.equal(again[0][0], again[1][0])
+
+
+@pytest.mark.parametrize("rank", [2, 9])
+def test_an_incoherent_basis_of_more_ranks_than_outputs_or_of_nothing(rank: int) -> None:
+    down, up = torch.randn(rank, 12), torch.randn(5, rank)
+    moment = torch.eye(12)
+    torch.testing.assert_close(compose(incoherent(down, up, moment)), up @ down, atol=1e-5, rtol=1e-5)
+    for first, second in ((down, 0 * up), (0 * down, up), (down, up)):
+        new = incoherent(first, second, 0 * moment)
+        assert bool(torch.isfinite(new[0]).all() and torch.isfinite(new[1]).all())
+        torch.testing.assert_close(compose(new), second @ first, atol=1e-5, rtol=1e-5)
+
+
+def test_what_comes_between_incoherent_links_is_of_one_size() -> None:
+    generator = torch.Generator().manual_seed(4)
+    down, up, inputs = (torch.randn(size, generator=generator) for size in ((12, 40), (30, 12), (500, 40)))
+    down[1] *= 50
+
+    def span(first: torch.Tensor) -> float:
+        between = inputs @ first.T
+        return float(between.abs().max() / between.square().mean().sqrt())
+
+    with_data, without = (incoherent(down, up, moment)[0] for moment in (inputs.T @ inputs / 500, None))
+    assert span(with_data) < span(without) < span(down)
+
+
+def test_an_incoherent_basis_loses_less_when_it_is_rounded() -> None:
+    generator = torch.Generator().manual_seed(3)
+    left, right = (torch.linalg.qr(torch.randn(size, 24, generator=generator)).Q for size in (64, 96))
+    down, up = right.T, left * torch.logspace(0, -1.5, 24)  # as an SVD leaves them
+
+    def loss(*links: torch.Tensor) -> float:
+        rounded = [to_nearest(link, Grid(4)).matrix() for link in links]
+        return float((compose(rounded) - up @ down).square().sum())
+
+    assert loss(*incoherent(down, up)) < 0.8 * loss(down, up)
 
 
 def test_weights_of_the_columns_move_the_scales_towards_those_that_count() -> None:

@@ -36,7 +36,7 @@ from panther.nn import SketchedLayer
 from panther.nn.on_grid import CorrectedLinear, corrected, hold
 from panther.nn.surgery import put_layers
 from panther.progress import Progress
-from panther.quantise import Rounded, balanced, in_data_norm, to_nearest
+from panther.quantise import Rounded, in_data_norm, incoherent, to_nearest
 from panther.sketches import with_ridge
 from panther.spec import Choice, Grid, LayerSpec
 
@@ -154,12 +154,17 @@ def _round(
     """Put the numbers of a grid into one layer."""
     found: list[tuple[str, Rounded]] = []
     links = _links(layer, choice, spec)
+    seen = None if dense is None else _products(layer, dense, links[0], found, spec, given, seed)
     if len(links) == 2:
         first, second = (cast(Tensor, getattr(layer, link.name)) for link in links)
-        for weight, value in zip((first, second), balanced(first.detach(), second.detach()), strict=True):
+        moment = seen.about_zero()[0] if seen is not None and seen.rows else None
+        for weight, value in zip(
+            (first, second), incoherent(first.detach(), second.detach(), moment, seed), strict=True
+        ):
             weight.data.copy_(value)
     for link in links:
-        products = None if dense is None else _products(layer, dense, link, found, spec, given, seed)
+        is_first = link is links[0]
+        products = seen if is_first or dense is None else _products(layer, dense, link, found, spec, given, seed)
         weight = cast(Tensor, getattr(layer, link.name)).detach()
         rounded, wanted = _rounded(
             weight.flatten(1).double().cpu(), products, link.grid, weight.dtype, has_bias=layer.bias is not None
