@@ -199,8 +199,8 @@ def report(recipes: Sequence[Recipe], found: Sequence[Speed], keep: float, seed:
     what = [
         f"keep {keep}; medians of runs in turns, {threads} threads in both runtimes; ratio: dense / compressed",
         f"one sample: {sizes}",
-        "FLOPs: of the Linear and Conv layers; difference: to the compressed model in torch, of the largest output; "
-        "with rounded inputs its root mean square",
+        "FLOPs: of the Linear and Conv layers",
+        "difference: to the compressed model in torch, of the largest output; with rounded inputs its root mean square",
     ]
     return "\n".join([header(recipes, what, seed), "", table(COLUMNS, [speed.cells() for speed in found])])
 

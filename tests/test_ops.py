@@ -270,3 +270,22 @@ def test_without_compiled_module_results_are_the_reference_and_one_warning_says_
     assert "install a C++17 compiler" in said
     assert equal == "True"
     assert info.startswith("False () panther._C was not built")
+
+
+@pytest.mark.parametrize(("rows", "rank"), [(9, 4), (33, 200), (32, 200), (8, 4)])
+def test_many_rows_are_torchs_own_products_and_an_op_in_graphs(rows: int, rank: int) -> None:
+    x, down, up, bias = torch.randn(rows, 24), torch.randn(rank, 24), torch.randn(16, rank), torch.randn(16)
+    torch.testing.assert_close(low_rank_linear(x, down, up, bias), F.linear(F.linear(x, down), up, bias))
+    if rows in (9, 33):
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+            low_rank_linear(x, down, up, bias)
+        assert not any("panther" in event.key for event in profile.key_averages())
+    with pytest.raises(ValueError, match="low_rank_linear: expected the shapes"):
+        low_rank_linear(x, down[:, 1:], up, bias)
+
+    class Layer(torch.nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return low_rank_linear(x, down, up, bias)
+
+    graphs = torch.fx.symbolic_trace(Layer()), torch.export.export(Layer(), (x,))
+    assert all("low_rank_linear" in str(graph.graph) for graph in graphs)

@@ -158,9 +158,8 @@ def _round(
     if len(links) == 2:
         first, second = (cast(Tensor, getattr(layer, link.name)) for link in links)
         moment = seen.about_zero()[0] if seen is not None and seen.rows else None
-        for weight, value in zip(
-            (first, second), incoherent(first.detach(), second.detach(), moment, seed), strict=True
-        ):
+        turned = incoherent(first.detach(), second.detach(), moment, seed)
+        for weight, value in zip((first, second), turned, strict=True):
             weight.data.copy_(value)
     for link in links:
         is_first = link is links[0]
