@@ -275,7 +275,10 @@ def test_without_compiled_module_results_are_the_reference_and_one_warning_says_
 @pytest.mark.parametrize(("rows", "rank"), [(9, 4), (33, 200), (32, 200), (8, 4)])
 def test_many_rows_are_torchs_own_products_and_an_op_in_graphs(rows: int, rank: int) -> None:
     x, down, up, bias = torch.randn(rows, 24), torch.randn(rank, 24), torch.randn(16, rank), torch.randn(16)
-    torch.testing.assert_close(low_rank_linear(x, down, up, bias), F.linear(F.linear(x, down), up, bias))
+    wanted = F.linear(F.linear(x, down), up, bias)
+    # At most 224 additions in another order, of numbers that are about the square root of as many times smaller.
+    bound = 1e-6 * float(wanted.abs().max())
+    torch.testing.assert_close(low_rank_linear(x, down, up, bias), wanted, rtol=0, atol=4 * bound)
     if rows in (9, 33):
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
             low_rank_linear(x, down, up, bias)
