@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import math
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -22,6 +23,7 @@ from torch import nn
 
 import panther
 from benchmarks.common import header, say, table
+from benchmarks.peers import quantisers
 from models import crepe, minilm, whisper
 from models.data import MissingDataError
 from models.recipe import Recipe
@@ -33,6 +35,7 @@ from panther.spec import Budget, Capture, Grid
 SHARES = (1 / 4, 1 / 8, 0.109, 1 / 16)
 PLAIN = (Grid(8), Grid(4, 32), Grid(4), Grid(3, 32), Grid(3), Grid(2, 32))  # rounding by the weights alone
 SCALE_BYTES = 4
+ROWS = ("plain", "peers", "panther")
 
 
 @dataclass(frozen=True)
@@ -42,12 +45,13 @@ class Case:
     build: Callable[[], Recipe]
     figures: tuple[str, ...]
     exclude: tuple[Any, ...] = ()
+    loops: bool = False  # as in benchmarks.peers.quantisers
 
 
 CASES = {
     "minilm": Case(functools.partial(minilm.build, calibration=1024), ("cosine", "top10", "spearman")),
     "crepe": Case(functools.partial(crepe.build, 1024), ("accuracy_minus_5_db",)),
-    "whisper": Case(functools.partial(whisper.build, 192), ("wer",), ("proj_out",)),  # the head is the embedding
+    "whisper": Case(functools.partial(whisper.build, 192), ("wer",), ("proj_out",), True),  # the head is the embedding
 }
 
 Cell = tuple[str, float, dict[str, float], str]  # row, share of the bytes, figures, remark
@@ -121,8 +125,15 @@ def panther_cells(
             yield f"panther, {label}", held / whole, recipe.metrics(result.model), remark
 
 
-def compare(names: Sequence[str], shares: Sequence[float], minutes: float, seed: int) -> str:
-    """The header, and a table for each model."""
+def _size_last(cell: Cell) -> float:
+    """From large to small, and what was not measured at the end."""
+    return math.inf if math.isnan(cell[1]) else -cell[1]
+
+
+def compare(
+    names: Sequence[str], shares: Sequence[float], minutes: float, seed: int, rows: Sequence[str] = ROWS
+) -> str:
+    """The header, and a table for each model. rows: groups of ROWS."""
     recipes, parts = [], []
     for name in names:
         case = CASES[name]
@@ -131,14 +142,20 @@ def compare(names: Sequence[str], shares: Sequence[float], minutes: float, seed:
         recipes.append(recipe)
         found = panther.analyze(recipe.model, recipe.example_inputs, exclude=case.exclude)
         cells: list[Cell] = [("dense", 1.0, recipe.metrics(recipe.model), "")]
-        cells += plain_cells(recipe, found)
-        cells += panther_cells(recipe, found, case.exclude, shares, minutes, seed)
-        rows = [
-            [label, f"{share:.4f}", *(f"{figures[name]:.3f}" for name in case.figures), remark]
-            for label, share, figures, remark in sorted(cells, key=lambda cell: -cell[1])
+        if "plain" in rows:
+            cells += plain_cells(recipe, found)
+        if "peers" in rows:
+            cells += quantisers.cells(recipe, found, loops=case.loops)
+        if "panther" in rows:
+            cells += panther_cells(recipe, found, case.exclude, shares, minutes, seed)
+        lines = [
+            [label, *(["-"] if math.isnan(share) else [f"{share:.4f}"])]
+            + [f"{figures[name]:.3f}" if name in figures else "-" for name in case.figures]
+            + [remark]
+            for label, share, figures, remark in sorted(cells, key=_size_last)
         ]
         columns = ["", "bytes", *(figure.replace("_", " ") for figure in case.figures), ""]
-        parts.append(f"{recipe.name}\n\n" + table(columns, rows))
+        parts.append(f"{recipe.name}\n\n" + table(columns, lines))
     what = [f"{recipe.name}: {recipe.notes}" for recipe in recipes]
     return "\n\n".join(["\n".join([header(recipes, [*what, f"{minutes:g} minutes of training"], seed)]), *parts])
 
@@ -150,10 +167,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--shares", nargs="+", type=float, default=list(SHARES), help="of the bytes (1/4 1/8 .109 1/16)"
     )
     parser.add_argument("--minutes", type=float, default=5.0, help="of training for the healed row; 0: none (5)")
+    parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS), help="groups of rows (all)")
     parser.add_argument("--seed", type=int, default=0)
     given = parser.parse_args(argv)
     try:
-        print(compare(given.models, given.shares, given.minutes, given.seed))
+        print(compare(given.models, given.shares, given.minutes, given.seed, given.rows))
     except MissingDataError as error:
         print(f"bytes: {error}", file=sys.stderr)
         return 1

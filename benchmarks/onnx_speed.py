@@ -113,8 +113,10 @@ def speeds(
     models = {"dense": recipe.model, **{search: result.model for search, result in results.items()}}
     with tempfile.TemporaryDirectory() as folder:
         files = {name: exported(models[name], Path(folder) / f"{name}.onnx", recipe, inputs) for name in models}
-        for name, of in ROUNDED.items():
-            files[name] = exported(models[of], Path(folder) / f"{name}.onnx", recipe, inputs, round_inputs=True)
+        for name, of in ROUNDED.items() if results else ():
+            file = exported(models[of], Path(folder) / f"{name}.onnx", recipe, inputs, round_inputs=True)
+            if file.rounding:  # convolutions stay as they are
+                files[name] = file
         paths = {name: file.path for name, file in files.items()} | {DYNAMIC: Path(folder) / "dynamic.onnx"}
         dynamic_int8(paths["dense"], paths[DYNAMIC])
         sessions = {name: session(path, threads) for name, path in paths.items()}
@@ -123,7 +125,7 @@ def speeds(
             onnx_ms = _milliseconds({name: file_run(s, recipe.model, given) for name, s in sessions.items()}, seconds)
             torch_ms = _torch_milliseconds(models, given, seconds)
             yield Speed(recipe.name, DYNAMIC, size, 1.0, (onnx_ms["dense"], onnx_ms[DYNAMIC]), None, None)
-            for name in (*results, *ROUNDED):
+            for name in (*results, *(name for name in ROUNDED if name in files)):
                 result = results[ROUNDED.get(name, name)]
                 yield Speed(
                     recipe.name,

@@ -123,13 +123,13 @@ def write(
                 notes.append("the file was not run beside the model (verify=False)")
             ok, rounding = all(check.ok for check in checks), None
             if ok and round_inputs:
-                changed, rounding = onnx_quantised.round_inputs(exported.program), 0.0
-                file = _save(exported.program, stage / path.name, external_data_above)
-                _check_file(file, opset)
-                if verify:
-                    rounding = _rounding(model, file, inputs, exported.axes, batches)
+                changed = onnx_quantised.round_inputs(exported.program)
                 notes += _rounding_notes(changed, len(stored))
-                ok = rounding <= MOST_ROUNDED
+                if changed:
+                    file = _save(exported.program, stage / path.name, external_data_above)
+                    _check_file(file, opset)
+                    rounding = _rounding(model, file, inputs, exported.axes, batches) if verify else math.nan
+                    ok = not rounding > MOST_ROUNDED
             if not ok:
                 file = _save(exported.program, stage / f"{path.stem}.failed{path.suffix}", external_data_above)
             size_bytes, external_data, written = _publish(file, path.parent)

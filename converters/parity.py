@@ -53,7 +53,7 @@ class ExportReport:
     seconds: float
     notes: tuple[str, ...] = ()
     # What rounding inputs changes besides: root mean square of the differences, as a share of the output's own. None
-    # where inputs are not rounded.
+    # where inputs are not rounded, NaN where that was not looked at.
     rounding: float | None = None
 
     def to_json(self) -> str:

@@ -16,7 +16,6 @@ from torch import Tensor
 from panther.ops._define import define
 from panther.ops._text import dtype_text, shape_text
 
-
 FEW_ROWS, MANY_ROWS, WIDE_RANK = 8, 32, 192  # csrc: kFewRows, and few_rows_of for ranks from 192 on
 
 
