@@ -18,44 +18,69 @@ from torch import nn
 
 import panther
 from benchmarks.common import METHODS, compressed, header, say, subject, table
-from models import crepe, efficientnet, whisper
+from models import crepe, efficientnet, minilm, whisper
 from models.data import MissingDataError
 from models.recipe import Recipe
+from panther.spec import Budget
 
-COLUMNS = ("", "keep", "figure", "dense", "plain SVD", "panther", "seconds, of which healing")
+COLUMNS = ("", "what is kept", "figure", "dense", "plain SVD", "panther", "seconds, of which healing")
 
 
 @dataclass(frozen=True)
 class Case:
-    """A model, the share of its layers' weights that is kept, and the figure that is looked at."""
+    """A model, the share of its layers' weights that is kept, and the figures that are looked at.
+
+    flops: the share is of the FLOPs. bytes: the share of the layers' bytes that is kept as well, in whole numbers.
+    """
 
     build: Callable[[], Recipe]
     keep: float
-    figure: str
+    figures: tuple[str, ...]
     exclude: tuple[Any, ...] = ()
+    flops: bool = False
+    bytes: float | None = None
+
+    def budget(self, model: nn.Module, example: Any) -> float | Budget:
+        if self.bytes is None:
+            return Budget(flops=self.keep) if self.flops else self.keep
+        found = panther.analyze(model, example, exclude=self.exclude)
+        layers = sum(4 * spec.params for spec in found.sketchable)
+        return Budget(flops=self.keep, size_mb=(found.model_bytes - (1 - self.bytes) * layers) / 1e6)
+
+    def __str__(self) -> str:
+        bytes_too = "" if self.bytes is None else f", {self.bytes:g} of the bytes"
+        return f"{self.keep:g} of the {'FLOPs' if self.flops else 'weights'}{bytes_too}"
+
+
+MINILM = functools.partial(minilm.build, calibration=8192, batch_size=64)
+EMBEDDING = ("cosine", "top10", "spearman")
 
 
 CASES = {
-    "crepe": Case(functools.partial(crepe.build, 1024), 0.25, "accuracy_minus_5_db", (nn.Linear,)),
-    "efficientnet": Case(functools.partial(efficientnet.build, 2048), 0.7, "agreement"),
-    "whisper": Case(functools.partial(whisper.build, 192), 0.6, "wer", ("proj_out",)),  # the head is the embedding
+    "minilm": Case(MINILM, 0.5, EMBEDDING, flops=True),
+    "minilm-bytes": Case(MINILM, 0.5, EMBEDDING, flops=True, bytes=0.125),
+    "crepe": Case(functools.partial(crepe.build, 1024), 0.25, ("accuracy_minus_5_db",), (nn.Linear,)),
+    "efficientnet": Case(functools.partial(efficientnet.build, 2048), 0.7, ("agreement",)),
+    "whisper": Case(functools.partial(whisper.build, 192), 0.6, ("wer",), ("proj_out",)),  # the head is the embedding
 }
 
 
 def line(case: Case, recipe: Recipe, minutes: float, seed: int) -> list[str]:
-    """One row of the table."""
+    """One row of the table. Plain SVD keeps the same share of weights or FLOPs; its numbers are not rounded."""
     of = subject(recipe, exclude=case.exclude)
-    _, _, _, svd = next(compressed(of, METHODS[:1], [case.keep], seed))
+    budget = case.budget(recipe.model, recipe.example_inputs)
+    _, _, _, svd = next(compressed(of, METHODS[:1], [Budget(flops=case.keep) if case.flops else case.keep], seed))
     say(f"{recipe.name}: plain SVD")
-    plain = recipe.metrics(svd)[case.figure]
+    plain = recipe.metrics(svd)
     del of, svd
     start = time.perf_counter()
     result = panther.compress(
         recipe.model,
-        case.keep,
+        budget,
         example_inputs=recipe.example_inputs,
         calib_data=recipe.batches,
         exclude=case.exclude,
+        dtypes=("float32",) if case.bytes is None else ("float32", "int8", "int4"),
         heal=panther.Heal("auto", time_limit=60 * minutes),
         seed=seed,
         verify=False,
@@ -68,9 +93,9 @@ def line(case: Case, recipe: Recipe, minutes: float, seed: int) -> list[str]:
     dense, own = recipe.metrics(recipe.model), recipe.metrics(result.model)
     return [
         recipe.name,
-        str(case.keep),
-        case.figure.replace("_", " "),
-        *(f"{value:.3f}" for value in (dense[case.figure], plain, own[case.figure])),
+        str(case),
+        " / ".join(case.figures).replace("_", " "),
+        *(" / ".join(f"{of[name]:.3f}" for name in case.figures) for of in (dense, plain, own)),
         f"{seconds:.0f}, {0 if healing is None else healing.seconds:.0f}",
     ]
 

@@ -275,16 +275,16 @@ def test_the_healing_script_prints_a_row_a_model(
 ) -> None:
     figures = [next(iter(recipe.metrics(recipe.model))) for recipe in (encoder, tracker)]
     cases = {
-        "one": healed.Case(lambda: encoder, 0.5, figures[0]),
-        "two": healed.Case(lambda: changed(tracker, name="other"), 0.6, figures[1], (nn.Linear,)),
+        "one": healed.Case(lambda: encoder, 0.5, (figures[0],), flops=True, bytes=0.2),
+        "two": healed.Case(lambda: changed(tracker, name="other"), 0.6, (figures[1],), (nn.Linear,)),
     }
     monkeypatch.setattr(healed, "CASES", cases)
     assert start(healed, monkeypatch, "--models", "one", "two", "--minutes", "0.01") == 0
     columns, _, *rows = printed_table(capsys.readouterr().out)
     assert tuple(columns) == healed.COLUMNS
     assert [row[:3] for row in rows] == [
-        ["stand-in", "0.5", figures[0].replace("_", " ")],
-        ["other", "0.6", figures[1].replace("_", " ")],
+        ["stand-in", "0.5 of the FLOPs, 0.2 of the bytes", figures[0].replace("_", " ")],
+        ["other", "0.6 of the weights", figures[1].replace("_", " ")],
     ]
     for recipe, row, figure in zip((encoder, tracker), rows, figures, strict=True):
         assert row[3] == f"{recipe.metrics(recipe.model)[figure]:.3f}"
