@@ -35,7 +35,7 @@ from panther.spec import Budget, Capture, Grid
 SHARES = (1 / 4, 1 / 8, 0.109, 1 / 16)
 PLAIN = (Grid(8), Grid(4, 32), Grid(4), Grid(3, 32), Grid(3), Grid(2, 32))  # rounding by the weights alone
 SCALE_BYTES = 4
-ROWS = ("plain", "peers", "panther")
+ROWS = ("plain", "peers", "ranks", "mix", "healed")
 
 
 @dataclass(frozen=True)
@@ -92,19 +92,26 @@ def plain_cells(recipe: Recipe, found: Capture) -> Iterator[Cell]:
 
 
 def panther_cells(
-    recipe: Recipe, found: Capture, exclude: Sequence[Any], shares: Sequence[float], minutes: float, seed: int
+    recipe: Recipe,
+    found: Capture,
+    exclude: Sequence[Any],
+    shares: Sequence[float],
+    groups: Sequence[str],
+    minutes: float,
+    seed: int,
 ) -> Iterator[Cell]:
     """Ranks alone, ranks in 8 bits, and both with 4 bits as well, refitted and trained."""
-    rows: dict[str, tuple[tuple[str, ...], Any]] = {
-        "ranks alone": (("float32",), "refit"),
-        "ranks and 8 bits": (("float32", "int8"), "refit"),
-        "all of it": (("float32", "int8", "int4"), "refit"),
+    everything = ("float32", "int8", "int4")
+    rows: dict[str, tuple[str, tuple[str, ...], Any]] = {
+        "ranks alone": ("ranks", ("float32",), "refit"),
+        "ranks and 8 bits": ("ranks", ("float32", "int8"), "refit"),
+        "all of it": ("mix", everything, "refit"),
+        "all of it, healed": ("healed", everything, panther.Heal("distill", time_limit=60 * minutes)),
     }
-    if minutes > 0:
-        rows["all of it, healed"] = (("float32", "int8", "int4"), panther.Heal("distill", time_limit=60 * minutes))
+    wanted = set(groups) - ({"healed"} if minutes <= 0 else set())
     whole = dense_bytes(found)
-    for label, (dtypes, heal) in rows.items():
-        for share in shares:
+    for label, (group, dtypes, heal) in rows.items():
+        for share in shares if group in wanted else ():
             say(f"{recipe.name}: panther, {label}, {share:.3f} of the bytes")
             start = time.perf_counter()
             budget = Budget(size_mb=(found.model_bytes - whole + share * whole) / 1e6)
@@ -146,8 +153,7 @@ def compare(
             cells += plain_cells(recipe, found)
         if "peers" in rows:
             cells += quantisers.cells(recipe, found, loops=case.loops)
-        if "panther" in rows:
-            cells += panther_cells(recipe, found, case.exclude, shares, minutes, seed)
+        cells += panther_cells(recipe, found, case.exclude, shares, rows, minutes, seed)
         lines = [
             [label, *(["-"] if math.isnan(share) else [f"{share:.4f}"])]
             + [f"{figures[name]:.3f}" if name in figures else "-" for name in case.figures]
