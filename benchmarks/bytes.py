@@ -106,12 +106,13 @@ def panther_cells(
         "ranks alone": ("ranks", ("float32",), "refit"),
         "ranks and 8 bits": ("ranks", ("float32", "int8"), "refit"),
         "all of it": ("mix", everything, "refit"),
-        "all of it, healed": ("healed", everything, panther.Heal("distill", time_limit=60 * minutes)),
     }
-    wanted = set(groups) - ({"healed"} if minutes <= 0 else set())
+    if minutes > 0:
+        healing = panther.Heal("distill", time_limit=60 * minutes)
+        rows["all of it, healed"] = ("healed", everything, healing)
     whole = dense_bytes(found)
     for label, (group, dtypes, heal) in rows.items():
-        for share in shares if group in wanted else ():
+        for share in shares if group in groups else ():
             say(f"{recipe.name}: panther, {label}, {share:.3f} of the bytes")
             start = time.perf_counter()
             budget = Budget(size_mb=(found.model_bytes - whole + share * whole) / 1e6)

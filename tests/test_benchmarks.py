@@ -307,6 +307,9 @@ def test_the_script_on_bytes_prints_every_way_of_storing(
     assert all(share <= 0.2501 for label, share in shares.items() if label.startswith("panther"))
     assert shares["int8, a scale a row, to nearest"] > shares["int4, a scale a row, to nearest"] > 0.125
     assert float(rows[0][2]) == pytest.approx(encoder.metrics(encoder.model)[figure], abs=1e-3)
+    some = ["--models", "one", "--shares", "0.25", "--minutes", "0", "--rows", "mix", "healed"]
+    assert start(stored, monkeypatch, *some) == 0  # no minutes, no training
+    assert [row[0] for row in printed_table(capsys.readouterr().out)[2:]] == ["dense", "panther, all of it"]
 
 
 def test_the_op_script_prints_every_layer_and_the_means(
