@@ -30,7 +30,8 @@ COLUMNS = ("", "what is kept", "figure", "dense", "plain SVD", "panther", "secon
 class Case:
     """A model, the share of its layers' weights that is kept, and the figures that are looked at.
 
-    flops: the share is of the FLOPs. bytes: the share of the layers' bytes that is kept as well, in whole numbers.
+    flops: the share is of the FLOPs. bytes: the share of the layers' bytes that is kept as well, in whole numbers; it
+    goes with flops.
     """
 
     build: Callable[[], Recipe]
@@ -45,6 +46,8 @@ class Case:
             return Budget(flops=self.keep) if self.flops else self.keep
         found = panther.analyze(model, example, exclude=self.exclude)
         layers = sum(4 * spec.params for spec in found.sketchable)
+        if not self.flops:
+            raise ValueError("bytes= is for a share of the FLOPs: flops=True")
         return Budget(flops=self.keep, size_mb=(found.model_bytes - (1 - self.bytes) * layers) / 1e6)
 
     def __str__(self) -> str:

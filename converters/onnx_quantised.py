@@ -207,46 +207,61 @@ def _replace(graph: Any, value: Any, numbers: _Numbers, *, is_turned: bool = Fal
         del graph.initializers[value.name]
 
 
-def round_inputs(program: Any) -> int:
+def round_inputs(program: Any) -> tuple[int, int]:
     """Let matrices of 8 bits be multiplied with inputs of 8 bits, each tensor rounded on a scale found as it comes.
 
     A product then is of whole numbers: DynamicQuantizeLinear, MatMulInteger, and a multiplication with both scales.
     Matrices in blocks or of 4 bits, and convolutions, stay as they are.
 
-    program: as `put_numbers` leaves it. Returns how many products were changed.
+    program: as `put_numbers` leaves it. Returns how many products were changed, and how many weights are
+    read by no others.
     """
     graph = program.model.graph
     rounded: dict[Any, Sequence[Any]] = {}  # by what is rounded, which several products may read
-    count = 0
+    products, weights = 0, 0
     for held in [node for node in graph if node.op_type == "DequantizeLinear"]:
+        constants: dict[bool, Sequence[Any]] = {}  # by whether the matrix is turned
         for node, index in list(held.outputs[0].uses()):
-            matrix = _int8_matrix(held, node, index)
-            if matrix is not None:
-                _multiply_whole(graph, node, matrix, rounded)
-                count += 1
-        if not list(held.outputs[0].uses()):
+            if _multiplies_int8(graph, held, node, index):
+                is_turned = node.op_type == "Gemm" and bool(_attribute(node, "transB", 0))
+                if is_turned not in constants:
+                    constants[is_turned] = _matrix(graph, held, is_turned=is_turned)
+                _multiply_whole(graph, node, constants[is_turned], rounded)
+                products += 1
+        if constants and not list(held.outputs[0].uses()):
             values = held.inputs[:2]
             graph.remove(held, safe=True)
             for value in values:
                 if not list(value.uses()):
                     del graph.initializers[value.name]
-    return count
+            weights += 1
+    return products, weights
 
 
-def _int8_matrix(held: Any, node: Any, index: int) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]] | None:
-    """Numbers (in, out) and scales (out) that a product multiplies with; None where it cannot be of whole numbers."""
-    values, scales = (value.const_value.numpy() for value in held.inputs[:2])
+def _multiplies_int8(graph: Any, held: Any, node: Any, index: int) -> bool:
+    """Whether a node multiplies with a matrix in int8 with a scale an output, as its right factor."""
+    values, scales = (value.const_value for value in held.inputs[:2])
+    has_zero_points = len(held.inputs) > 2 and held.inputs[2] is not None
+    if values is None or scales is None or has_zero_points or node.graph is not graph or index != 1:
+        return False
     plain = {"transA": 0, "alpha": 1.0, "beta": 1.0}
     is_product = node.op_type == "MatMul" or (
         node.op_type == "Gemm" and all(_attribute(node, name, value) == value for name, value in plain.items())
     )
-    if not is_product or index != 1 or values.dtype != np.int8 or values.ndim != 2 or scales.ndim != 1:
-        return None
-    is_turned = bool(node.op_type == "Gemm" and _attribute(node, "transB", 0))
+    if not is_product or values.dtype.numpy() != np.int8 or len(values.shape) != 2 or len(scales.shape) != 1:
+        return False
+    is_turned = node.op_type == "Gemm" and bool(_attribute(node, "transB", 0))
     features = values.shape[1 if is_turned else 0]
-    if scales.dtype != np.float32 or features > MOST_SUMMED or _attribute(held, "axis", 1) != 1 - is_turned:
-        return None
-    return (np.ascontiguousarray(values.T) if is_turned else values), scales
+    is_small = scales.dtype.numpy() == np.float32 and features <= MOST_SUMMED
+    return bool(is_small and _attribute(held, "axis", 1) == 1 - is_turned)
+
+
+def _matrix(graph: Any, held: Any, *, is_turned: bool) -> Sequence[Any]:
+    """Numbers (in, out) and scales (out) that products read, as new initializers."""
+    numbers, scales = (value.const_value.numpy() for value in held.inputs[:2])
+    name = f"{held.outputs[0].name}.whole{'.T' if is_turned else ''}"
+    numbers = np.ascontiguousarray(numbers.T) if is_turned else numbers
+    return [_constant(graph, f"{name}.{what}", part) for what, part in (("values", numbers), ("scales", scales))]
 
 
 def _attribute(node: Any, name: str, default: Any) -> Any:
@@ -257,7 +272,7 @@ def _attribute(node: Any, name: str, default: Any) -> Any:
 def _multiply_whole(
     graph: Any,
     node: Any,
-    matrix: tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]],
+    matrix: Sequence[Any],
     rounded: dict[Any, Sequence[Any]],
 ) -> None:
     """Put a product of whole numbers in place of a MatMul or Gemm."""
@@ -268,9 +283,7 @@ def _multiply_whole(
         rounded[given] = _rounded(graph, given)
     values, scale, zero = rounded[given]
     name = f"{result.name}.whole"
-    numbers, scales = (
-        _constant(graph, f"{name}.{what}", part) for what, part in zip(("values", "scales"), matrix, strict=True)
-    )
+    numbers, scales = matrix
     new = [ir.node("MatMulInteger", [values, numbers, zero])]
     new.append(ir.node("Cast", [new[-1].outputs[0]], attributes={"to": int(ir.DataType.FLOAT)}))
     new.append(ir.node("Mul", [scale, scales]))
@@ -285,6 +298,8 @@ def _multiply_whole(
     ir.convenience.replace_all_uses_with(result, last, replace_graph_outputs=True)
     graph.remove(node, safe=True)
     last.name = result.name
+    if result in rounded:  # a reader of it was changed before
+        rounded[last] = rounded.pop(result)
 
 
 def _rounded(graph: Any, given: Any) -> Sequence[Any]:

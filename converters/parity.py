@@ -17,6 +17,9 @@ from panther.spec import to_data
 # to 1e-5, a wrong graph 1e-2 and more. The others: ten units in the last place of the type, as sums are long.
 TOLERANCES = {torch.float64: 1e-4, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 8e-2}
 
+# Of the root mean square of an output: what rounding inputs may change. .25 of an embedding is a cosine of .97.
+MOST_ROUNDED = 0.25
+
 # An output whose largest value is below this is compared with it instead: it is rounding noise of larger numbers.
 SMALLEST_SCALE = 1e-6
 
@@ -48,12 +51,12 @@ class ExportReport:
     dynamic: tuple[str, ...]  # the sizes that may differ from the example's: "batch", "sequence"
     checks: tuple[ShapeCheck, ...]  # empty with verify=False
     tolerance: float
-    ok: bool  # every check passed
+    ok: bool  # every check passed, and `rounding` is small
     standard_ops: bool
     seconds: float
     notes: tuple[str, ...] = ()
-    # What rounding inputs changes besides: root mean square of the differences, as a share of the output's own. None
-    # where inputs are not rounded, NaN where that was not looked at.
+    # What rounding inputs changes besides: root mean square of the differences, as a share of the output's own. The
+    # checks are of the file before that. None where inputs are not rounded, or that was not looked at.
     rounding: float | None = None
 
     def to_json(self) -> str:
@@ -67,11 +70,13 @@ class ExportReport:
             f"sizes that may vary: {', '.join(self.dynamic) or 'none'}; all others are the example's",
         ]
         if self.checks:
-            verdict = "agrees with" if self.ok else "DIFFERS from"
-            lines.append(f"{verdict} the model (tolerance {self.tolerance:.0e} of each output's largest value)")
+            verdict = "agrees with" if all(check.ok for check in self.checks) else "DIFFERS from"
+            before = "" if self.rounding is None else "before inputs were rounded, it "
+            lines.append(f"{before}{verdict} the model (tolerance {self.tolerance:.0e} of each output's largest value)")
         lines += [f"  {check}" for check in self.checks]
         if self.rounding is not None:
-            lines.append(f"inputs of linear layers rounded to 8 bits: answers change by {self.rounding:.2g} (rms)")
+            verdict = "" if self.ok else f", MORE than the {MOST_ROUNDED:g} allowed"
+            lines.append(f"inputs rounded to 8 bits: answers change by {self.rounding:.2g} of their rms{verdict}")
         return "\n".join([*lines, *(f"note: {note}" for note in self.notes)])
 
 
@@ -81,12 +86,14 @@ def tolerance_for(tensors: list[Tensor]) -> float:
 
 
 def relative_rms(got: Tensor, wanted: Tensor) -> float:
-    """Root mean square of the difference as a share of the wanted values' own; 0 for integers that agree.
+    """Root mean square of the difference as a share of the wanted values' own; of integers, the share that differs.
 
     Values that are not finite in both are left out; infinite where they differ in that, or in shape.
     """
     if got.shape != wanted.shape:
         return math.inf
+    if not wanted.is_floating_point():
+        return (got != wanted).double().mean().item() if wanted.numel() else 0.0
     a, b = got.double(), wanted.double()
     finite = torch.isfinite(b)
     if not torch.equal(torch.isfinite(a), finite):

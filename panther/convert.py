@@ -719,9 +719,10 @@ def _deliver(
     texts = _write_reports(arguments, delivery, folder, base)
     _say_delivered(arguments, delivery, [saved, Path(export.path), *texts])
     if not export.ok:
+        advice = "try another --opset" if export.rounding is None else "leave out --round-inputs"
         return _complain(
             f"the ONNX file does not agree with the model and is kept as {export.path}; use the model in {saved} "
-            "(panther.load), and try another --opset",
+            f"(panther.load), and {advice}",
             PARITY_FAILED,
         )
     return DONE if result.budget_met else _over_budget(result, f"the best that was found is in {export.path}")

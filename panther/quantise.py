@@ -123,21 +123,25 @@ def incoherent(down: Tensor, up: Tensor, moment: Tensor | None = None, seed: int
 
     moment: (n, n) of what the first link is multiplied with; n are all of its numbers in a row.
 
+    Numbers that are not finite leave the links, or the moment, out of it.
+
     Shapes: down (r, ...), up (m, r, ...); the same are returned, in the dtypes given.
     Cost:   singular values of the second link, and products with matrices (r, r).
     Source: random rotations are the incoherence processing of QuIP (arXiv 2307.13304).
     """
     first, second = down.flatten(1).double().cpu(), up.transpose(0, 1).flatten(1).double().cpu()
     rank = len(first)
+    if not bool(torch.isfinite(first).all() and torch.isfinite(second).all()):
+        return down, up
     left, values, right = torch.linalg.svd(second, full_matrices=False)  # (r, k), (k), (k, ...)
     turn = left.T * values[:, None]
     if len(values) < rank:  # fewer outputs than ranks: the directions that nothing reads
         turn = torch.cat((turn, turn.new_zeros(rank - len(values), rank)))
         right = torch.cat((right, right.new_zeros(rank - len(right), right.shape[1])))
     first = turn @ first
-    if moment is not None:
+    if moment is not None and bool(torch.isfinite(moment).all()):
         among, axes = torch.linalg.eigh(first @ moment.double().cpu() @ first.T)
-        if bool(torch.isfinite(among).all()) and among[-1] > 0:
+        if among[-1] > 0:
             size = among.clamp_min(1e-6 * among[-1]) ** (TAME / 2)
             first, right = (axes / size) @ (axes.T @ first), (axes * size) @ (axes.T @ right)
     random = torch.randn(rank, rank, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from panther import chains
+from panther.converters import onnx as writer
 from panther.converters.onnx import write
 from panther.nn import QUANTISED, SKETCHED, QuantisedLinear
 from panther.nn.on_grid import corrected
@@ -198,18 +199,78 @@ def test_rounded_inputs_become_products_of_whole_numbers(tmp_path: Path) -> None
     assert (torch.from_numpy(got) - wanted).norm() < 0.03 * wanted.norm()
 
 
-def test_layers_that_read_the_same_value_share_its_rounding(tmp_path: Path) -> None:
-    class Two(nn.Module):
+@pytest.mark.parametrize("order", ["abc", "cba", "bac", "cab", "acb"])
+@pytest.mark.parametrize("sizes", [(4, 40), (2, 5, 40)], ids=str)
+def test_layers_that_read_the_same_value_share_its_rounding(sizes: tuple[int, ...], order: str, tmp_path: Path) -> None:
+    class Three(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.layers = nn.ModuleList(QuantisedLinear.from_dense(nn.Linear(40, 24), bits=8) for _ in range(3))
+            for name in order:  # the order of the weights in the file
+                self.add_module(name, QuantisedLinear.from_dense(nn.Linear(40, 40, bias=name != "b"), bits=8))
 
-        def forward(self, x: Tensor) -> Tensor:
-            return self.layers[2](torch.cat((self.layers[0](x), self.layers[1](x)), -1)[..., :40])
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            inner = self.a(x)
+            return self.b(inner), self.c(inner)
 
-    report = write(Two().eval(), tmp_path / "two.onnx", torch.randn(2, 5, 40), round_inputs=True)
+    report = write(Three().eval(), tmp_path / "three.onnx", torch.randn(sizes), round_inputs=True)
     found = operators(report.path)
     assert report.ok and (found.count("MatMulInteger"), found.count("DynamicQuantizeLinear")) == (3, 2)
+
+
+def test_a_layer_that_runs_often_is_in_the_file_once(tmp_path: Path) -> None:
+    class Again(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = QuantisedLinear.from_dense(nn.Linear(128, 128), bits=8)
+
+        def forward(self, x: Tensor) -> Tensor:
+            for _ in range(5):
+                x = self.layer(x).tanh()
+            return x
+
+    report = write(Again().eval(), tmp_path / "again.onnx", torch.randn(4, 128), round_inputs=True)
+    assert report.ok and operators(report.path).count("MatMulInteger") == 5
+    assert report.size_bytes < 2 * 128 * 128
+
+
+def test_other_nodes_of_that_kind_and_branches_stay_as_they_are(tmp_path: Path) -> None:
+    class Faked(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first = QuantisedLinear.from_dense(nn.Linear(24, 24), bits=8)
+            self.second = QuantisedLinear.from_dense(nn.Linear(24, 24), bits=8)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = torch.fake_quantize_per_tensor_affine(self.first(x), 0.05, 0, -128, 127)
+            return torch.cond(x.sum() > 0, self.second, lambda x: x - 1, (x,))
+
+    report = write(Faked().eval(), tmp_path / "faked.onnx", torch.randn(4, 24), round_inputs=True)
+    found = operators(report.path)
+    assert report.ok and found.count("MatMulInteger") == 1 and "QuantizeLinear" in found
+    assert any("1 quantised weights are read as before" in note for note in report.notes)
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_the_rounded_file_is_judged_on_all_batches_and_failing_is_no_success(
+    fails: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = nn.Sequential(QuantisedLinear.from_dense(nn.Linear(16, 8), bits=8)).eval()
+    model[0].stored[0].values[:, 0] = 0
+    large = torch.randn(4, 16)
+    large[:, 0] = 1e4  # all else is rounded to nothing beside it, and nothing reads it
+    if fails:
+        usual, calls = writer._session, []
+
+        def session(file: Path, *, exact: bool) -> Any:
+            calls.append(file)
+            return usual(file, exact=exact) if len(calls) < 3 else None  # exact, as usual, and then the rounded file
+
+        monkeypatch.setattr(writer, "_session", session)
+    given = iter([torch.randn(4, 16) if fails else large])  # which can be read once
+    report = write(model, tmp_path / "judged.onnx", torch.randn(4, 16), round_inputs=True, batches=given)
+    assert not report.ok and all(check.ok for check in report.checks)
+    assert report.rounding is not None and report.rounding > 0.25
+    assert "agrees with" in str(report) and "MORE than" in str(report)
 
 
 @pytest.mark.parametrize(("build", "grid"), [(net, Grid(4)), (net, Grid(8, 64)), (conv_net, Grid(8))], ids=str)
@@ -225,7 +286,7 @@ def test_the_rest_of_a_mixed_model_is_told(tmp_path: Path) -> None:
     model[4] = QuantisedLinear.from_dense(nn.Linear(64, 10), bits=4)
     report = write(model.eval(), tmp_path / "mixed.onnx", torch.randn(4, 96), round_inputs=True)
     assert report.ok and operators(report.path).count("MatMulInteger") == 2
-    assert any(note.startswith("1 quantised weights are not multiplied") for note in report.notes)
+    assert any(note.startswith("1 quantised weights are read as before") for note in report.notes)
 
 
 def test_a_model_that_rounded_inputs_break_is_no_success(tmp_path: Path) -> None:

@@ -129,7 +129,7 @@ def _onnx(
         raise CannotError("the figure needs a decoding loop, which is no single file")
     dense, target = folder / "dense.onnx", folder / f"{tool.__name__}.onnx"
     if not dense.exists():
-        report = WRITERS["onnx"](recipe.model, dense, _first_rows(recipe.example_inputs), verify=False)
+        report = WRITERS["onnx"](recipe.model, dense, _as_arguments(recipe.example_inputs), verify=False)
         dense = Path(report.path)
     try:
         tool(dense, target)
@@ -143,7 +143,7 @@ def _onnx(
     return model, 1 - saved / whole
 
 
-def _first_rows(example: Any) -> Any:
+def _as_arguments(example: Any) -> Any:
     """As panther.compress takes them: positional or by name."""
     call = as_call(example)
     return call.args or dict(call.kwargs)

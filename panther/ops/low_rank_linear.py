@@ -16,8 +16,6 @@ from torch import Tensor
 from panther.ops._define import define
 from panther.ops._text import dtype_text, shape_text
 
-FEW_ROWS, MANY_ROWS, WIDE_RANK = 8, 32, 192  # csrc: kFewRows, and few_rows_of for ranks from 192 on
-
 
 def reference(x: Tensor, down: Tensor, up: Tensor, bias: Tensor | None) -> Tensor:
     """What `low_rank_linear` computes, in standard PyTorch operations."""
@@ -97,13 +95,6 @@ LOW_RANK_LINEAR = define(
 )
 
 
-def _has_no_kernel(x: Tensor, down: Tensor) -> bool:
-    """Whether an input of more than FEW_ROWS rows is on a CPU and has too many for the kernel there."""
-    if not x.is_cpu or torch.compiler.is_compiling():
-        return False
-    return x.numel() > MANY_ROWS * x.size(-1) or down.size(0) < WIDE_RANK
-
-
 def low_rank_linear(x: Tensor, down: Tensor, up: Tensor, bias: Tensor | None = None) -> Tensor:
     """`x` times a matrix of low rank, plus `bias`: what F.linear(x, up @ down, bias) gives, at the cost of the factors.
 
@@ -111,13 +102,6 @@ def low_rank_linear(x: Tensor, down: Tensor, up: Tensor, bias: Tensor | None = N
     Cost:   2*rows*R*(in + out) flops.
     Raises: ValueError when shapes, dtypes or devices do not fit together.
     """
-    # A kernel is for few rows. Where the op would call torch's own products, they are called right here: 8 us less.
-    if type(x) is Tensor and x.dim() and x.numel() > FEW_ROWS * x.size(-1) and _has_no_kernel(x, down):
-        try:
-            return F.linear(F.linear(x, down), up, bias)
-        except RuntimeError:
-            _check(x, down, up, bias)  # which says what is wrong
-            raise
     records = torch.is_grad_enabled() and down.requires_grad and not torch.compiler.is_compiling()
     if records and not torch.is_autocast_enabled(x.device.type):  # the op casts its inputs, the reference does not
         # It keeps x down^T for the backward, which the op computes again: a sixth less.
