@@ -36,7 +36,7 @@ from panther.verify import medians_in_turn
 WAYS: dict[str, dict[str, Any]] = {
     "uniform": {"search": "uniform"},
     "sensitivity": {},
-    "sensitivity, int8": {"dtypes": ("int8",)},
+    "sensitivity, int8": {"dtypes": ("int8",), "heal": "refit"},  # which rounds for what the layers are used for
 }
 ROUNDED = {"sensitivity, int8, rounded inputs": "sensitivity, int8"}  # files that are written another way besides
 DYNAMIC = "none: onnxruntime's dynamic int8"  # of the dense file; inputs are rounded as well, while it runs
@@ -93,8 +93,7 @@ def compress(recipe: Recipe, keep: float, seed: int, exclude: Sequence[Any] | No
             example_inputs=recipe.example_inputs,
             calib_data=recipe.batches,
             exclude=exclude,
-            **options,
-            heal="none",  # speed depends on the plan alone
+            **{"heal": "none", **options},  # speed depends on the plan alone
             seed=seed,
             progress=False,
             verify=False,
