@@ -273,7 +273,11 @@ def test_the_rounded_file_is_judged_on_all_batches_and_failing_is_no_success(
     assert "agrees with" in str(report) and "MORE than" in str(report)
 
 
-@pytest.mark.parametrize(("build", "grid"), [(net, Grid(4)), (net, Grid(8, 64)), (conv_net, Grid(8))], ids=str)
+@pytest.mark.parametrize(
+    ("build", "grid"),
+    [(net, Grid(4)), (net, Grid(8, 64)), (conv_net, Grid(8))],
+    ids=["4 bits", "groups", "convolutions"],
+)
 def test_what_cannot_be_multiplied_in_whole_numbers_stays_and_is_told(build: Any, grid: Grid, tmp_path: Path) -> None:
     model = with_whole(build(), grid)
     report = write(model, tmp_path / "kept.onnx", inputs(model), round_inputs=True)
