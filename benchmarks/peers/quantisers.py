@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.common import say
+from benchmarks.peers.base import CannotError
 from models.recipe import Recipe
 from panther.batches import as_call
 from panther.converters import WRITERS
@@ -26,10 +27,6 @@ from panther.spec import Capture
 REQUIREMENT = "torchao==0.18.0"
 Cell = tuple[str, float, dict[str, float], str]  # as in benchmarks.bytes
 NOTHING: dict[str, float] = {}
-
-
-class CannotError(Exception):
-    """A tool does not apply to a model, or is not here; the text says why."""
 
 
 class OnnxModel(nn.Module):
