@@ -152,7 +152,8 @@ def replay_of(model: nn.Module, names: Sequence[str], whole: Callable[[], object
 def in_onnxruntime(
     recipe: Recipe, result: panther.Result, sizes: Sequence[int], seconds: float, threads: int
 ) -> Iterator[Timed]:
-    """Both models' files at every batch size, `seconds` each.
+    """Both models' files at every batch size, `seconds` each, and then with the operators timed: every session holds
+    what it needed once for as long as it lives.
 
     Raises: PantherError when a file does not agree with its model.
     """
@@ -161,12 +162,17 @@ def in_onnxruntime(
     with tempfile.TemporaryDirectory() as folder:
         models = {"dense": recipe.model, "compressed": result.model}
         files = [exported(model, Path(folder) / f"{name}.onnx", recipe, inputs).path for name, model in models.items()]
-        plain = [session(path, threads) for path in files]
         for size, given in inputs.items():
+            dense, compressed = (
+                1e3 * median
+                for median in medians_in_turn(
+                    [file_run(session(path, threads), recipe.model, given) for path in files], seconds=seconds / 2
+                )
+            )
             watched = [_profiled(path, threads) for path in files]
-            runs = [file_run(one, recipe.model, given) for one in (*plain, *watched)]
-            dense, compressed = (1e3 * s for s in medians_in_turn(runs, seconds=seconds)[:2])
+            medians_in_turn([file_run(one, recipe.model, given) for one in watched], seconds=seconds / 2)
             shares = [_weighted_share(one, path) for one, path in zip(watched, files, strict=True)]
+            del watched
             layers_ms = dense * shares[0], compressed * shares[1]
             yield Timed(recipe.name, "onnxruntime", size, (dense, compressed), layers_ms, ratio)
 
@@ -214,11 +220,11 @@ def compare(recipe: Recipe, result: panther.Result, given: argparse.Namespace) -
     return [*found.values(), *files], line
 
 
-def report(recipes: Sequence[Recipe], found: Sequence[Timed], lines: Sequence[str], given: argparse.Namespace) -> str:
-    """Header and table: all that this script prints."""
+def report(recipe: Recipe, found: Sequence[Timed], line: str, given: argparse.Namespace) -> str:
+    """Header and table of one model, printed as soon as it is through."""
     what = [f"keep {given.keep}; medians of runs in turns, {given.threads} threads in both runtimes; nothing is healed"]
     rows = table(COLUMNS, [timed.cells() for timed in found])
-    return "\n".join([header(recipes, what, given.seed), "", rows, "", *lines, LEGEND])
+    return "\n".join([header([recipe], what, given.seed), "", rows, "", line, LEGEND])
 
 
 def main() -> int:
@@ -233,19 +239,14 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
-    recipes, found, lines = [], [], []
     try:
         for name in given.models:
             recipe = BUILD[name](given)
             result = compress(recipe, given.keep, given.seed, EXCLUDED.get(name))
-            timed, line = compare(recipe, result, given)
-            recipes.append(recipe)
-            found += timed
-            lines.append(line)
+            print(report(recipe, *compare(recipe, result, given), given), flush=True)
     except (MissingDataError, PantherError, ValueError) as error:
         print(f"end_to_end: {error}", file=sys.stderr)
         return 1
-    print(report(recipes, found, lines, given))
     return 0
 
 
