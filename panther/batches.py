@@ -5,10 +5,12 @@ from __future__ import annotations
 import contextlib
 import inspect
 import math
+import zlib
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -44,6 +46,16 @@ class Call:
                 found[shape] = value.bool() | found[shape] if shape in found else value.bool()
         return found
 
+    def copied(self) -> Call:
+        """The same call on tensors of its own."""
+        return Call(tuple(_copied(a) for a in self.args), {k: _copied(v) for k, v in self.kwargs.items()})
+
+    @property
+    def seed(self) -> int:
+        """A number that depends on a few of the numbers in this call."""
+        found = [(t.shape, t.detach().flatten()) for t in self.tensors() if t.layout is torch.strided and not t.is_meta]
+        return zlib.crc32(repr([(*shape, t[:: max(1, t.numel() // 8)].tolist()) for shape, t in found]).encode())
+
     def tensors(self) -> list[Tensor]:
         return [v for v in (*self.args, *self.kwargs.values()) if isinstance(v, Tensor)]
 
@@ -67,6 +79,10 @@ class Call:
             return value[start:stop] if isinstance(value, Tensor) and value.dim() else value
 
         return Call(tuple(cut(a) for a in self.args), {k: cut(v) for k, v in self.kwargs.items()})
+
+
+def _copied(value: Any) -> Any:
+    return value.clone() if isinstance(value, Tensor) else value
 
 
 def _move(value: Any, device: torch.device | str) -> Any:
@@ -281,13 +297,13 @@ def unchanged(model: nn.Module) -> Iterator[None]:
                 del module.__dict__[name]
             module.__dict__.update(held)
         for container, before in containers:
-            _refill(container, before)
+            refill(container, before)
         for tensor, kept in numbers:
             if not torch.equal(tensor, kept):
                 tensor.detach().copy_(kept)
 
 
-def _refill(container: Any, before: Any) -> None:
+def refill(container: Any, before: Any) -> None:
     """Make a list, dict or set hold again what it held, without replacing it."""
     container.clear()
     (container.extend if isinstance(container, list) else container.update)(before)
@@ -299,10 +315,46 @@ def device_of(model: nn.Module) -> torch.device:
     return torch.device("cpu")
 
 
+# Models that were run, and whether one changes its inputs in place.
+_SPOILING: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
+
+
 def run(model: nn.Module, call: Call) -> Any:
-    """model(*args, **kwargs) on the model's own device."""
-    moved = call.to(device_of(model))
-    return model(*moved.args, **moved.kwargs)
+    """model(*args, **kwargs) on the model's own device.
+
+    What a model draws at random follows from the call alone, so that two models draw the same, and the generators of
+    the process are left as they were. A model that changes its inputs in place gets copies: the first run tells.
+    """
+    device = device_of(model)
+    moved = call.to(device)
+    if _SPOILING.get(model, True):
+        moved = moved.copied()
+    given = [(tensor, tensor._version) for tensor in moved.tensors() if not tensor.is_inference()]
+    with drawing(call.seed, device):
+        output = model(*moved.args, **moved.kwargs)
+    if not _SPOILING.get(model, False):
+        _SPOILING[model] = any(tensor._version != version for tensor, version in given)
+    return output
+
+
+@contextlib.contextmanager
+def drawing(noise: int | Tensor, device: torch.device) -> Iterator[None]:
+    """With generators that begin anew at a seed (or, on the CPU, at a state), and are put back at the end."""
+    before = torch.get_rng_state()
+    on_gpu = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+    try:
+        if isinstance(noise, Tensor):
+            torch.set_rng_state(noise)
+        else:
+            torch.default_generator.manual_seed(noise)
+            if on_gpu is not None:
+                with torch.cuda.device(device):
+                    torch.cuda.manual_seed(noise)
+        yield
+    finally:
+        torch.set_rng_state(before)
+        if on_gpu is not None:
+            torch.cuda.set_rng_state(on_gpu, device)
 
 
 def float_outputs(output: Any) -> list[Tensor]:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils.hooks import RemovableHandle
 
-from panther.batches import Call, device_of, float_outputs, scale_of
+from panther.batches import Call, device_of, drawing, float_outputs, scale_of
 from panther.factors import dense_weight
 from panther.products import gram
 from panther.spec import LayerSpec
@@ -106,9 +106,11 @@ class Reactions:
 
         Raises: whatever a model raises that cannot be differentiated.
         """
-        moved = call.to(device_of(self.model))
+        device = device_of(self.model)
+        moved = call.copied().to(device)
         # cuDNN's recurrent layers refuse a backward pass in evaluation mode; torch's own do not.
-        with torch.enable_grad(), torch.backends.cudnn.flags(enabled=not self._is_recurrent):
+        flags = torch.backends.cudnn.flags(enabled=not self._is_recurrent)
+        with torch.enable_grad(), flags, drawing(call.seed, device):
             outputs = float_outputs(functional_call(self.model, self._tensors, moved.args, dict(moved.kwargs)))
             _project(outputs, moved, self.generator).backward()
 

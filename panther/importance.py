@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from panther.batches import Call, device_of, float_outputs, inference, run, squared_error
+from panther.batches import Call, device_of, drawing, float_outputs, inference, run, squared_error
 from panther.factors import Factors
 from panther.progress import Progress
 from panther.spec import Capture, Choice
@@ -70,8 +70,10 @@ class Reference:
         lost, count = 0.0, 0
         with inference(self.model), _with_biases(gained):
             for call, answers in zip(self.calls, self.outputs, strict=True):
-                moved = call.to(device_of(self.model))
-                output = functional_call(self.model, tensors, moved.args, dict(moved.kwargs))
+                device = device_of(self.model)
+                moved = call.copied().to(device)
+                with drawing(call.seed, device):
+                    output = functional_call(self.model, tensors, moved.args, dict(moved.kwargs))
                 for answer, got in itertools.zip_longest(answers, float_outputs(output)[: len(answers)]):
                     lost += squared_error(answer, got, call)
                     count += answer.numel()

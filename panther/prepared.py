@@ -227,7 +227,10 @@ class Prepared:
     ) -> Healed:
         """Heal the model of a plan in place, as the request says; fits: whether layers are solved again first."""
         sketched = {choice.layer for choice in plan.sketched if fits and choice.scheme not in (WHOLE, CORRECTED)}
-        seen = {name: factors.profile.seen.sensitivity for name, factors in self.factors.items()}
+        known = dict(self.factors)
+        narrow = {choice.layer: known[choice.layer].at(choice) for choice in plan.sketched if choice.channels}
+        known |= {name: factors for name, factors in narrow.items() if factors.axis == 0}  # which give fewer outputs
+        seen = {name: factors.profile.seen.sensitivity for name, factors in known.items()}
         return heal(
             self.request.model,
             compressed,
@@ -237,7 +240,7 @@ class Prepared:
             layers=[spec for spec in self.found.sketchable if spec.name in sketched],
             sensitivities={name: matrix for name, matrix in seen.items() if matrix is not None},
             relu_after=dict(self.found.rectified),
-            narrow={c.layer: self.factors[c.layer].at(c).module for c in plan.sketched if c.channels},
+            narrow={name: factors.module for name, factors in narrow.items()},
             seed=self.request.seed,
             checkpoint=self.request.checkpoint if checkpoint else None,
             identity={"plan": _unmeasured(plan).to_json()},

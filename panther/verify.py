@@ -27,7 +27,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from panther import chains
 from panther.answers import class_scores, is_classifier, last_dense_call
-from panther.batches import Call, device_of, float_outputs, inference, masked_rows, run
+from panther.batches import Call, device_of, drawing, float_outputs, inference, masked_rows, run
 from panther.build_info import build_info
 from panther.chains import CHANNELS, chain_cost, dense_cost
 from panther.errors import CalibrationError, one_line
@@ -180,7 +180,8 @@ def latencies(models: Sequence[nn.Module], call: Call, *, seconds: float = LATEN
         for model in models:
             modes.enter_context(inference(model))
             device = device_of(model)
-            runs.append(functools.partial(_finished, model, call.to(device), device))
+            modes.enter_context(drawing(0, device))
+            runs.append(functools.partial(_finished, model, call.copied().to(device), device))
         return [taken * 1e3 for taken in medians_in_turn(runs, seconds=seconds)]
 
 
@@ -212,10 +213,10 @@ def peak_memory(model: nn.Module, call: Call) -> int:
     count and other models in the process do not. On CUDA it is the allocator's own peak, less what was there before.
     """
     device = device_of(model)
-    inputs = call.to(device)
+    inputs = call.copied().to(device)
     held = [*model.parameters(), *model.buffers(), *inputs.tensors()]
     standing = sum({tensor.data_ptr(): tensor_bytes(tensor) for tensor in held}.values())
-    with inference(model):
+    with inference(model), drawing(0, device):
         model(*inputs.args, **inputs.kwargs)  # what the first call allocates and keeps is not part of a call
         if device.type == "cuda":
             return standing + _cuda_peak(model, inputs, device)

@@ -433,6 +433,35 @@ class Changes(nn.Module):
         self.cache = torch.ones(3)
 
 
+class Spoils(nn.Module):
+    def forward(self, x, mask=None):
+        x -= 0.5
+        return x if mask is None else x * mask.fill_(2)
+
+
+def test_a_model_that_changes_its_inputs_in_place_gets_copies() -> None:
+    x, mask = torch.ones(3, 4), torch.ones(3, 4)
+    for model in (Spoils(), Spoils()):
+        for _ in range(3):
+            assert torch.equal(run(model, Call((x,), {"mask": mask})), torch.ones(3, 4))
+    assert torch.equal(x, torch.ones(3, 4)) and torch.equal(mask, torch.ones(3, 4))
+
+
+def test_what_is_drawn_follows_from_the_inputs_and_the_users_generator_stays() -> None:
+    class Noisy(nn.Module):
+        def forward(self, x):
+            return x + torch.randn(x.shape)
+
+    first, second = Call((torch.ones(3, 4),)), Call((torch.zeros(3, 4),))
+    torch.manual_seed(5)
+    before = torch.get_rng_state()
+    noise = [run(Noisy(), call) - call.args[0] for call in (first, second, first)]
+    assert torch.equal(torch.get_rng_state(), before)
+    torch.manual_seed(6)
+    assert torch.equal(run(Noisy(), first) - first.args[0], noise[0])
+    assert torch.equal(noise[0], noise[2]) and not torch.allclose(noise[0], noise[1])
+
+
 def test_unchanged_puts_back_what_a_forward_leaves_behind():
     model = Changes()
     kept = (model.cache, model.loose, model.list, model.dict, model.set)

@@ -254,6 +254,24 @@ def test_channels_may_leave_a_module_with_one_layer(way: str) -> None:
     assert found(Wrapped(), X, way) == (Pair("first.0", "second.0"),)
 
 
+class Listed(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([nn.Linear(12, 24), nn.Linear(24, 16)])
+        self.head = nn.Linear(16, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = torch.relu(layer(x))
+        answer: Tensor = self.head(x)
+        return answer
+
+
+@every_way
+def test_channels_may_leave_a_list_of_layers_which_nobody_can_call(way: str) -> None:
+    assert found(Listed(), X, way) == (Pair("layers.0", "layers.1"), Pair("layers.1", "head"))
+
+
 @every_way
 @pytest.mark.parametrize("part", ["first", "second"])
 def test_channels_do_not_leave_or_enter_a_part_with_several_layers(part: str, way: str) -> None:

@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from panther.batches import Call
+from panther.batches import Call, run
 from panther.healers.lockstep import Arrival, LeftStepError, Lockstep, Stretch, stretches
 
 
@@ -276,6 +276,67 @@ def test_what_is_held_is_one_depth_of_the_model(depth: int) -> None:
 
 def test_no_call_is_no_stop() -> None:
     assert walk(chain(), [], ["1"]) == []
+
+
+# What a forward leaves on its modules, and draws
+
+
+class Stores(nn.Module):
+    """Hands what later layers need over by attributes, one of which it makes anew and one of which is a list."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.third = nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 8)
+        self.skips: list[Tensor] = []
+        self.kept: Tensor | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.skips.append(self.first(x))
+        self.kept = torch.relu(self.skips[-1])
+        self.later = self.kept.sum()
+        y = self.second(self.kept)
+        answer: Tensor = self.third(y + self.kept + self.later + self.skips.pop())
+        return answer
+
+
+class Noisy(nn.Sequential):
+    """Draws before and between its layers."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self:
+            x = layer(x + torch.randn(x.shape))
+        return x
+
+
+@pytest.mark.parametrize("kind", [Stores, lambda: Noisy(nn.Linear(8, 8), nn.Linear(8, 8))], ids=["stores", "noisy"])
+def test_each_call_has_what_it_left_on_the_modules_and_its_own_noise(kind: Callable[[], nn.Module]) -> None:
+    model, given = kind(), calls()
+    names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    wanted: dict[str, list[Tensor]] = {name: [] for name in names}
+    hooks = [
+        model.get_submodule(name).register_forward_pre_hook(lambda _m, args, name=name: wanted[name].append(args[0]))
+        for name in names
+    ]
+    for call in given:
+        run(model, call)
+    for hook in hooks:
+        hook.remove()
+    before, state = dict(model.__dict__), torch.get_rng_state()
+    for name, arrivals in walk(model, given, names):
+        assert all(torch.equal(a.first, b) for a, b in zip(arrivals, wanted[name], strict=True)), name
+    assert torch.equal(torch.get_rng_state(), state)
+    assert {n: v for n, v in model.__dict__.items() if n != "later"} == {
+        n: v for n, v in before.items() if n != "later"
+    }
+
+
+def test_a_module_that_runs_alone_draws_what_it_would_inside_the_model() -> None:
+    model = nn.Sequential(nn.Linear(8, 8), Noisy(nn.Linear(8, 8)))
+    given = calls()
+    with Lockstep(model, given, ["1"]) as steps, torch.no_grad():
+        steps.advance()
+        alone = [arrival.run(model[1]) for arrival in steps.arrivals]
+        assert all(torch.equal(y, run(model, call)) for y, call in zip(alone, given, strict=True))
 
 
 # How many calls to hold where

@@ -100,10 +100,11 @@ def test_classes_that_the_teacher_rules_out_stay_finite() -> None:
     assert bool(loss.isfinite()) and got.grad is not None and bool(got.grad.isfinite().all())
 
 
-def test_outputs_of_another_shape_or_of_integers_are_left_out() -> None:
+def test_outputs_of_another_shape_or_none_lose_one_and_integers_are_left_out() -> None:
     y = {"a": torch.randn(4, 3), "index": torch.arange(4), "b": torch.randn(4, 2)}
     other = {"a": torch.randn(4, 5), "index": torch.arange(4), "b": y["b"]}
-    assert float(answer_loss(other, y, CALL, classifies=False)) == 0.0
+    assert float(answer_loss(other, y, CALL, classifies=False)) == 0.5  # the mean of both
+    assert float(answer_loss({"a": y["a"]}, y, CALL, classifies=False)) == 0.5
 
 
 def test_no_numbers_are_no_loss() -> None:

@@ -24,9 +24,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.hooks import RemovableHandle
 
-from panther.batches import Call, float_outputs, inference, run
+from panther.batches import Call, drawing, float_outputs, inference, refill, run
 
 GROWTH = 2  # times as many calls make another walk worth it; all walks together cost two of the longest at most
+
+CPU = torch.device("cpu")
+LIBRARIES = ("torch.nn.", "panther.nn.")  # whose modules keep nothing of a forward that another call must not see
+CONTAINERS = (list, dict, set)
+MACHINERY = ("_hooks", "_hooks_with_kwargs", "_hooks_always_called", "_parameters", "_modules")
+ABSENT = object()
 
 Precision = Mapping[str, torch.dtype | None]  # by type of device: what autocast computes in, None where it is off
 
@@ -62,6 +68,7 @@ class Arrival:
     args: tuple[Any, ...]
     kwargs: Mapping[str, Any]
     precision: Precision = field(default_factory=precision)
+    noise: Tensor = field(default_factory=torch.get_rng_state)  # what is drawn from here on
 
     @property
     def first(self) -> Any:
@@ -69,8 +76,11 @@ class Arrival:
         return self.args[0] if self.args else next(iter(self.kwargs.values()), None)
 
     def run(self, module: nn.Module) -> Any:
-        """What a module makes of it, in the model's autocast mode; it may change its inputs, which are copies."""
-        with in_precision(self.precision):
+        """What a module makes of it, in the model's autocast mode; it may change its inputs, which are copies.
+
+        It draws the random numbers that it would draw inside the model.
+        """
+        with in_precision(self.precision), drawing(self.noise, CPU):
             return module(*_own(self.args), **_own(self.kwargs))
 
 
@@ -92,6 +102,62 @@ def _own(value: Any) -> Any:
         return value
 
 
+# What modules hold under which name, and what is in it where that is a list, a dict or a set.
+Held = dict[nn.Module, dict[str, tuple[Any, Any]]]
+
+
+def held(model: nn.Module) -> Held:
+    """What a forward may leave on the modules that others wrote: all but parameters, parts and hooks."""
+    own = [module for module in model.modules() if not type(module).__module__.startswith(LIBRARIES)]
+    return {module: {name: _entry(value) for name, value in _kept(module)} for module in own}
+
+
+def changed(since: Held) -> Held:
+    """What they hold now where that is something else."""
+    found: Held = {}
+    for module, before in since.items():
+        now = dict(_kept(module))
+        for name in {*now, *before}:
+            value, inside = before.get(name, (ABSENT, None))
+            if now.get(name, ABSENT) is not value or not _same(value, inside):
+                found.setdefault(module, {})[name] = _entry(now.get(name, ABSENT))
+    return found
+
+
+def put(entries: Held) -> None:
+    """Make them hold this."""
+    for module, attributes in entries.items():
+        for name, (value, inside) in attributes.items():
+            if value is ABSENT:
+                module.__dict__.pop(name, None)
+                continue
+            module.__dict__[name] = value
+            if inside is not None:
+                refill(value, inside)
+
+
+def _as_in(before: Held, entries: Held) -> Held:
+    """What these names held before."""
+    return {m: {name: before[m].get(name, (ABSENT, None)) for name in names} for m, names in entries.items()}
+
+
+def _kept(module: nn.Module) -> Iterator[tuple[str, Any]]:
+    return ((name, value) for name, value in module.__dict__.items() if not name.endswith(MACHINERY))
+
+
+def _entry(value: Any) -> tuple[Any, Any]:
+    return value, value.copy() if type(value) in CONTAINERS else None
+
+
+def _same(value: Any, inside: Any) -> bool:
+    """Whether the very same objects are in a container as were."""
+    if inside is None:
+        return True
+    if isinstance(value, dict):
+        return [*map(id, value), *map(id, value.values())] == [*map(id, inside), *map(id, inside.values())]
+    return list(map(id, value)) == list(map(id, inside))
+
+
 class _Runner:
     """One call in a thread that runs only while it is told to."""
 
@@ -101,6 +167,8 @@ class _Runner:
         self.error: BaseException | None = None
         self._abandoned = False
         self._precision = precision()
+        self._noise: Tensor | None = None
+        self.state: Held = {}  # what this call has left on the modules so far
         self._go, self._done = threading.Semaphore(0), threading.Semaphore(0)
         self.thread = threading.Thread(target=self._run, daemon=True)
         self.thread.start()
@@ -118,8 +186,10 @@ class _Runner:
 
     def advance(self) -> None:
         """Run to the next stop, or to the end (`at` is then None)."""
-        self._go.release()
-        self._done.acquire()
+        with drawing(torch.get_rng_state() if self._noise is None else self._noise, CPU):
+            self._go.release()
+            self._done.acquire()
+            self._noise = torch.get_rng_state()
         if self.error is not None and not self._abandoned:
             raise self.error
 
@@ -152,6 +222,7 @@ class Lockstep:
         self.model, self.calls, self.stops = model, calls, stops
         self._runners: list[_Runner] = []
         self._hooks: list[RemovableHandle] = []
+        self._before: Held = {}
         self._inference = inference(model)
 
     def __enter__(self) -> Self:
@@ -160,6 +231,7 @@ class Lockstep:
             for name in self.stops:
                 module = self.model.get_submodule(name)
                 self._hooks.append(module.register_forward_pre_hook(self._stop(name), with_kwargs=True, prepend=True))
+            self._before = held(self.model)
             for call in self.calls:
                 self._runners.append(_Runner(self.model, call))
         except BaseException:  # a name that is not there, no more threads, Ctrl-C
@@ -186,7 +258,12 @@ class Lockstep:
     def advance(self) -> str | None:
         """Take every call to its next stop: the stop's name, or None when all have ended."""
         for runner in self._runners:
-            runner.advance()
+            put(runner.state)
+            try:
+                runner.advance()
+            finally:
+                runner.state = changed(self._before)
+                put(_as_in(self._before, runner.state))
         names = {None if runner.at is None else runner.at[0] for runner in self._runners}
         if len(names) > 1:
             raise LeftStepError(f"the batches run through different layers ({', '.join(map(str, names))})")
@@ -303,8 +380,12 @@ def _measured(model: nn.Module, call: Call, stops: Sequence[str]) -> list[_Stop]
         for name in stops:
             module = model.get_submodule(name)
             hooks += [module.register_forward_pre_hook(before(name)), module.register_forward_hook(after(name))]
-        with inference(model), living:
-            run(model, call)
+        with inference(model):
+            run(model, call)  # the first run of a model copies its inputs
+            held.clear()
+            found.clear()
+            with living:
+                run(model, call)
     finally:
         for hook in hooks:
             hook.remove()

@@ -21,7 +21,7 @@ Masks = Mapping[tuple[int, ...], Tensor]
 
 
 def answer_loss(answer: Any, target: Any, call: Call, *, classifies: bool) -> Tensor:
-    """The loss of a whole output of a model; 0 for the teacher's own.
+    """The loss of a whole output of a model; 0 for the teacher's own, 1 for a part of another shape.
 
     classifies: a single output is class scores even where it is not named `logits`.
     """
@@ -31,11 +31,12 @@ def answer_loss(answer: Any, target: Any, call: Call, *, classifies: bool) -> Te
     if scores is None and classifies:
         scores = targets[0]
     total = torch.zeros((), device=targets[0].device if targets else None)
-    for got, wanted in zip(answers, targets, strict=False):
-        if got.shape != wanted.shape:
+    for index, wanted in enumerate(targets):
+        if index >= len(answers) or answers[index].shape != wanted.shape:
+            total = total + 1.0
             continue
         loss = _class_loss if wanted is scores else tensor_loss
-        total = total + loss(got, wanted, masks)
+        total = total + loss(answers[index], wanted, masks)
     return total / max(1, len(targets))
 
 

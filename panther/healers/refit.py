@@ -107,8 +107,8 @@ def refit(
 
     calls: as many of them as `held_bytes` allow are held at one depth of both models at once.
     specs: the sketched layers, in execution order.
-    sensitivities: G by layer ((n, n) W^T G W where m > n), as panther.sketches.Seen has it; a layer without one weighs
-        all outputs alike.
+    sensitivities: G by layer ((n, n) W^T G W where m > n), as panther.sketches.Seen has it, of the outputs that are
+        left where a layer gives fewer; a layer without one weighs all outputs alike.
     relu_after: layers whose output goes into a ReLU only, which has to be right only where that lets it pass; with the
         name of the BatchNorm between, or "".
     narrow: layers that have fewer channels, as they were before they were sketched. What such a layer makes of the
@@ -129,7 +129,7 @@ def refit(
         known = sensitivities.get(name)
         layer = _Layer(spec, dense_layer, own_layer, dense_layer if local is None else local, known, gate, seed)
         if local is not None and sizes_of(local)[1] < spec.out_features:  # only part of the outputs is wanted
-            layer = changed(layer, dense=local, sensitivity=None, gate=None)
+            layer = changed(layer, dense=local, gate=None)
         return _refit_layer(layer, held, x, h)
 
     def wanted(name: str, numbers: int) -> int:
@@ -280,7 +280,7 @@ _Pair = tuple[Call, Arrival, Arrival]  # a call, and what the layer gets in both
 def _held_out_error(layer: _Layer, pairs: Sequence[_Pair]) -> float:
     """||y - y'||^2 of both layers' outputs, in the directions that the model's output reacts to."""
     factor = None
-    if layer.sensitivity is not None and layer.sensitivity.shape[0] == layer.spec.out_features:
+    if layer.sensitivity is not None and len(layer.sensitivity) == len(dense_weight(layer.dense)):
         factor = with_ridge(layer.sensitivity.double(), SENSITIVITY_RIDGE).float()
     lost = 0.0
     for call, x, h in pairs:
