@@ -6,7 +6,7 @@ import contextlib
 import inspect
 import math
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -257,7 +257,7 @@ def inference(model: nn.Module) -> Iterator[None]:
     """Evaluation mode without gradients; every training flag, attribute and buffer is put back at the end."""
     flags = {module: module.training for module in model.modules()}
     with unchanged(model), torch.no_grad():
-        model.eval()
+        _evaluate(model)
         try:
             yield
         finally:
@@ -265,17 +265,56 @@ def inference(model: nn.Module) -> Iterator[None]:
                 module.training = flag
 
 
+def _evaluate(model: nn.Module) -> None:
+    """Evaluation mode, without what the model's own `eval` does to its weights.
+
+    `eval` is called, because some models prepare there what their forward reads (LeViT its attention biases). Layers
+    that merge an adapter into their weight on `eval` (loralib, early peft) would leave the user's weights merged, and
+    unmerging by `train` would leave them rounded. Where `eval` changes a parameter all that it did is undone and only
+    the flags are set: such a layer, left unmerged, computes the same.
+    """
+    modules = list(model.modules())
+    if not any(module.training for module in modules):
+        return
+    overriding = [m for m in modules if type(m).train is not nn.Module.train or type(m).eval is not nn.Module.eval]
+    if not overriding:
+        model.eval()
+        return
+    parameters = list(model.parameters())
+    kept = [(p, p.data, p.detach().clone()) for p in {p for module in overriding for p in module.parameters()}]
+    put_back = _snapshot(model)
+    model.eval()
+    is_same = [id(p) for p in parameters] == [id(p) for p in model.parameters()]
+    if is_same and all(torch.equal(parameter, numbers) for parameter, _, numbers in kept):
+        return
+    put_back()
+    for parameter, data, numbers in kept:
+        parameter.data = data
+        if not torch.equal(data, numbers):
+            data.copy_(numbers)
+    for module in modules:
+        module.training = False
+
+
 @contextlib.contextmanager
 def unchanged(model: nn.Module) -> Iterator[None]:
     """Puts back what a forward leaves behind: attributes, their lists, dicts and sets, and the numbers in buffers."""
+    put_back = _snapshot(model)
+    try:
+        yield
+    finally:
+        put_back()
+
+
+def _snapshot(model: nn.Module) -> Callable[[], None]:
+    """What puts back the attributes and the buffers that a model has now."""
     attributes = {module: dict(module.__dict__) for module in model.modules()}
     values = [value for held in attributes.values() for value in held.values()]
     containers = [(value, value.copy()) for value in values if type(value) in (list, dict, set, OrderedDict)]
     tensors = [value for value in values if isinstance(value, Tensor)] + list(model.buffers())
     numbers = [(tensor, tensor.detach().clone()) for tensor in tensors]
-    try:
-        yield
-    finally:
+
+    def put_back() -> None:
         for module, held in attributes.items():
             for name in set(module.__dict__) - set(held):
                 del module.__dict__[name]
@@ -285,6 +324,8 @@ def unchanged(model: nn.Module) -> Iterator[None]:
         for tensor, kept in numbers:
             if not torch.equal(tensor, kept):
                 tensor.detach().copy_(kept)
+
+    return put_back
 
 
 def _refill(container: Any, before: Any) -> None:

@@ -406,6 +406,78 @@ def test_inference_puts_every_training_flag_back():
     assert torch.is_grad_enabled()
 
 
+class Merging(nn.Linear):
+    """Merges its adapter into the weight on `eval` and takes it out on `train`, as loralib does."""
+
+    def __init__(self):
+        super().__init__(8, 8)
+        self.up, self.down = (nn.Parameter(torch.randn(shape)) for shape in ((8, 2), (2, 8)))
+        self.merged = False
+
+    def train(self, mode=True):
+        super().train(mode)
+        if self.merged == mode:
+            self.merge(-1 if mode else 1)
+            self.merged = not mode
+        return self
+
+    def merge(self, sign):
+        self.weight.data += sign * self.up @ self.down
+
+    def forward(self, x):
+        return super().forward(x) + (0 if self.merged else x @ self.down.T @ self.up.T)
+
+
+class MergingAnew(Merging):
+    """The same with another tensor under the parameter."""
+
+    def merge(self, sign):
+        self.weight.data = self.weight.data + sign * self.up @ self.down
+
+
+class MergingNewParameter(Merging):
+    def merge(self, sign):
+        self.weight = nn.Parameter(self.weight + sign * self.up @ self.down)
+
+
+@pytest.mark.parametrize("kind", [Merging, MergingAnew, MergingNewParameter])
+@pytest.mark.parametrize("training", [True, False])
+def test_inference_leaves_weights_that_eval_merges_as_they_were(kind, training):
+    model = nn.Sequential(kind(), nn.Dropout()).train(training)
+    parameters, x = list(model.parameters()), torch.randn(3, 8)
+    kept = [parameter.detach().clone() for parameter in parameters]
+    wanted = model[0](x)
+    for _ in range(2):
+        with inference(model), inference(model):
+            assert not any(module.training for module in model.modules())
+            assert torch.equal(model(x), wanted)
+        assert model.training is model[0].training is training and model[0].merged is not training
+        assert all(now is then for now, then in zip(model.parameters(), parameters, strict=True))
+        assert all(torch.equal(now, then) for now, then in zip(parameters, kept, strict=True))
+
+
+class Prepares(nn.Linear):
+    """Stores on `eval` what its forward reads then, as LeViT does."""
+
+    def train(self, mode=True):
+        super().train(mode)
+        if mode:
+            self.__dict__.pop("stored", None)
+        else:
+            self.stored = 2 * self.bias.detach()
+        return self
+
+    def forward(self, x):
+        return x + (2 * self.bias if self.training else self.stored)
+
+
+def test_what_eval_prepares_is_there_in_inference_and_gone_afterwards():
+    model = Prepares(3, 3)
+    with inference(model):
+        assert torch.equal(model(X), X + 2 * model.bias)
+    assert model.training and not hasattr(model, "stored")
+
+
 def test_inference_keeps_the_hooks_that_were_there():
     model = nn.Linear(3, 3)
     outer = model.register_forward_hook(lambda *_: None)
