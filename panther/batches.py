@@ -5,8 +5,8 @@ from __future__ import annotations
 import contextlib
 import inspect
 import math
-from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections import OrderedDict, deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, SequentialSam
 from panther.errors import CalibrationError
 
 CHUNK = 32  # rows a batch when the calibration data is one big tensor
-HELD_OUT_SHARE = 0.1  # of the calibration batches, kept aside to measure agreement
+HELD_OUT_SHARE = 0.1  # of the calibration samples, kept aside to measure agreement
 HELD_OUT_SAMPLES = 256  # at most
 STORED_SAMPLES = 2048  # taken of an iterable that cannot be walked twice in one order: it might never end
 _TARGETS = frozenset({"label", "labels", "target", "targets", "decoder_labels"})
@@ -178,7 +178,7 @@ class Calibration:
 
 
 def calibration(data: Any, example: Call, model: nn.Module) -> Calibration:
-    """Make any loader walkable again and keep a tenth of its batches aside (the last ones).
+    """Make any loader walkable again and keep a tenth of its samples aside (its last batches).
 
     A list, or a loader with a length and a fixed order, is walked again and never stored; of a generator or a
     shuffling loader the first STORED_SAMPLES are stored, so that what is kept aside stays apart.
@@ -186,17 +186,12 @@ def calibration(data: Any, example: Call, model: nn.Module) -> Calibration:
     Raises: CalibrationError when there is no batch, TypeError for a Dataset (its items are not batches).
     """
     source, note = _walkable(data, example, model)
-    count = len(source)
+    count, held = _tail(source, example, model)
     if count == 0:
         raise CalibrationError("calib_data has no batches: give an iterable of inputs (at least one batch)")
     if count > 1:
-        size = max(1, batch_call(next(iter(source)), example, model).batch_size)
-        kept = max(1, min(round(count * HELD_OUT_SHARE), HELD_OUT_SAMPLES // size))
-        held = _tail(source, count - kept)
-        return Calibration(
-            source, count - kept, tuple(batch_call(b, example, model) for b in held), True, example, model, note
-        )
-    only = batch_call(next(iter(source)), example, model)
+        return Calibration(source, count - len(held), held, True, example, model, note)
+    only = held[0]
     size = only.batch_size
     if size < 4:
         return Calibration([only], None, (only,), False, example, model)
@@ -204,10 +199,30 @@ def calibration(data: Any, example: Call, model: nn.Module) -> Calibration:
     return Calibration([only.rows(0, cut)], None, (only.rows(cut, size),), True, example, model)
 
 
-def _tail(source: Iterable[Any], start: int) -> list[Any]:
-    if isinstance(source, Sequence):
-        return list(source[start:])
-    return [batch for index, batch in enumerate(source) if index >= start]
+def _tail(source: Iterable[Any], example: Call, model: nn.Module) -> tuple[int, tuple[Call, ...]]:
+    """How many batches there are, and the last ones, which hold about HELD_OUT_SHARE of all samples.
+
+    One walk. By samples and not by batches, because the last batch of a loader is often a small rest. One batch is
+    left for fitting, unless there is only one.
+    """
+    count = total = recent = 0
+    last: deque[Call] = deque()  # as many as could be held out
+    for batch in source:
+        last.append(batch_call(batch, example, model))
+        count, total, recent = count + 1, total + last[-1].batch_size, recent + last[-1].batch_size
+        while recent - last[0].batch_size >= HELD_OUT_SAMPLES:
+            recent -= last.popleft().batch_size
+    wanted = min(total * HELD_OUT_SHARE, HELD_OUT_SAMPLES)
+    held: list[Call] = []
+    samples = 0
+    while last and len(held) < max(1, count - 1):
+        size = last[-1].batch_size
+        comes_nearer = samples + size / 2 <= wanted and samples + size <= HELD_OUT_SAMPLES
+        if held and samples >= wanted / 2 and not comes_nearer:
+            break
+        held.append(last.pop())
+        samples += size
+    return count, tuple(reversed(held))
 
 
 def _walkable(data: Any, example: Call, model: nn.Module) -> tuple[Any, str | None]:

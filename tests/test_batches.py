@@ -239,6 +239,42 @@ def test_a_tenth_of_the_batches_is_kept_aside(count, held):
 
 
 @pytest.mark.parametrize(
+    ("sizes", "held"),
+    [
+        ([32] * 10 + [1], [32, 1]),
+        ([32] * 10 + [31], [31]),
+        ([32, 32, 1], [32, 1]),
+        ([32] * 3 + [5], [32, 5]),
+        ([32, 1], [1]),
+        ([512] * 20 + [3], [512, 3]),
+        ([100] * 40, [100] * 2),
+        ([600, 600], [600]),
+        ([1] * 30, [1] * 3),
+        ([4000] + [1] * 3, [1] * 3),
+    ],
+)
+def test_a_small_last_batch_is_not_all_that_is_kept_aside(sizes, held):
+    rows = [torch.full((size, 3), float(i)) for i, size in enumerate(sizes)]
+    data = calibration(rows, ONE, nn.Identity())
+    assert [call.batch_size for call in data.held_out] == held
+    assert [call.batch_size for call in data] == sizes[: -len(held)]
+
+
+def test_a_loader_is_walked_once_to_keep_batches_aside():
+    class Counted(DataLoader):
+        walks = 0
+
+        def __iter__(self):
+            self.walks += 1
+            return super().__iter__()
+
+    loader = Counted(TensorDataset(torch.randn(321, 3)), batch_size=32)
+    data = calibration(loader, ONE, nn.Identity())
+    assert loader.walks == 1 and data.source is loader
+    assert [call.batch_size for call in data.held_out] == [32, 1] and len(data) == 9
+
+
+@pytest.mark.parametrize(
     "source",
     [
         lambda: batches_of(20),
@@ -279,9 +315,9 @@ def test_a_loader_in_fixed_order_is_not_stored():
 
 
 def test_one_tensor_is_cut_into_batches():
-    data = calibration(torch.arange(3 * CHUNK + 5)[:, None].float(), ONE, nn.Identity())
+    data = calibration(torch.arange(3 * CHUNK + 8)[:, None].float(), ONE, nn.Identity())
     assert [call.batch_size for call in data] == [CHUNK] * 3
-    assert [call.batch_size for call in data.held_out] == [5]
+    assert [call.batch_size for call in data.held_out] == [8]
 
 
 def test_one_mapping_of_tensors_is_cut_into_batches():
