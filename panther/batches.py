@@ -193,10 +193,12 @@ def calibration(data: Any, example: Call, model: nn.Module) -> Calibration:
         return Calibration(source, count - len(held), held, True, example, model, note)
     only = held[0]
     size = only.batch_size
-    if size < 4:
-        return Calibration([only], None, (only,), False, example, model)
     cut = size - max(1, round(size * HELD_OUT_SHARE))
-    return Calibration([only.rows(0, cut)], None, (only.rows(cut, size),), True, example, model)
+    parts = only.rows(0, cut), only.rows(cut, size)
+    # Some models are written for one size, and the rows of a graph are no samples.
+    if size < 4 or not all(runs(model, part) for part in parts):
+        return Calibration([only], None, (only,), False, example, model, note)
+    return Calibration([parts[0]], None, parts[1:], True, example, model, note)
 
 
 def _tail(source: Iterable[Any], example: Call, model: nn.Module) -> tuple[int, tuple[Call, ...]]:
@@ -228,8 +230,7 @@ def _tail(source: Iterable[Any], example: Call, model: nn.Module) -> tuple[int, 
 def _walkable(data: Any, example: Call, model: nn.Module) -> tuple[Any, str | None]:
     """Batches that can be walked again, and a note when not all of the data is among them."""
     if isinstance(data, Tensor | Mapping):
-        whole = batch_call(data, example, model)
-        return [whole.rows(i, i + CHUNK) for i in range(0, whole.batch_size, CHUNK)], None
+        return _chunks(batch_call(data, example, model), example, model)
     if isinstance(data, Dataset) and not isinstance(data, IterableDataset):
         raise TypeError(
             "calib_data is a Dataset, whose items are single samples: wrap it, "
@@ -244,6 +245,18 @@ def _walkable(data: Any, example: Call, model: nn.Module) -> tuple[Any, str | No
             f"calib_data is {type(data).__name__}: expected an iterable of inputs, of (input, target) pairs or of dicts"
         ) from None
     return _first_samples(batches, example, model)
+
+
+def _chunks(whole: Call, example: Call, model: nn.Module) -> tuple[list[Call], str | None]:
+    """A call as batches of CHUNK samples, or of the example's size where the model takes no other."""
+    count, size = whole.batch_size, CHUNK
+    if count > 1 and example.batch_size != size and not runs(model, whole.rows(0, size)):
+        size = max(1, example.batch_size)
+    parts = [whole.rows(i, i + size) for i in range(0, count, size)]
+    rest = count % size
+    if size == CHUNK or not rest or len(parts) == 1 or runs(model, parts[-1]):
+        return parts, None
+    return parts[:-1], f"the last {rest} of {count} samples were left out: the model takes {size} at a time"
 
 
 def _first_samples(batches: Iterator[Any], example: Call, model: nn.Module) -> tuple[list[Any], str | None]:
@@ -359,6 +372,16 @@ def run(model: nn.Module, call: Call) -> Any:
     """model(*args, **kwargs) on the model's own device."""
     moved = call.to(device_of(model))
     return model(*moved.args, **moved.kwargs)
+
+
+def runs(model: nn.Module, call: Call) -> bool:
+    """Whether a model takes a batch of this size; some are written for one."""
+    try:
+        with inference(model):
+            run(model, call)
+    except Exception:
+        return False
+    return True
 
 
 def float_outputs(output: Any) -> list[Tensor]:

@@ -343,6 +343,44 @@ def test_a_batch_too_small_to_split_is_used_for_both_and_says_so(size):
     assert [call.batch_size for call in data] == [size]
 
 
+class Graph(nn.Module):
+    """Takes the features of all nodes and the edges between them."""
+
+    def forward(self, x, adjacency):
+        return adjacency @ x
+
+
+class Fixed(nn.Module):
+    """Is written for sixteen samples."""
+
+    def forward(self, x):
+        return x.view(16, 3)
+
+
+def test_a_single_batch_that_cannot_be_split_is_used_for_both_and_says_so():
+    nodes, edges = torch.randn(20, 3), torch.eye(20)
+    data = calibration([(nodes, edges)], as_call((nodes, edges)), Graph())
+    assert not data.is_held_out
+    assert [call.batch_size for call in (*data, *data.held_out)] == [20, 20]
+    data = calibration([torch.randn(16, 3)], as_call(torch.zeros(16, 3)), Fixed())
+    assert not data.is_held_out and [call.batch_size for call in data] == [16]
+
+
+@pytest.mark.parametrize(("count", "rest"), [(16, 0), (20, 4), (160, 0), (163, 3)])
+def test_one_tensor_is_cut_as_the_example_where_the_model_takes_no_other_size(count, rest):
+    data = calibration(torch.randn(count, 3), as_call(torch.zeros(16, 3)), Fixed())
+    calls = [*data, *(data.held_out if data.is_held_out else ())]
+    assert [call.batch_size for call in calls] == [16] * (count // 16)
+    said = f"the last {rest} of {count} samples were left out: the model takes 16 at a time"
+    assert data.note == (said if rest else None)
+
+
+@pytest.mark.parametrize("size", [1, 2, CHUNK])
+def test_one_tensor_is_cut_alike_whatever_the_example_where_the_model_takes_any_size(size):
+    data = calibration(torch.randn(3 * CHUNK, 3), as_call(torch.zeros(size, 3)), nn.Linear(3, 2))
+    assert [call.batch_size for call in (*data, *data.held_out)] == [CHUNK] * 3
+
+
 @pytest.mark.parametrize(
     "empty",
     [[], (), iter([]), torch.zeros(0, 3), DataLoader(Stream(0), batch_size=None), {"input_ids": torch.zeros(0, 4)}],
