@@ -6,7 +6,7 @@ import contextlib
 import inspect
 import math
 from collections import OrderedDict, deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,6 +21,7 @@ CHUNK = 32  # rows a batch when the calibration data is one big tensor
 HELD_OUT_SHARE = 0.1  # of the calibration samples, kept aside to measure agreement
 HELD_OUT_SAMPLES = 256  # at most
 STORED_SAMPLES = 2048  # taken of an iterable that cannot be walked twice in one order: it might never end
+_OPTIONS = (bool, int, float, str, type(None))
 _TARGETS = frozenset({"label", "labels", "target", "targets", "decoder_labels"})
 
 
@@ -84,13 +85,13 @@ def _move(value: Any, device: torch.device | str) -> Any:
 
 
 def as_call(example_inputs: Any) -> Call:
-    """What `example_inputs` means: a tensor is one argument, a tuple several, a dict keyword arguments.
+    """What `example_inputs` means: a tensor or packed sequence is one argument, a tuple several, a dict keywords.
 
     Raises: TypeError for anything else.
     """
     if isinstance(example_inputs, Call):
         return example_inputs
-    if isinstance(example_inputs, Tensor):
+    if isinstance(example_inputs, Tensor | PackedSequence):
         return Call((example_inputs,))
     if isinstance(example_inputs, Mapping):
         return Call((), dict(example_inputs))
@@ -105,35 +106,82 @@ def as_call(example_inputs: Any) -> Call:
 def batch_call(batch: Any, example: Call, model: nn.Module) -> Call:
     """The forward call that one calibration batch means, with targets left out.
 
-    Raises: CalibrationError when the batch is of no known kind or has too few parts.
+    Raises: CalibrationError when the batch is of no known kind, has too few parts, or parts of which it is not clear
+        which of the example's names they belong to.
     """
-    wanted = len(example.args)
     if isinstance(batch, Call):
         return batch
-    if isinstance(batch, Tensor):
-        return Call((batch,))
+    if _is_one(batch, example):
+        return Call((batch,)) if example.args else _by_position((batch,), example)
     if isinstance(batch, Mapping):
         return Call((batch,)) if _is_argument(batch, example) else Call((), _accepted(batch, example, model))
     if isinstance(batch, tuple | list) and batch:
-        first, count = batch[0], wanted or 1
+        first = batch[0]
         is_nested = isinstance(first, Mapping) or (isinstance(first, tuple | list) and len(batch) <= 2)
         if is_nested and not _is_argument(first, example):
             return batch_call(first, example, model)
-        if len(batch) >= count:
-            return Call(tuple(batch[:count]))
-        raise CalibrationError(
-            f"a calibration batch has {len(batch)} parts, the example inputs {wanted}: "
-            "yield the same arguments, with or without a target behind them"
-        )
+        return _by_position(batch, example)
     raise CalibrationError(
         f"a calibration batch is {type(batch).__name__}: expected a tensor, a tuple (inputs, target) or a dict"
     )
 
 
+def _is_one(value: Any, example: Call) -> bool:
+    """Whether a value is one input, whatever it holds: a tensor, a packed sequence, or of the example's own class."""
+    is_own = type(value) is type(_first_input(example)) and not isinstance(value, Mapping)
+    return isinstance(value, Tensor | PackedSequence) or (is_own and type(value) not in (tuple, list, type(None)))
+
+
 def _is_argument(value: Any, example: Call) -> bool:
     """Whether a dict or a sequence is one argument of the model, as it is in the example, and not several."""
-    first = example.args[0] if example.args else None
-    return any(isinstance(value, kind) and isinstance(first, kind) for kind in (Mapping, tuple | list))
+    first = _first_input(example)
+    if isinstance(value, Mapping):
+        return bool(example.args) and isinstance(first, Mapping)
+    return _is_one(value, example) or (isinstance(first, tuple | list) and not isinstance(first, PackedSequence))
+
+
+def _first_input(example: Call) -> Any:
+    return next(iter((*example.args, *example.kwargs.values())), None)
+
+
+def _by_position(parts: Sequence[Any], example: Call) -> Call:
+    """The parts of a batch as the example's arguments, in its order; what is left over is a target.
+
+    Where the example is a dict they go under its names, a single one under the first. Options in it (numbers, strings,
+    None) are no inputs, and stay.
+    """
+    options = {name: value for name, value in example.kwargs.items() if isinstance(value, _OPTIONS)}
+    names = [] if example.args else [name for name in example.kwargs if name not in options]
+    wanted = len(names) or len(example.args)
+    if len(parts) < wanted and not (names and len(parts) == 1):
+        raise CalibrationError(
+            f"a calibration batch has {len(parts)} parts, the example inputs {wanted}: "
+            "yield the same arguments, with or without a target behind them"
+        )
+    if not names:
+        return Call(tuple(parts[: wanted or 1]))
+    inputs = dict(zip(names, parts, strict=False))
+    if len(names) > 1 and not all(_looks_like(value, example.kwargs[name]) for name, value in inputs.items()):
+        raise CalibrationError(
+            f"a calibration batch has the parts {', '.join(map(_kind, parts))}, the example inputs "
+            f"{', '.join(f'{name} {_kind(example.kwargs[name])}' for name in names)}: "
+            "yield dicts, or the same inputs in this order, with or without a target behind them"
+        )
+    return Call((), {**inputs, **options})
+
+
+def _looks_like(value: Any, wanted: Any) -> bool:
+    """Whether a part of a batch can be the input that the example has: another size, but as many dimensions."""
+    if not (isinstance(value, Tensor) and isinstance(wanted, Tensor)):
+        return isinstance(value, type(wanted))
+    return value.dim() == wanted.dim() and value.is_floating_point() == wanted.is_floating_point()
+
+
+def _kind(value: Any) -> str:
+    """ "(8, 12) int64"."""
+    if isinstance(value, Tensor):
+        return f"{tuple(value.shape)} {str(value.dtype).removeprefix('torch.')}"
+    return type(value).__name__
 
 
 def _accepted(batch: Mapping[str, Any], example: Call, model: nn.Module) -> dict[str, Any]:

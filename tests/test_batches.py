@@ -48,6 +48,8 @@ X, Y, TARGET = torch.randn(4, 3), torch.randn(4, 5), torch.tensor([0, 1, 2, 3])
 ONE, TWO = Call((torch.zeros(1, 3),)), Call((torch.zeros(1, 3), torch.zeros(1, 5)))
 IDS = torch.arange(8).reshape(2, 4)
 BY_NAME = Call((), {"input_ids": IDS})
+MASK = torch.tensor([[1, 1, 1], [1, 0, 0]])
+PACKED = pack_padded_sequence(torch.randn(4, 2, 3), torch.tensor([4, 2]))
 
 
 # --- one batch -------------------------------------------------------------------------------------------------------
@@ -68,7 +70,6 @@ BY_NAME = Call((), {"input_ids": IDS})
         ([[X, Y], TARGET], TWO, (X, Y)),
         (((X, Y),), TWO, (X, Y)),
         (((X,), TARGET), ONE, (X,)),
-        ((X, TARGET), BY_NAME, (X,)),
         (([X, Y], TARGET), Call(([X, Y],)), ([X, Y],)),
         (([X, Y],), Call(((X, Y),)), ([X, Y],)),
         ({"image": X}, Call(({"image": X},)), ({"image": X},)),
@@ -103,8 +104,56 @@ def test_a_forward_that_takes_any_keyword_gets_all_but_targets():
 
 
 @pytest.mark.parametrize(
+    ("batch", "wanted"),
+    [
+        ((IDS, MASK), {"input_ids": IDS, "attention_mask": MASK}),
+        ([IDS, MASK, TARGET], {"input_ids": IDS, "attention_mask": MASK}),
+        (((IDS, MASK), TARGET), {"input_ids": IDS, "attention_mask": MASK}),
+        (IDS, {"input_ids": IDS}),
+        ([IDS], {"input_ids": IDS}),
+    ],
+)
+def test_the_parts_of_a_tuple_go_under_the_names_of_a_dict_example(batch, wanted):
+    example = Call((), {"input_ids": IDS[:1], "attention_mask": MASK[:1], "use_cache": False})
+    call = batch_call(batch, example, Tokens())
+    assert call.args == () and list(call.kwargs) == [*wanted, "use_cache"]
+    assert all(call.kwargs[name] is value for name, value in wanted.items())
+
+
+def test_one_name_takes_the_first_part():
+    call = batch_call((X, TARGET), BY_NAME, Tokens())
+    assert call.args == () and set(call.kwargs) == {"input_ids"} and call.kwargs["input_ids"] is X
+
+
+@pytest.mark.parametrize("second", [TARGET, X[:, :, None], torch.randn(4, 3)])
+def test_parts_that_do_not_look_like_the_inputs_of_a_dict_example_are_refused(second):
+    example = Call((), {"input_ids": IDS, "attention_mask": MASK})
+    message = (
+        r"has the parts \(2, 4\) int64, .*, the example inputs input_ids \(2, 4\) int64, attention_mask \(2, 3\) int64"
+    )
+    with pytest.raises(CalibrationError, match=message):
+        batch_call((IDS, second), example, Tokens())
+
+
+class Own:
+    """A class that is neither a tensor nor a sequence: a graph, say."""
+
+
+@pytest.mark.parametrize("value", [PACKED, Own(), Pair(X, Y)], ids=["packed", "own", "named"])
+@pytest.mark.parametrize("by_name", [True, False])
+def test_a_value_of_the_class_of_the_examples_argument_is_one_argument(value, by_name):
+    example = Call((), {"input_ids": value}) if by_name else Call((value,))
+    for batch in (value, (value,), [value, TARGET]):
+        call = batch_call(batch, example, Tokens())
+        assert [id(v) for v in (*call.args, *call.kwargs.values())] == [id(value)]
+        assert bool(call.kwargs) is by_name
+    assert as_call(PACKED).args == (PACKED,)
+
+
+@pytest.mark.parametrize(
     ("batch", "example", "message"),
     [
+        ((IDS, MASK), Call((), dict.fromkeys("abc", IDS)), r"has 2 parts, the example inputs 3"),
         ({"pixels": X}, BY_NAME, r"has the keys \['pixels'\], and Tokens.forward takes none of them"),
         ({}, BY_NAME, r"has the keys \[\]"),
         ((X,), TWO, r"has 1 parts, the example inputs 2: yield the same arguments"),
@@ -411,9 +460,6 @@ def test_an_error_inside_the_users_loader_is_the_users():
 
 
 # --- masks -----------------------------------------------------------------------------------------------------------
-
-
-MASK = torch.tensor([[1, 1, 1], [1, 0, 0]])
 
 
 def test_padding_masks_are_found_by_name_and_shape():
