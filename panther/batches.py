@@ -50,9 +50,13 @@ class Call:
 
     @property
     def can_be_cut(self) -> bool:
-        """Whether the first dimension is the batch as far as one can tell: all tensors agree on it, none is nested."""
+        """Whether the first dimension is the batch as far as one can tell: all tensors agree on it, none is nested.
+
+        Sparse tensors cannot be cut.
+        """
         nested = any(isinstance(v, list | tuple | Mapping) for v in (*self.args, *self.kwargs.values()))
-        return not nested and len({t.shape[0] for t in self.tensors() if t.dim()}) == 1
+        sparse = any(t.layout is not torch.strided for t in self.tensors())
+        return not nested and not sparse and len({t.shape[0] for t in self.tensors() if t.dim()}) == 1
 
     @property
     def batch_size(self) -> int:
@@ -397,11 +401,29 @@ def _snapshot(model: nn.Module) -> Callable[[], None]:
             module.__dict__.update(held)
         for container, before in containers:
             _refill(container, before)
-        for tensor, kept in numbers:
-            if not torch.equal(tensor, kept):
-                tensor.detach().copy_(kept)
+        with torch.no_grad():  # and no detach, which of a sparse tensor is a copy
+            for tensor, kept in numbers:
+                if not _are_equal(tensor, kept):
+                    tensor.copy_(kept)
 
     return put_back
+
+
+def _are_equal(first: Tensor, second: Tensor) -> bool:
+    """Whether two tensors of one layout hold the same numbers; torch.equal knows no sparse ones."""
+    return all(torch.equal(a, b) for a, b in zip(parts_of(first), parts_of(second), strict=True))
+
+
+def parts_of(tensor: Tensor) -> list[Tensor]:
+    """The dense tensors that hold a tensor's numbers, the values last: itself unless it is sparse."""
+    tensor = tensor.detach()
+    if tensor.layout is torch.sparse_coo:
+        return [tensor._indices(), tensor._values()]  # of a tensor that is not coalesced as well
+    if tensor.layout in (torch.sparse_csr, torch.sparse_bsr):
+        return [tensor.crow_indices(), tensor.col_indices(), tensor.values()]
+    if tensor.layout in (torch.sparse_csc, torch.sparse_bsc):
+        return [tensor.ccol_indices(), tensor.row_indices(), tensor.values()]
+    return [tensor]
 
 
 def _refill(container: Any, before: Any) -> None:

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from panther.batches import Call, device_of, inference, masked_rows, run
+from panther.batches import Call, device_of, inference, masked_rows, parts_of, run
 from panther.errors import CalibrationError
 from panther.factors import Profile
 from panther.gradients import CHUNK, Reactions
@@ -361,8 +361,9 @@ def check_batches(model: nn.Module, calls: Sequence[Call], first: int) -> None:
 
 def _refuse_non_finite(call: Call, index: int) -> None:
     for tensor in call.tensors():
-        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
-            bad = int((~torch.isfinite(tensor)).sum())
+        numbers = parts_of(tensor)[-1]
+        if numbers.is_floating_point() and not bool(torch.isfinite(numbers).all()):
+            bad = int((~torch.isfinite(numbers)).sum())
             raise CalibrationError(
                 f"calibration batch {index} holds {bad} values that are NaN or infinite (shape {tuple(tensor.shape)}): "
                 "clean the data, or leave this batch out"

@@ -638,6 +638,33 @@ def test_unchanged_puts_back_what_a_forward_leaves_behind():
     assert not hasattr(model, "new")
 
 
+SPARSE = [torch.sparse_coo, torch.sparse_csr, torch.sparse_csc, torch.sparse_bsr, torch.sparse_bsc]
+
+
+def sparse(layout):
+    blocks = (2, 2) if layout in (torch.sparse_bsr, torch.sparse_bsc) else None
+    return torch.eye(4).to_sparse(layout=layout, blocksize=blocks)
+
+
+@pytest.mark.parametrize("layout", SPARSE)
+@pytest.mark.filterwarnings("ignore:Sparse")  # torch calls some of these layouts beta
+def test_unchanged_puts_back_sparse_buffers(layout):
+    model = nn.ReLU()
+    model.register_buffer("edges", sparse(layout))
+    with unchanged(model):
+        pass
+    with unchanged(model):
+        model.edges.mul_(2)
+    assert model.edges.layout is layout and torch.equal(model.edges.to_dense(), torch.eye(4))
+
+
+@pytest.mark.parametrize("layout", SPARSE)
+@pytest.mark.filterwarnings("ignore:Sparse")
+def test_a_call_with_a_sparse_tensor_is_not_cut(layout):
+    call = Call((torch.randn(4, 3), sparse(layout)))
+    assert not call.can_be_cut and call.batch_size == 1 and call.rows(0, 2) is call
+
+
 def test_unchanged_holds_after_an_error():
     def fails(model):
         with unchanged(model), inference(model):

@@ -317,6 +317,30 @@ def test_batches_that_are_not_finite_are_named() -> None:
         profiles_of(Tokens(), batches)
 
 
+class Graph(nn.Module):
+    """Takes the features of nodes and the edges between them, dense or sparse."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(6, 3)
+
+    def forward(self, x: Tensor, edges: Tensor) -> Tensor:
+        answer: Tensor = self.layer(edges @ x)
+        return answer
+
+
+@pytest.mark.parametrize("layout", [torch.sparse_coo, torch.sparse_csr])
+@pytest.mark.filterwarnings("ignore:Sparse")  # torch calls one of these layouts beta
+def test_sparse_inputs_are_measured_and_named_when_they_are_not_finite(layout: torch.layout) -> None:
+    nodes, edges = torch.randn(8, 6), torch.eye(8)
+    good = Call((nodes, edges.to_sparse(layout=layout)))
+    edges[0, 0] = torch.nan
+    batches = [good, Call((nodes, edges.to_sparse(layout=layout)))]
+    assert profiles_of(Graph(), [good])["layer"].rows == 8
+    with pytest.raises(CalibrationError, match=r"batch 1 holds 1 values .*NaN or infinite \(shape \(8, 8\)\)"):
+        profiles_of(Graph(), batches)
+
+
 @pytest.mark.parametrize("gradient_samples", [0, 100])
 def test_a_batch_of_another_shape_is_named_with_its_shape(gradient_samples: int) -> None:
     batches = [*token_batches(1), Call((), {"x": torch.randn(4, 5, 7)})]
