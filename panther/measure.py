@@ -221,8 +221,9 @@ def _measure(
 ) -> Measured:
     watches = _watches(specs, samples, seed, channels_of)
     context: dict[str, Any] = {"masks": {}}
-    hooks = [
-        model.get_submodule(w.spec.name).register_forward_hook(_hook(w, context), with_kwargs=True) for w in watches
+    hooks = [  # before the user's own hooks: what those make of an output is not what the layer is replaced for
+        model.get_submodule(w.spec.name).register_forward_hook(_hook(w, context), with_kwargs=True, prepend=True)
+        for w in watches
     ]
     fast_attention = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)  # the fused encoder layer runs no submodule

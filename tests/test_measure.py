@@ -219,6 +219,24 @@ def test_half_precision_models_are_summed_in_full_precision(dtype: torch.dtype) 
     assert sensitivity is not None and sensitivity.dtype == torch.float64
 
 
+def test_hooks_of_the_user_do_not_change_what_a_layer_is_seen_to_give() -> None:
+    """A steering vector or an adapter stays on the model when the layer under it is replaced."""
+    first, last, factor = nn.Linear(6, 3), nn.Linear(3, 4), torch.tensor([1.0, 10.0, 100.0])
+    calls = [Call((torch.randn(16, 6),)) for _ in range(2)]
+
+    class Scale(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x * factor
+
+    wanted = profiles_of(nn.Sequential(first, Scale(), last), calls, gradient_samples=32)["0"].seen
+    with first.register_forward_hook(lambda _module, _args, output: output * factor):
+        found = profiles_of(nn.Sequential(first, nn.Identity(), last), calls, gradient_samples=32)["0"].seen
+    assert wanted.outputs is not None and found.outputs is not None
+    assert wanted.sensitivity is not None and found.sensitivity is not None
+    assert torch.equal(wanted.outputs.covariance, found.outputs.covariance)
+    assert torch.equal(wanted.sensitivity, found.sensitivity)
+
+
 def test_a_layer_that_no_batch_reaches_has_no_rows() -> None:
     class Gated(nn.Module):
         def __init__(self) -> None:
