@@ -14,7 +14,7 @@ from panther.batches import Call
 from panther.capture import capture
 from panther.errors import CalibrationError
 from panther.factors import Profile
-from panther.measure import Measured, measure, passes
+from panther.measure import Measured, check_batches, measure, passes
 from panther.progress import Progress
 from panther.spec import LayerSpec
 
@@ -364,6 +364,29 @@ def test_a_batch_of_another_shape_is_named_with_its_shape(gradient_samples: int)
     batches = [*token_batches(1), Call((), {"x": torch.randn(4, 5, 7)})]
     with pytest.raises(CalibrationError, match=r"batch 1 \(shapes \(4, 5, 7\)\) does not run.*example_inputs"):
         profiles_of(Tokens(), batches, gradient_samples=gradient_samples)
+
+
+class Strict(nn.Module):
+    """Asserts the size of its batches, with a message or without."""
+
+    def __init__(self, *message: str) -> None:
+        super().__init__()
+        self.layer, self.message = nn.Linear(6, 3), message
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.shape[0] != 4:
+            raise AssertionError(*self.message)
+        answer: Tensor = self.layer(x)
+        return answer
+
+
+@pytest.mark.parametrize(("message", "said"), [(("four, please",), "four, please"), ((), r"AssertionError\(\)")])
+def test_a_batch_that_the_model_itself_refuses_is_named(message: tuple[str, ...], said: str) -> None:
+    batches = [Call((torch.randn(size, 6),)) for size in (4, 4, 3)]
+    with pytest.raises(CalibrationError, match=rf"batch 2 \(shapes \(3, 6\)\) does not run: {said}"):
+        profiles_of(Strict(*message), batches)
+    with pytest.raises(CalibrationError, match=rf"batch 7 \(shapes \(3, 6\)\) does not run: {said}"):
+        check_batches(Strict(*message), batches[2:], 7)
 
 
 def test_a_layer_whose_values_overflow_is_named() -> None:
