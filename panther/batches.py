@@ -6,8 +6,8 @@ import contextlib
 import inspect
 import math
 import zlib
-from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections import OrderedDict, deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -20,9 +20,10 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, SequentialSam
 from panther.errors import CalibrationError
 
 CHUNK = 32  # rows a batch when the calibration data is one big tensor
-HELD_OUT_SHARE = 0.1  # of the calibration batches, kept aside to measure agreement
+HELD_OUT_SHARE = 0.1  # of the calibration samples, kept aside to measure agreement
 HELD_OUT_SAMPLES = 256  # at most
 STORED_SAMPLES = 2048  # taken of an iterable that cannot be walked twice in one order: it might never end
+_OPTIONS = (bool, int, float, str, type(None))
 _TARGETS = frozenset({"label", "labels", "target", "targets", "decoder_labels"})
 
 
@@ -61,9 +62,13 @@ class Call:
 
     @property
     def can_be_cut(self) -> bool:
-        """Whether the first dimension is the batch as far as one can tell: all tensors agree on it, none is nested."""
+        """Whether the first dimension is the batch as far as one can tell: all tensors agree on it, none is nested.
+
+        Sparse tensors cannot be cut.
+        """
         nested = any(isinstance(v, list | tuple | Mapping) for v in (*self.args, *self.kwargs.values()))
-        return not nested and len({t.shape[0] for t in self.tensors() if t.dim()}) == 1
+        sparse = any(t.layout is not torch.strided for t in self.tensors())
+        return not nested and not sparse and len({t.shape[0] for t in self.tensors() if t.dim()}) == 1
 
     @property
     def batch_size(self) -> int:
@@ -100,13 +105,13 @@ def _move(value: Any, device: torch.device | str) -> Any:
 
 
 def as_call(example_inputs: Any) -> Call:
-    """What `example_inputs` means: a tensor is one argument, a tuple several, a dict keyword arguments.
+    """What `example_inputs` means: a tensor or packed sequence is one argument, a tuple several, a dict keywords.
 
     Raises: TypeError for anything else.
     """
     if isinstance(example_inputs, Call):
         return example_inputs
-    if isinstance(example_inputs, Tensor):
+    if isinstance(example_inputs, Tensor | PackedSequence):
         return Call((example_inputs,))
     if isinstance(example_inputs, Mapping):
         return Call((), dict(example_inputs))
@@ -121,35 +126,82 @@ def as_call(example_inputs: Any) -> Call:
 def batch_call(batch: Any, example: Call, model: nn.Module) -> Call:
     """The forward call that one calibration batch means, with targets left out.
 
-    Raises: CalibrationError when the batch is of no known kind or has too few parts.
+    Raises: CalibrationError when the batch is of no known kind, has too few parts, or parts of which it is not clear
+        which of the example's names they belong to.
     """
-    wanted = len(example.args)
     if isinstance(batch, Call):
         return batch
-    if isinstance(batch, Tensor):
-        return Call((batch,))
+    if _is_one(batch, example):
+        return Call((batch,)) if example.args else _by_position((batch,), example)
     if isinstance(batch, Mapping):
         return Call((batch,)) if _is_argument(batch, example) else Call((), _accepted(batch, example, model))
     if isinstance(batch, tuple | list) and batch:
-        first, count = batch[0], wanted or 1
+        first = batch[0]
         is_nested = isinstance(first, Mapping) or (isinstance(first, tuple | list) and len(batch) <= 2)
         if is_nested and not _is_argument(first, example):
             return batch_call(first, example, model)
-        if len(batch) >= count:
-            return Call(tuple(batch[:count]))
-        raise CalibrationError(
-            f"a calibration batch has {len(batch)} parts, the example inputs {wanted}: "
-            "yield the same arguments, with or without a target behind them"
-        )
+        return _by_position(batch, example)
     raise CalibrationError(
         f"a calibration batch is {type(batch).__name__}: expected a tensor, a tuple (inputs, target) or a dict"
     )
 
 
+def _is_one(value: Any, example: Call) -> bool:
+    """Whether a value is one input, whatever it holds: a tensor, a packed sequence, or of the example's own class."""
+    is_own = type(value) is type(_first_input(example)) and not isinstance(value, Mapping)
+    return isinstance(value, Tensor | PackedSequence) or (is_own and type(value) not in (tuple, list, type(None)))
+
+
 def _is_argument(value: Any, example: Call) -> bool:
     """Whether a dict or a sequence is one argument of the model, as it is in the example, and not several."""
-    first = example.args[0] if example.args else None
-    return any(isinstance(value, kind) and isinstance(first, kind) for kind in (Mapping, tuple | list))
+    first = _first_input(example)
+    if isinstance(value, Mapping):
+        return bool(example.args) and isinstance(first, Mapping)
+    return _is_one(value, example) or (isinstance(first, tuple | list) and not isinstance(first, PackedSequence))
+
+
+def _first_input(example: Call) -> Any:
+    return next(iter((*example.args, *example.kwargs.values())), None)
+
+
+def _by_position(parts: Sequence[Any], example: Call) -> Call:
+    """The parts of a batch as the example's arguments, in its order; what is left over is a target.
+
+    Where the example is a dict they go under its names, a single one under the first. Options in it (numbers, strings,
+    None) are no inputs, and stay.
+    """
+    options = {name: value for name, value in example.kwargs.items() if isinstance(value, _OPTIONS)}
+    names = [] if example.args else [name for name in example.kwargs if name not in options]
+    wanted = len(names) or len(example.args)
+    if len(parts) < wanted and not (names and len(parts) == 1):
+        raise CalibrationError(
+            f"a calibration batch has {len(parts)} parts, the example inputs {wanted}: "
+            "yield the same arguments, with or without a target behind them"
+        )
+    if not names:
+        return Call(tuple(parts[: wanted or 1]))
+    inputs = dict(zip(names, parts, strict=False))
+    if len(names) > 1 and not all(_looks_like(value, example.kwargs[name]) for name, value in inputs.items()):
+        raise CalibrationError(
+            f"a calibration batch has the parts {', '.join(map(_kind, parts))}, the example inputs "
+            f"{', '.join(f'{name} {_kind(example.kwargs[name])}' for name in names)}: "
+            "yield dicts, or the same inputs in this order, with or without a target behind them"
+        )
+    return Call((), {**inputs, **options})
+
+
+def _looks_like(value: Any, wanted: Any) -> bool:
+    """Whether a part of a batch can be the input that the example has: another size, but as many dimensions."""
+    if not (isinstance(value, Tensor) and isinstance(wanted, Tensor)):
+        return isinstance(value, type(wanted))
+    return value.dim() == wanted.dim() and value.is_floating_point() == wanted.is_floating_point()
+
+
+def _kind(value: Any) -> str:
+    """ "(8, 12) int64"."""
+    if isinstance(value, Tensor):
+        return f"{tuple(value.shape)} {str(value.dtype).removeprefix('torch.')}"
+    return type(value).__name__
 
 
 def _accepted(batch: Mapping[str, Any], example: Call, model: nn.Module) -> dict[str, Any]:
@@ -194,7 +246,7 @@ class Calibration:
 
 
 def calibration(data: Any, example: Call, model: nn.Module) -> Calibration:
-    """Make any loader walkable again and keep a tenth of its batches aside (the last ones).
+    """Make any loader walkable again and keep a tenth of its samples aside (its last batches).
 
     A list, or a loader with a length and a fixed order, is walked again and never stored; of a generator or a
     shuffling loader the first STORED_SAMPLES are stored, so that what is kept aside stays apart.
@@ -202,35 +254,51 @@ def calibration(data: Any, example: Call, model: nn.Module) -> Calibration:
     Raises: CalibrationError when there is no batch, TypeError for a Dataset (its items are not batches).
     """
     source, note = _walkable(data, example, model)
-    count = len(source)
+    count, held = _tail(source, example, model)
     if count == 0:
         raise CalibrationError("calib_data has no batches: give an iterable of inputs (at least one batch)")
     if count > 1:
-        size = max(1, batch_call(next(iter(source)), example, model).batch_size)
-        kept = max(1, min(round(count * HELD_OUT_SHARE), HELD_OUT_SAMPLES // size))
-        held = _tail(source, count - kept)
-        return Calibration(
-            source, count - kept, tuple(batch_call(b, example, model) for b in held), True, example, model, note
-        )
-    only = batch_call(next(iter(source)), example, model)
+        return Calibration(source, count - len(held), held, True, example, model, note)
+    only = held[0]
     size = only.batch_size
-    if size < 4:
-        return Calibration([only], None, (only,), False, example, model)
     cut = size - max(1, round(size * HELD_OUT_SHARE))
-    return Calibration([only.rows(0, cut)], None, (only.rows(cut, size),), True, example, model)
+    parts = only.rows(0, cut), only.rows(cut, size)
+    # Some models are written for one size, and the rows of a graph are no samples.
+    if size < 4 or not all(runs(model, part) for part in parts):
+        return Calibration([only], None, (only,), False, example, model, note)
+    return Calibration([parts[0]], None, parts[1:], True, example, model, note)
 
 
-def _tail(source: Iterable[Any], start: int) -> list[Any]:
-    if isinstance(source, Sequence):
-        return list(source[start:])
-    return [batch for index, batch in enumerate(source) if index >= start]
+def _tail(source: Iterable[Any], example: Call, model: nn.Module) -> tuple[int, tuple[Call, ...]]:
+    """How many batches there are, and the last ones, which hold about HELD_OUT_SHARE of all samples.
+
+    One walk. By samples and not by batches, because the last batch of a loader is often a small rest. One batch is
+    left for fitting, unless there is only one.
+    """
+    count = total = recent = 0
+    last: deque[Call] = deque()  # as many as could be held out
+    for batch in source:
+        last.append(batch_call(batch, example, model))
+        count, total, recent = count + 1, total + last[-1].batch_size, recent + last[-1].batch_size
+        while recent - last[0].batch_size >= HELD_OUT_SAMPLES:
+            recent -= last.popleft().batch_size
+    wanted = min(total * HELD_OUT_SHARE, HELD_OUT_SAMPLES)
+    held: list[Call] = []
+    samples = 0
+    while last and len(held) < max(1, count - 1):
+        size = last[-1].batch_size
+        comes_nearer = samples + size / 2 <= wanted and samples + size <= HELD_OUT_SAMPLES
+        if held and samples >= wanted / 2 and not comes_nearer:
+            break
+        held.append(last.pop())
+        samples += size
+    return count, tuple(reversed(held))
 
 
 def _walkable(data: Any, example: Call, model: nn.Module) -> tuple[Any, str | None]:
     """Batches that can be walked again, and a note when not all of the data is among them."""
     if isinstance(data, Tensor | Mapping):
-        whole = batch_call(data, example, model)
-        return [whole.rows(i, i + CHUNK) for i in range(0, whole.batch_size, CHUNK)], None
+        return _chunks(batch_call(data, example, model), example, model)
     if isinstance(data, Dataset) and not isinstance(data, IterableDataset):
         raise TypeError(
             "calib_data is a Dataset, whose items are single samples: wrap it, "
@@ -245,6 +313,18 @@ def _walkable(data: Any, example: Call, model: nn.Module) -> tuple[Any, str | No
             f"calib_data is {type(data).__name__}: expected an iterable of inputs, of (input, target) pairs or of dicts"
         ) from None
     return _first_samples(batches, example, model)
+
+
+def _chunks(whole: Call, example: Call, model: nn.Module) -> tuple[list[Call], str | None]:
+    """A call as batches of CHUNK samples, or of the example's size where the model takes no other."""
+    count, size = whole.batch_size, CHUNK
+    if count > 1 and example.batch_size != size and not runs(model, whole.rows(0, size)):
+        size = max(1, example.batch_size)
+    parts = [whole.rows(i, i + size) for i in range(0, count, size)]
+    rest = count % size
+    if size == CHUNK or not rest or len(parts) == 1 or runs(model, parts[-1]):
+        return parts, None
+    return parts[:-1], f"the last {rest} of {count} samples were left out: the model takes {size} at a time"
 
 
 def _first_samples(batches: Iterator[Any], example: Call, model: nn.Module) -> tuple[list[Any], str | None]:
@@ -273,7 +353,7 @@ def inference(model: nn.Module) -> Iterator[None]:
     """Evaluation mode without gradients; every training flag, attribute and buffer is put back at the end."""
     flags = {module: module.training for module in model.modules()}
     with unchanged(model), torch.no_grad():
-        model.eval()
+        _evaluate(model)
         try:
             yield
         finally:
@@ -281,26 +361,85 @@ def inference(model: nn.Module) -> Iterator[None]:
                 module.training = flag
 
 
+def _evaluate(model: nn.Module) -> None:
+    """Evaluation mode, without what the model's own `eval` does to its weights.
+
+    `eval` is called, because some models prepare there what their forward reads (LeViT its attention biases). Layers
+    that merge an adapter into their weight on `eval` (loralib, early peft) would leave the user's weights merged, and
+    unmerging by `train` would leave them rounded. Where `eval` changes a parameter all that it did is undone and only
+    the flags are set: such a layer, left unmerged, computes the same.
+    """
+    modules = list(model.modules())
+    if not any(module.training for module in modules):
+        return
+    overriding = [m for m in modules if type(m).train is not nn.Module.train or type(m).eval is not nn.Module.eval]
+    if not overriding:
+        model.eval()
+        return
+    parameters = list(model.parameters())
+    kept = [(p, p.data, p.detach().clone()) for p in {p for module in overriding for p in module.parameters()}]
+    put_back = _snapshot(model)
+    model.eval()
+    is_same = [id(p) for p in parameters] == [id(p) for p in model.parameters()]
+    if is_same and all(torch.equal(parameter, numbers) for parameter, _, numbers in kept):
+        return
+    put_back()
+    for parameter, data, numbers in kept:
+        parameter.data = data
+        if not torch.equal(data, numbers):
+            data.copy_(numbers)
+    for module in modules:
+        module.training = False
+
+
 @contextlib.contextmanager
 def unchanged(model: nn.Module) -> Iterator[None]:
     """Puts back what a forward leaves behind: attributes, their lists, dicts and sets, and the numbers in buffers."""
+    put_back = _snapshot(model)
+    try:
+        yield
+    finally:
+        put_back()
+
+
+def _snapshot(model: nn.Module) -> Callable[[], None]:
+    """What puts back the attributes and the buffers that a model has now."""
     attributes = {module: dict(module.__dict__) for module in model.modules()}
     values = [value for held in attributes.values() for value in held.values()]
     containers = [(value, value.copy()) for value in values if type(value) in (list, dict, set, OrderedDict)]
     tensors = [value for value in values if isinstance(value, Tensor)] + list(model.buffers())
     numbers = [(tensor, tensor.detach().clone()) for tensor in tensors]
-    try:
-        yield
-    finally:
+
+    def put_back() -> None:
         for module, held in attributes.items():
             for name in set(module.__dict__) - set(held):
                 del module.__dict__[name]
             module.__dict__.update(held)
         for container, before in containers:
             refill(container, before)
-        for tensor, kept in numbers:
-            if not torch.equal(tensor, kept):
-                tensor.detach().copy_(kept)
+        with torch.no_grad():  # and no detach, which of a sparse tensor is a copy
+            for tensor, kept in numbers:
+                if not _are_equal(tensor, kept):
+                    tensor.copy_(kept)
+
+    return put_back
+
+
+def _are_equal(first: Tensor, second: Tensor) -> bool:
+    """Whether two tensors of one layout hold the same numbers; torch.equal knows no sparse ones."""
+    return all(torch.equal(a, b) for a, b in zip(parts_of(first), parts_of(second), strict=True))
+
+
+def parts_of(tensor: Tensor) -> list[Tensor]:
+    """The dense tensors that hold a tensor's numbers, the values last: itself unless it is sparse."""
+    tensor = tensor.detach()
+    if tensor.layout is torch.sparse_coo:
+        return [tensor._indices(), tensor._values()]  # of a tensor that is not coalesced as well
+    if tensor.layout in (torch.sparse_csr, torch.sparse_bsr):
+        return [tensor.crow_indices(), tensor.col_indices(), tensor.values()]
+    if tensor.layout in (torch.sparse_csc, torch.sparse_bsc):
+        return [tensor.ccol_indices(), tensor.row_indices(), tensor.values()]
+    return [tensor]
 
 
 def refill(container: Any, before: Any) -> None:
@@ -355,6 +494,16 @@ def drawing(noise: int | Tensor, device: torch.device) -> Iterator[None]:
         torch.set_rng_state(before)
         if on_gpu is not None:
             torch.cuda.set_rng_state(on_gpu, device)
+
+
+def runs(model: nn.Module, call: Call) -> bool:
+    """Whether a model takes a batch of this size; some are written for one."""
+    try:
+        with inference(model):
+            run(model, call)
+    except Exception:
+        return False
+    return True
 
 
 def float_outputs(output: Any) -> list[Tensor]:

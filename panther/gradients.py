@@ -83,7 +83,7 @@ class Reactions:
 
     def __enter__(self) -> Self:
         for name, total in self.sums.items():
-            self._hooks.append(self.model.get_submodule(name).register_forward_hook(self._hook(total)))
+            self._hooks.append(self.model.get_submodule(name).register_forward_hook(self._hook(total), prepend=True))
         return self
 
     def __exit__(self, *exc: object) -> None:

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from panther.batches import Call, device_of, drawing, float_outputs, inference, run, squared_error
+from panther.batches import Call, device_of, drawing, float_outputs, inference, run, runs, squared_error
 from panther.factors import Factors
 from panther.progress import Progress
 from panther.spec import Capture, Choice
@@ -110,21 +110,11 @@ def reference(model: nn.Module, calls: Sequence[Call], samples: int = SAMPLES) -
             break
         chosen.append(call)
         left -= call.batch_size
-    if left < 0 and _runs(model, last := chosen[-1].rows(0, chosen[-1].batch_size + left)):
+    if left < 0 and runs(model, last := chosen[-1].rows(0, chosen[-1].batch_size + left)):
         chosen[-1] = last
     with inference(model):
         outputs = tuple(tuple(float_outputs(run(model, call))) for call in chosen)
     return Reference(model, tuple(chosen), outputs)
-
-
-def _runs(model: nn.Module, call: Call) -> bool:
-    """Whether a model takes a smaller batch than its own; some are written for one size."""
-    try:
-        with inference(model):
-            run(model, call)
-    except Exception:
-        return False
-    return True
 
 
 def importance(

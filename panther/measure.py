@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from panther.batches import Call, device_of, inference, masked_rows, run
+from panther.batches import Call, device_of, inference, masked_rows, parts_of, run
 from panther.errors import CalibrationError
 from panther.factors import Profile
 from panther.gradients import CHUNK, Reactions
@@ -221,8 +221,9 @@ def _measure(
 ) -> Measured:
     watches = _watches(specs, samples, seed, channels_of)
     context: dict[str, Any] = {"masks": {}}
-    hooks = [
-        model.get_submodule(w.spec.name).register_forward_hook(_hook(w, context), with_kwargs=True) for w in watches
+    hooks = [  # before the user's own hooks: what those make of an output is not what the layer is replaced for
+        model.get_submodule(w.spec.name).register_forward_hook(_hook(w, context), with_kwargs=True, prepend=True)
+        for w in watches
     ]
     fast_attention = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)  # the fused encoder layer runs no submodule
@@ -361,8 +362,9 @@ def check_batches(model: nn.Module, calls: Sequence[Call], first: int) -> None:
 
 def _refuse_non_finite(call: Call, index: int) -> None:
     for tensor in call.tensors():
-        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
-            bad = int((~torch.isfinite(tensor)).sum())
+        numbers = parts_of(tensor)[-1]
+        if numbers.is_floating_point() and not bool(torch.isfinite(numbers).all()):
+            bad = int((~torch.isfinite(numbers)).sum())
             raise CalibrationError(
                 f"calibration batch {index} holds {bad} values that are NaN or infinite (shape {tuple(tensor.shape)}): "
                 "clean the data, or leave this batch out"
@@ -373,7 +375,7 @@ def _run_batch(model: nn.Module, call: Call, index: int, context: dict[str, Any]
     context["masks"] = call.to(device_of(model)).masks()
     try:
         run(model, call)
-    except (RuntimeError, ValueError, TypeError, IndexError, KeyError) as error:
+    except Exception as error:  # models check their inputs with errors of any kind
         shapes = ", ".join(str(tuple(t.shape)) for t in call.tensors())
         reason = str(error).strip().splitlines()
         raise CalibrationError(

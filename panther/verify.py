@@ -122,9 +122,9 @@ def agreement(dense: nn.Module, compressed: nn.Module, calls: Sequence[Call]) ->
     where the model is a classifier: its output has a `logits` field, or it is a single (batch, classes) tensor that
     comes out of a layer named like one (classifier, fc, head, ...), as it is or as (log-)probabilities.
     "non_finite": share of rows that hold NaN or Inf in either model; the other figures leave them out.
-    A figure that does not apply is absent.
+    A figure that does not apply is absent; all are where the outputs hold no floating-point numbers.
 
-    Raises: CalibrationError when a call cannot be run.
+    Raises: CalibrationError when a call cannot be run, or the two models answer it with other shapes.
     """
     tally = _Tally()
     classifies = False
@@ -136,9 +136,20 @@ def agreement(dense: nn.Module, compressed: nn.Module, calls: Sequence[Call]) ->
                 second = run(compressed, call)
             except Exception as error:
                 raise CalibrationError(f"held-out batch {index} could not be run: {one_line(error)}") from error
+            _refuse_other_shapes(first, second, index)
             classifies = is_classifier(first, last) if index == 0 else classifies
             _compare(tally, first, second, call.masks(), classifies)
     return tally.figures()
+
+
+def _refuse_other_shapes(dense: Any, compressed: Any, index: int) -> None:
+    """Rows can be compared one by one only where both models give the same ones."""
+    shapes = [[tuple(tensor.shape) for tensor in float_outputs(output)] for output in (dense, compressed)]
+    if shapes[0] != shapes[1]:
+        raise CalibrationError(
+            f"on held-out batch {index} the dense model gives outputs of the shapes {shapes[0]}, the compressed one "
+            f"{shapes[1]}: where shapes depend on the data wrap the model so that it returns what comes before"
+        )
 
 
 def _compare(tally: _Tally, dense: Any, compressed: Any, masks: Mapping[tuple[int, ...], Tensor], top1: bool) -> None:
@@ -487,9 +498,21 @@ def _measurements(
             lambda: (peak_memory(dense, example), peak_memory(compressed, example)),
             none.peak_memory_bytes,
         ),
-        agreement=measured(AGREEMENT, lambda: agreement(dense, compressed, calls), none.agreement),
+        agreement=measured(AGREEMENT, lambda: _agreement_or_note(dense, compressed, calls, notes), none.agreement),
         metric=measured(METRIC, lambda: _metric(dense, compressed, eval_fn, dense_metric), none.metric),
     )
+
+
+def _agreement_or_note(
+    dense: nn.Module, compressed: nn.Module, calls: Sequence[Call], notes: list[str]
+) -> Mapping[str, float]:
+    found = agreement(dense, compressed, calls)
+    if not found:
+        notes.append(
+            "the outputs cannot be compared, so nothing says how well the models agree: they hold no floating-point "
+            "numbers in a tensor, tuple, dict or dataclass. Wrap the model so that it returns such, or give eval_fn=..."
+        )
+    return found
 
 
 def _limited(target: Target) -> set[str]:

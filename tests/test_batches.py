@@ -48,6 +48,8 @@ X, Y, TARGET = torch.randn(4, 3), torch.randn(4, 5), torch.tensor([0, 1, 2, 3])
 ONE, TWO = Call((torch.zeros(1, 3),)), Call((torch.zeros(1, 3), torch.zeros(1, 5)))
 IDS = torch.arange(8).reshape(2, 4)
 BY_NAME = Call((), {"input_ids": IDS})
+MASK = torch.tensor([[1, 1, 1], [1, 0, 0]])
+PACKED = pack_padded_sequence(torch.randn(4, 2, 3), torch.tensor([4, 2]))
 
 
 # --- one batch -------------------------------------------------------------------------------------------------------
@@ -68,7 +70,6 @@ BY_NAME = Call((), {"input_ids": IDS})
         ([[X, Y], TARGET], TWO, (X, Y)),
         (((X, Y),), TWO, (X, Y)),
         (((X,), TARGET), ONE, (X,)),
-        ((X, TARGET), BY_NAME, (X,)),
         (([X, Y], TARGET), Call(([X, Y],)), ([X, Y],)),
         (([X, Y],), Call(((X, Y),)), ([X, Y],)),
         ({"image": X}, Call(({"image": X},)), ({"image": X},)),
@@ -103,8 +104,56 @@ def test_a_forward_that_takes_any_keyword_gets_all_but_targets():
 
 
 @pytest.mark.parametrize(
+    ("batch", "wanted"),
+    [
+        ((IDS, MASK), {"input_ids": IDS, "attention_mask": MASK}),
+        ([IDS, MASK, TARGET], {"input_ids": IDS, "attention_mask": MASK}),
+        (((IDS, MASK), TARGET), {"input_ids": IDS, "attention_mask": MASK}),
+        (IDS, {"input_ids": IDS}),
+        ([IDS], {"input_ids": IDS}),
+    ],
+)
+def test_the_parts_of_a_tuple_go_under_the_names_of_a_dict_example(batch, wanted):
+    example = Call((), {"input_ids": IDS[:1], "attention_mask": MASK[:1], "use_cache": False})
+    call = batch_call(batch, example, Tokens())
+    assert call.args == () and list(call.kwargs) == [*wanted, "use_cache"]
+    assert all(call.kwargs[name] is value for name, value in wanted.items())
+
+
+def test_one_name_takes_the_first_part():
+    call = batch_call((X, TARGET), BY_NAME, Tokens())
+    assert call.args == () and set(call.kwargs) == {"input_ids"} and call.kwargs["input_ids"] is X
+
+
+@pytest.mark.parametrize("second", [TARGET, X[:, :, None], torch.randn(4, 3)])
+def test_parts_that_do_not_look_like_the_inputs_of_a_dict_example_are_refused(second):
+    example = Call((), {"input_ids": IDS, "attention_mask": MASK})
+    message = (
+        r"has the parts \(2, 4\) int64, .*, the example inputs input_ids \(2, 4\) int64, attention_mask \(2, 3\) int64"
+    )
+    with pytest.raises(CalibrationError, match=message):
+        batch_call((IDS, second), example, Tokens())
+
+
+class Own:
+    """A class that is neither a tensor nor a sequence: a graph, say."""
+
+
+@pytest.mark.parametrize("value", [PACKED, Own(), Pair(X, Y)], ids=["packed", "own", "named"])
+@pytest.mark.parametrize("by_name", [True, False])
+def test_a_value_of_the_class_of_the_examples_argument_is_one_argument(value, by_name):
+    example = Call((), {"input_ids": value}) if by_name else Call((value,))
+    for batch in (value, (value,), [value, TARGET]):
+        call = batch_call(batch, example, Tokens())
+        assert [id(v) for v in (*call.args, *call.kwargs.values())] == [id(value)]
+        assert bool(call.kwargs) is by_name
+    assert as_call(PACKED).args == (PACKED,)
+
+
+@pytest.mark.parametrize(
     ("batch", "example", "message"),
     [
+        ((IDS, MASK), Call((), dict.fromkeys("abc", IDS)), r"has 2 parts, the example inputs 3"),
         ({"pixels": X}, BY_NAME, r"has the keys \['pixels'\], and Tokens.forward takes none of them"),
         ({}, BY_NAME, r"has the keys \[\]"),
         ((X,), TWO, r"has 1 parts, the example inputs 2: yield the same arguments"),
@@ -239,6 +288,42 @@ def test_a_tenth_of_the_batches_is_kept_aside(count, held):
 
 
 @pytest.mark.parametrize(
+    ("sizes", "held"),
+    [
+        ([32] * 10 + [1], [32, 1]),
+        ([32] * 10 + [31], [31]),
+        ([32, 32, 1], [32, 1]),
+        ([32] * 3 + [5], [32, 5]),
+        ([32, 1], [1]),
+        ([512] * 20 + [3], [512, 3]),
+        ([100] * 40, [100] * 2),
+        ([600, 600], [600]),
+        ([1] * 30, [1] * 3),
+        ([4000] + [1] * 3, [1] * 3),
+    ],
+)
+def test_a_small_last_batch_is_not_all_that_is_kept_aside(sizes, held):
+    rows = [torch.full((size, 3), float(i)) for i, size in enumerate(sizes)]
+    data = calibration(rows, ONE, nn.Identity())
+    assert [call.batch_size for call in data.held_out] == held
+    assert [call.batch_size for call in data] == sizes[: -len(held)]
+
+
+def test_a_loader_is_walked_once_to_keep_batches_aside():
+    class Counted(DataLoader):
+        walks = 0
+
+        def __iter__(self):
+            self.walks += 1
+            return super().__iter__()
+
+    loader = Counted(TensorDataset(torch.randn(321, 3)), batch_size=32)
+    data = calibration(loader, ONE, nn.Identity())
+    assert loader.walks == 1 and data.source is loader
+    assert [call.batch_size for call in data.held_out] == [32, 1] and len(data) == 9
+
+
+@pytest.mark.parametrize(
     "source",
     [
         lambda: batches_of(20),
@@ -279,9 +364,9 @@ def test_a_loader_in_fixed_order_is_not_stored():
 
 
 def test_one_tensor_is_cut_into_batches():
-    data = calibration(torch.arange(3 * CHUNK + 5)[:, None].float(), ONE, nn.Identity())
+    data = calibration(torch.arange(3 * CHUNK + 8)[:, None].float(), ONE, nn.Identity())
     assert [call.batch_size for call in data] == [CHUNK] * 3
-    assert [call.batch_size for call in data.held_out] == [5]
+    assert [call.batch_size for call in data.held_out] == [8]
 
 
 def test_one_mapping_of_tensors_is_cut_into_batches():
@@ -305,6 +390,44 @@ def test_a_batch_too_small_to_split_is_used_for_both_and_says_so(size):
     assert not data.is_held_out
     assert len(data) == len(data.held_out) == 1
     assert [call.batch_size for call in data] == [size]
+
+
+class Graph(nn.Module):
+    """Takes the features of all nodes and the edges between them."""
+
+    def forward(self, x, adjacency):
+        return adjacency @ x
+
+
+class Fixed(nn.Module):
+    """Is written for sixteen samples."""
+
+    def forward(self, x):
+        return x.view(16, 3)
+
+
+def test_a_single_batch_that_cannot_be_split_is_used_for_both_and_says_so():
+    nodes, edges = torch.randn(20, 3), torch.eye(20)
+    data = calibration([(nodes, edges)], as_call((nodes, edges)), Graph())
+    assert not data.is_held_out
+    assert [call.batch_size for call in (*data, *data.held_out)] == [20, 20]
+    data = calibration([torch.randn(16, 3)], as_call(torch.zeros(16, 3)), Fixed())
+    assert not data.is_held_out and [call.batch_size for call in data] == [16]
+
+
+@pytest.mark.parametrize(("count", "rest"), [(16, 0), (20, 4), (160, 0), (163, 3)])
+def test_one_tensor_is_cut_as_the_example_where_the_model_takes_no_other_size(count, rest):
+    data = calibration(torch.randn(count, 3), as_call(torch.zeros(16, 3)), Fixed())
+    calls = [*data, *(data.held_out if data.is_held_out else ())]
+    assert [call.batch_size for call in calls] == [16] * (count // 16)
+    said = f"the last {rest} of {count} samples were left out: the model takes 16 at a time"
+    assert data.note == (said if rest else None)
+
+
+@pytest.mark.parametrize("size", [1, 2, CHUNK])
+def test_one_tensor_is_cut_alike_whatever_the_example_where_the_model_takes_any_size(size):
+    data = calibration(torch.randn(3 * CHUNK, 3), as_call(torch.zeros(size, 3)), nn.Linear(3, 2))
+    assert [call.batch_size for call in (*data, *data.held_out)] == [CHUNK] * 3
 
 
 @pytest.mark.parametrize(
@@ -337,9 +460,6 @@ def test_an_error_inside_the_users_loader_is_the_users():
 
 
 # --- masks -----------------------------------------------------------------------------------------------------------
-
-
-MASK = torch.tensor([[1, 1, 1], [1, 0, 0]])
 
 
 def test_padding_masks_are_found_by_name_and_shape():
@@ -404,6 +524,78 @@ def test_inference_puts_every_training_flag_back():
         assert not torch.is_grad_enabled()
     assert [module.training for module in model.modules()] == [True, True, False, False]
     assert torch.is_grad_enabled()
+
+
+class Merging(nn.Linear):
+    """Merges its adapter into the weight on `eval` and takes it out on `train`, as loralib does."""
+
+    def __init__(self):
+        super().__init__(8, 8)
+        self.up, self.down = (nn.Parameter(torch.randn(shape)) for shape in ((8, 2), (2, 8)))
+        self.merged = False
+
+    def train(self, mode=True):
+        super().train(mode)
+        if self.merged == mode:
+            self.merge(-1 if mode else 1)
+            self.merged = not mode
+        return self
+
+    def merge(self, sign):
+        self.weight.data += sign * self.up @ self.down
+
+    def forward(self, x):
+        return super().forward(x) + (0 if self.merged else x @ self.down.T @ self.up.T)
+
+
+class MergingAnew(Merging):
+    """The same with another tensor under the parameter."""
+
+    def merge(self, sign):
+        self.weight.data = self.weight.data + sign * self.up @ self.down
+
+
+class MergingNewParameter(Merging):
+    def merge(self, sign):
+        self.weight = nn.Parameter(self.weight + sign * self.up @ self.down)
+
+
+@pytest.mark.parametrize("kind", [Merging, MergingAnew, MergingNewParameter])
+@pytest.mark.parametrize("training", [True, False])
+def test_inference_leaves_weights_that_eval_merges_as_they_were(kind, training):
+    model = nn.Sequential(kind(), nn.Dropout()).train(training)
+    parameters, x = list(model.parameters()), torch.randn(3, 8)
+    kept = [parameter.detach().clone() for parameter in parameters]
+    wanted = model[0](x)
+    for _ in range(2):
+        with inference(model), inference(model):
+            assert not any(module.training for module in model.modules())
+            assert torch.equal(model(x), wanted)
+        assert model.training is model[0].training is training and model[0].merged is not training
+        assert all(now is then for now, then in zip(model.parameters(), parameters, strict=True))
+        assert all(torch.equal(now, then) for now, then in zip(parameters, kept, strict=True))
+
+
+class Prepares(nn.Linear):
+    """Stores on `eval` what its forward reads then, as LeViT does."""
+
+    def train(self, mode=True):
+        super().train(mode)
+        if mode:
+            self.__dict__.pop("stored", None)
+        else:
+            self.stored = 2 * self.bias.detach()
+        return self
+
+    def forward(self, x):
+        return x + (2 * self.bias if self.training else self.stored)
+
+
+def test_what_eval_prepares_is_there_in_inference_and_gone_afterwards():
+    model = Prepares(3, 3)
+    with inference(model):
+        assert torch.equal(model(X), X + 2 * model.bias)
+    assert model.training and not hasattr(model, "stored")
 
 
 def test_inference_keeps_the_hooks_that_were_there():
@@ -473,6 +665,33 @@ def test_unchanged_puts_back_what_a_forward_leaves_behind():
     assert not model.cache.any() and not model.loose.any()
     assert (model.list, model.dict, model.set) == ([1], {"a": 1}, {1})
     assert not hasattr(model, "new")
+
+
+SPARSE = [torch.sparse_coo, torch.sparse_csr, torch.sparse_csc, torch.sparse_bsr, torch.sparse_bsc]
+
+
+def sparse(layout):
+    blocks = (2, 2) if layout in (torch.sparse_bsr, torch.sparse_bsc) else None
+    return torch.eye(4).to_sparse(layout=layout, blocksize=blocks)
+
+
+@pytest.mark.parametrize("layout", SPARSE)
+@pytest.mark.filterwarnings("ignore:Sparse")  # torch calls some of these layouts beta
+def test_unchanged_puts_back_sparse_buffers(layout):
+    model = nn.ReLU()
+    model.register_buffer("edges", sparse(layout))
+    with unchanged(model):
+        pass
+    with unchanged(model):
+        model.edges.mul_(2)
+    assert model.edges.layout is layout and torch.equal(model.edges.to_dense(), torch.eye(4))
+
+
+@pytest.mark.parametrize("layout", SPARSE)
+@pytest.mark.filterwarnings("ignore:Sparse")
+def test_a_call_with_a_sparse_tensor_is_not_cut(layout):
+    call = Call((torch.randn(4, 3), sparse(layout)))
+    assert not call.can_be_cut and call.batch_size == 1 and call.rows(0, 2) is call
 
 
 def test_unchanged_holds_after_an_error():

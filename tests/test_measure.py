@@ -14,7 +14,7 @@ from panther.batches import Call
 from panther.capture import capture
 from panther.errors import CalibrationError
 from panther.factors import Profile
-from panther.measure import Measured, measure, passes
+from panther.measure import Measured, check_batches, measure, passes
 from panther.progress import Progress
 from panther.spec import LayerSpec
 
@@ -219,6 +219,24 @@ def test_half_precision_models_are_summed_in_full_precision(dtype: torch.dtype) 
     assert sensitivity is not None and sensitivity.dtype == torch.float64
 
 
+def test_hooks_of_the_user_do_not_change_what_a_layer_is_seen_to_give() -> None:
+    """A steering vector or an adapter stays on the model when the layer under it is replaced."""
+    first, last, factor = nn.Linear(6, 3), nn.Linear(3, 4), torch.tensor([1.0, 10.0, 100.0])
+    calls = [Call((torch.randn(16, 6),)) for _ in range(2)]
+
+    class Scale(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x * factor
+
+    wanted = profiles_of(nn.Sequential(first, Scale(), last), calls, gradient_samples=32)["0"].seen
+    with first.register_forward_hook(lambda _module, _args, output: output * factor):
+        found = profiles_of(nn.Sequential(first, nn.Identity(), last), calls, gradient_samples=32)["0"].seen
+    assert wanted.outputs is not None and found.outputs is not None
+    assert wanted.sensitivity is not None and found.sensitivity is not None
+    assert torch.equal(wanted.outputs.covariance, found.outputs.covariance)
+    assert torch.equal(wanted.sensitivity, found.sensitivity)
+
+
 def test_a_layer_that_no_batch_reaches_has_no_rows() -> None:
     class Gated(nn.Module):
         def __init__(self) -> None:
@@ -317,11 +335,58 @@ def test_batches_that_are_not_finite_are_named() -> None:
         profiles_of(Tokens(), batches)
 
 
+class Graph(nn.Module):
+    """Takes the features of nodes and the edges between them, dense or sparse."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(6, 3)
+
+    def forward(self, x: Tensor, edges: Tensor) -> Tensor:
+        answer: Tensor = self.layer(edges @ x)
+        return answer
+
+
+@pytest.mark.parametrize("layout", [torch.sparse_coo, torch.sparse_csr])
+@pytest.mark.filterwarnings("ignore:Sparse")  # torch calls one of these layouts beta
+def test_sparse_inputs_are_measured_and_named_when_they_are_not_finite(layout: torch.layout) -> None:
+    nodes, edges = torch.randn(8, 6), torch.eye(8)
+    good = Call((nodes, edges.to_sparse(layout=layout)))
+    edges[0, 0] = torch.nan
+    batches = [good, Call((nodes, edges.to_sparse(layout=layout)))]
+    assert profiles_of(Graph(), [good])["layer"].rows == 8
+    with pytest.raises(CalibrationError, match=r"batch 1 holds 1 values .*NaN or infinite \(shape \(8, 8\)\)"):
+        profiles_of(Graph(), batches)
+
+
 @pytest.mark.parametrize("gradient_samples", [0, 100])
 def test_a_batch_of_another_shape_is_named_with_its_shape(gradient_samples: int) -> None:
     batches = [*token_batches(1), Call((), {"x": torch.randn(4, 5, 7)})]
     with pytest.raises(CalibrationError, match=r"batch 1 \(shapes \(4, 5, 7\)\) does not run.*example_inputs"):
         profiles_of(Tokens(), batches, gradient_samples=gradient_samples)
+
+
+class Strict(nn.Module):
+    """Asserts the size of its batches, with a message or without."""
+
+    def __init__(self, *message: str) -> None:
+        super().__init__()
+        self.layer, self.message = nn.Linear(6, 3), message
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.shape[0] != 4:
+            raise AssertionError(*self.message)
+        answer: Tensor = self.layer(x)
+        return answer
+
+
+@pytest.mark.parametrize(("message", "said"), [(("four, please",), "four, please"), ((), r"AssertionError\(\)")])
+def test_a_batch_that_the_model_itself_refuses_is_named(message: tuple[str, ...], said: str) -> None:
+    batches = [Call((torch.randn(size, 6),)) for size in (4, 4, 3)]
+    with pytest.raises(CalibrationError, match=rf"batch 2 \(shapes \(3, 6\)\) does not run: {said}"):
+        profiles_of(Strict(*message), batches)
+    with pytest.raises(CalibrationError, match=rf"batch 7 \(shapes \(3, 6\)\) does not run: {said}"):
+        check_batches(Strict(*message), batches[2:], 7)
 
 
 def test_a_layer_whose_values_overflow_is_named() -> None:

@@ -527,6 +527,39 @@ def test_a_measurement_that_fails_costs_a_note_and_not_the_model(
     )
 
 
+class Opaque:
+    """An output class of the user's own."""
+
+    def __init__(self, y: Tensor) -> None:
+        self.y = y
+
+
+@pytest.mark.parametrize("output", [7, torch.tensor([1, 2]), torch.zeros(0, 4), Opaque(torch.ones(2, 3)), None, ()])
+def test_outputs_that_cannot_be_compared_are_a_note_and_no_figure(
+    pair: tuple[Pixels, Pixels, Capture, Call], monkeypatch: pytest.MonkeyPatch, output: Any
+) -> None:
+    monkeypatch.setattr(stage, "measure_latency", lambda *_: (2.0, 1.0))
+    monkeypatch.setattr(Pixels, "forward", lambda _self, _x: output)
+    report = whole(pair, held_out=[as_call(torch.randn(3, 8, 6, 6))])
+    assert report.agreement == {} and report.agreement_batches == 0
+    assert [note for note in report.notes if "the outputs cannot be compared" in note]
+    assert not any("could not be measured" in note for note in report.notes)
+
+
+@pytest.mark.parametrize(
+    ("dense", "compressed"),
+    [
+        (torch.ones(3, 4), torch.ones(2, 4)),
+        (torch.ones(3, 4), torch.ones(3, 1)),
+        (torch.ones(2, 3, 4), torch.ones(3, 2, 4)),
+        ([torch.ones(3, 4)], []),
+    ],
+)
+def test_outputs_of_other_shapes_are_refused_with_both(dense: Any, compressed: Any) -> None:
+    with pytest.raises(CalibrationError, match=r"batch 0 the dense model gives .*, the compressed one \["):
+        fixed(dense, compressed)
+
+
 def test_outputs_that_are_not_finite_are_a_note(
     pair: tuple[Pixels, Pixels, Capture, Call], monkeypatch: pytest.MonkeyPatch
 ) -> None:
