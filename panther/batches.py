@@ -41,10 +41,17 @@ class Call:
         """The padding masks of this call, (batch, length) bool, True where a token counts, by their shape."""
         found: dict[tuple[int, ...], Tensor] = {}
         for name, value in self.kwargs.items():
-            if name.endswith("attention_mask") and isinstance(value, Tensor) and value.dim() == 2:
-                shape = tuple(value.shape)
-                # Two masks of one shape (encoder's and decoder's) cannot be told apart: what either counts, counts.
-                found[shape] = value.bool() | found[shape] if shape in found else value.bool()
+            if not isinstance(value, Tensor) or value.dim() != 2:
+                continue
+            if name.endswith("key_padding_mask"):  # torch's own: True, or what is added to the scores, at padding
+                counts = value == 0
+            elif name.endswith("attention_mask"):
+                counts = value.bool()
+            else:
+                continue
+            shape = tuple(value.shape)
+            # Two masks of one shape (encoder's and decoder's) cannot be told apart: what either counts, counts.
+            found[shape] = counts | found[shape] if shape in found else counts
         return found
 
     def copied(self) -> Call:
@@ -349,16 +356,31 @@ def _has_fixed_order(loader: DataLoader[Any]) -> bool:
 
 
 @contextlib.contextmanager
-def inference(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode without gradients; every training flag, attribute and buffer is put back at the end."""
+def inference(model: nn.Module, *, fused: bool = False) -> Iterator[None]:
+    """Evaluation mode without gradients; every training flag, attribute and buffer is put back at the end.
+
+    fused: nn.TransformerEncoder may take its fused path, as it does for its users. That runs no submodule and leaves
+    zeros where the padding is, which no sketched layer does, so that only times are taken with it.
+    """
     flags = {module: module.training for module in model.modules()}
-    with unchanged(model), torch.no_grad():
+    attention = contextlib.nullcontext() if fused else slow_attention()
+    with unchanged(model), torch.no_grad(), attention:
         _evaluate(model)
         try:
             yield
         finally:
             for module, flag in flags.items():
                 module.training = flag
+
+
+@contextlib.contextmanager
+def slow_attention() -> Iterator[None]:
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)
 
 
 def _evaluate(model: nn.Module) -> None:

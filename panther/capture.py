@@ -138,7 +138,7 @@ def capture(model: nn.Module, example: Call) -> Capture:
     Raises: CaptureError when the model cannot run on the example inputs, or is of a kind that hides its layers.
     """
     _refuse_opaque(model)
-    with inference(model), _slow_attention(), _same_random_numbers(model):
+    with inference(model), _same_random_numbers(model):
         try:
             with unchanged(model):
                 run(model, example)
@@ -179,17 +179,6 @@ def _refuse_opaque(model: nn.Module) -> None:
     lazy = [name for name, p in model.named_parameters() if is_lazy(p)]
     if lazy:
         raise CaptureError(f"{lazy[0]!r} has no shape yet (a lazy module): run the model once, then compress it")
-
-
-@contextlib.contextmanager
-def _slow_attention() -> Iterator[None]:
-    """nn.TransformerEncoderLayer's fused path skips its submodules, so it would hide its layers."""
-    before = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(before)
 
 
 def _same_random_numbers(model: nn.Module) -> contextlib.AbstractContextManager[None]:

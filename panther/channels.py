@@ -8,29 +8,33 @@ unhealed, loss of the answers: ranks alone .326, channels alone .277, both .250.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from dataclasses import replace as changed
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from panther.allocators.base import convex
+from panther.batches import Call, float_outputs, inference, run, squared_error
 from panther.chains import CHANNELS
 from panther.columns import STEP, Columns
 from panther.decompose import candidates, decompose
 from panther.errors import PlanError
 from panther.factors import Factors, Profile
 from panther.importance import Importance
-from panther.nn.narrow import narrowed
+from panther.nn.narrow import narrowed, sizes_of
+from panther.nn.surgery import with_layers
 from panther.progress import Progress
 from panther.sketches import Moments, Seen
 from panther.spec import DTYPES, Choice, Cost, LayerSpec, Pair, Plan, Target
 
 MOST_CHANNELS = 4096  # and inputs of the first layer: the covariance of more costs more than it gives
 SHARES = (0.9, 0.8, 0.7, 0.6, 0.5)  # of the weights of all pairs, that channels may leave before ranks are chosen
+ALIKE, ALIKE_HALF = 1e-6, 1e-3  # of the variance of answers: what rounding makes, of half-precision numbers the second
 LEAST = 0.3  # of a pair's channels stay: importance is measured on one layer at a time
 
 
@@ -54,6 +58,45 @@ def _can_be_narrowed(producer: LayerSpec, consumer: LayerSpec) -> bool:
 
 def _is_pointwise(spec: LayerSpec) -> bool:
     return math.prod(spec.kernel_size) == 1 and (spec.padding == "valid" or not any(spec.padding))
+
+
+@torch.no_grad()
+def counted_by_nobody(model: nn.Module, pairs: Mapping[str, Pair], call: Call) -> dict[str, Pair]:
+    """The pairs with half of whose channels the model answers as it does where the second layer ignores the others.
+
+    It does not where a forward looks at their number, to divide by its root or to assert it: the graph that the pairs
+    were found in has a constant there.
+    """
+    different = list(dict.fromkeys(pairs.values()))
+    if not different or _answers_alike(model, different, call):
+        return dict(pairs)
+    fine = {pair for pair in different if len(different) > 1 and _answers_alike(model, [pair], call)}
+    return {name: pair for name, pair in pairs.items() if pair in fine}
+
+
+def _answers_alike(model: nn.Module, pairs: Sequence[Pair], call: Call) -> bool:
+    fewer: dict[str, nn.Module] = {}
+    ignoring: dict[str, nn.Module] = {}
+    for pair in pairs:
+        consumer = model.get_submodule(pair.consumer)
+        count = sizes_of(consumer)[0]
+        kept = torch.arange(0, count, 2)
+        fewer |= {name: narrowed(model.get_submodule(name), outputs=kept) for name in (pair.producer, *pair.between)}
+        fewer[pair.consumer] = narrowed(consumer, inputs=kept)
+        ignoring[pair.consumer] = narrowed(consumer, inputs=torch.arange(count))
+        cast(Tensor, ignoring[pair.consumer].weight)[:, 1::2] = 0
+    answers = []
+    for layers in (ignoring, fewer):
+        other = with_layers(model, layers)
+        try:
+            with inference(other):
+                answers.append(float_outputs(run(other, call)))
+        except Exception:  # a user's model may raise anything
+            return False
+    wanted, got = answers
+    lost = sum(squared_error(answer, other, call) for answer, other in itertools.zip_longest(wanted, got))
+    is_half = any(cast(Tensor, layer.weight).element_size() < 4 for layer in ignoring.values())
+    return lost <= (ALIKE_HALF if is_half else ALIKE) * sum(answer.numel() for answer in wanted)
 
 
 # How many channels ----------------------------------------------------------------------------------------------------

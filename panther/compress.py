@@ -18,7 +18,7 @@ from panther.allocate import resolve
 from panther.allocators import Allocator
 from panther.batches import Calibration, Call, as_call, calibration
 from panther.capture import capture
-from panther.channels import counts_of, narrowable, with_counts
+from panther.channels import counted_by_nobody, counts_of, narrowable, with_counts
 from panther.decompose import candidates, decompose, refuse_non_finite
 from panther.errors import CaptureError, LoadError, PlanError
 from panther.factors import Factors, Profile
@@ -287,6 +287,11 @@ def _factors(
     if chunk == 0 and data is not None:
         notes.append("a backward pass would need too much memory, so all outputs of a layer count the same")
     pairs = narrowable(found.sketchable, found.followers) if request.may_narrow else {}
+    alike = counted_by_nobody(request.model, pairs, request.example)
+    if len(alike) < len(pairs):
+        names = ", ".join(name for name in pairs if name not in alike)
+        notes.append(f"{names} keep all their channels: with fewer the model does something else")
+    pairs = alike
     for part in passes(found.sketchable, pairs) if data is not None else [list(found.sketchable)]:
         profiles: dict[str, Profile] = {}
         if data is not None:

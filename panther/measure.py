@@ -225,8 +225,6 @@ def _measure(
         model.get_submodule(w.spec.name).register_forward_hook(_hook(w, context), with_kwargs=True, prepend=True)
         for w in watches
     ]
-    fast_attention = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)  # the fused encoder layer runs no submodule
     try:
         with inference(model), Reactions(model, specs, seed, chunk) as reactions:
             for index, call in enumerate(batches):
@@ -240,7 +238,6 @@ def _measure(
                     _run_batch(model, call.rows(size, call.batch_size), index, context)
                 gradient_samples -= size
     finally:
-        torch.backends.mha.set_fastpath_enabled(fast_attention)
         for hook in hooks:
             hook.remove()
     sensitivities = reactions.found()

@@ -189,7 +189,7 @@ def latencies(models: Sequence[nn.Module], call: Call, *, seconds: float = LATEN
     runs = []
     with contextlib.ExitStack() as modes:
         for model in models:
-            modes.enter_context(inference(model))
+            modes.enter_context(inference(model, fused=True))
             device = device_of(model)
             modes.enter_context(drawing(0, device))
             runs.append(functools.partial(_finished, model, call.copied().to(device), device))
@@ -227,7 +227,7 @@ def peak_memory(model: nn.Module, call: Call) -> int:
     inputs = call.copied().to(device)
     held = [*model.parameters(), *model.buffers(), *inputs.tensors()]
     standing = sum({tensor.data_ptr(): tensor_bytes(tensor) for tensor in held}.values())
-    with inference(model), drawing(0, device):
+    with inference(model, fused=True), drawing(0, device):
         model(*inputs.args, **inputs.kwargs)  # what the first call allocates and keeps is not part of a call
         if device.type == "cuda":
             return standing + _cuda_peak(model, inputs, device)

@@ -469,6 +469,11 @@ def test_padding_masks_are_found_by_name_and_shape():
     assert masks[2, 3].dtype == torch.bool and masks[2, 3].tolist() == MASK.bool().tolist()
 
 
+@pytest.mark.parametrize("mask", [torch.tensor([[False, True]]), torch.tensor([[0.0, -torch.inf]])])
+def test_torchs_own_padding_masks_are_set_at_padding(mask):
+    assert Call((), {"src_key_padding_mask": mask}).masks()[1, 2].tolist() == [[True, False]]
+
+
 def test_masks_that_do_not_say_what_is_padding_are_left_alone():
     assert Call((), {"attention_mask": torch.ones(2, 1, 3, 3), "mask": MASK, "head_mask": MASK}).masks() == {}
     assert Call((), {"attention_mask": None}).masks() == {}

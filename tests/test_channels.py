@@ -421,6 +421,34 @@ def test_a_narrowed_layer_without_a_bias_is_solved_again() -> None:
     assert lost("project") < 0.8 * before["project"]
 
 
+class Counting(Residual):
+    """Looks at how many channels there are."""
+
+    def __init__(self, what: str) -> None:
+        super().__init__()
+        self.what = what
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.tanh(self.first(x))
+        y = self.act(self.up(x))
+        if self.what == "scales":
+            y = y * (10 / y.shape[-1] ** 0.5)
+        elif self.what == "asserts":
+            assert y.shape[-1] == HIDDEN
+        return self.last(x + self.down(y))
+
+
+@pytest.mark.parametrize(("what", "notes"), [("scales", 1), ("asserts", 1), ("nothing", 0)])
+def test_channels_that_the_model_counts_all_stay(what: str, notes: int) -> None:
+    torch.manual_seed(0)
+    model, data = Counting(what).eval(), list(mixed(640, INPUTS).split(32))
+    result = panther.compress(
+        model, 0.35, example_inputs=data[0], calib_data=data, heal="none", progress=False, verify=False
+    )
+    assert any(choice.channels for choice in result.plan.choices) == (not notes)
+    assert sum("up, down keep all their channels" in note for note in result.report.notes) == notes
+
+
 class Chained(nn.Module):
     """Residual pairs whose first layers give far more than their second ones need."""
 

@@ -692,12 +692,13 @@ def test_a_decoder_of_transformers_keeps_no_cache_while_it_is_healed_and_its_con
         assert torch.equal(teacher(**ids[0]).logits, wanted)
 
 
-def test_torchs_own_transformer_encoder_is_healed_with_padding() -> None:
+@pytest.mark.parametrize("nested", [True, False])  # True is torch's default: padding is cut off, in the dense model
+def test_torchs_own_transformer_encoder_is_healed_with_padding(nested: bool) -> None:
     class Encoder(nn.Module):
         def __init__(self) -> None:
             super().__init__()
             layer = nn.TransformerEncoderLayer(12, 2, 24, batch_first=True, dropout=0.1)
-            self.encoder = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+            self.encoder = nn.TransformerEncoder(layer, 2, enable_nested_tensor=nested)
 
         def forward(self, x: Tensor, attention_mask: Tensor) -> Tensor:
             answer: Tensor = self.encoder(x, src_key_padding_mask=attention_mask == 0)
