@@ -761,15 +761,14 @@ def _write_texts(folder: Path, texts: Mapping[str, str]) -> list[Path]:
 
 def _benchmark(model: nn.Module, export: ExportReport, example: Call, options: Mapping[str, Any]) -> list[str]:
     """The dense and the compressed ONNX file in turn in onnxruntime, one line a batch size."""
-    given = example.args or dict(example.kwargs)
-    inputs = flatten(model, given, torch.device("cpu"))
+    inputs = flatten(model, example, torch.device("cpu"))
     axes = dynamic_axes(inputs)
     present = sizes(inputs, axes)
     batches = BENCHMARK_BATCHES if "batch" in export.dynamic else (example.batch_size,)
     lines = []
     with tempfile.TemporaryDirectory() as folder:
         try:
-            dense = WRITERS["onnx"](model, Path(folder) / "dense.onnx", given, **options)
+            dense = WRITERS["onnx"](model, Path(folder) / "dense.onnx", example, **options)
             sessions = [_session(path) for path in (dense.path, export.path)]
             for batch in batches:
                 case = resized(inputs, axes, {**present, "batch": batch})

@@ -484,6 +484,14 @@ def test_shapes_make_positional_or_named_inputs(run, quick: dict[str, Any]) -> N
     assert kwargs["attention_mask"].tolist() == [[1] * 5] * 2
 
 
+def test_an_argument_by_place_and_one_by_name_are_both_inputs_of_the_file(run, here: Path) -> None:
+    shapes = ("--input-shape", "2,16", "--input-shape", "right=2,16")
+    flags = ("--heal", "none", "--no-verify", "-o", "mixed", "--benchmark")
+    code, out, _ = run("pair.pt", "--model", "nets.py:Pair", *shapes, *flags)
+    assert code == cli.DONE and "left (2, 16), right (2, 16): max difference" in out
+    assert "onnxruntime, batch 32, " in out
+
+
 def test_the_input_of_a_first_linear_layer_is_inferred(run, quick: dict[str, Any]) -> None:
     run(*MLP)
     assert quick["example_inputs"].args[0].shape == (1, 16)
