@@ -61,12 +61,14 @@ def flatten(model: nn.Module, example_inputs: Any, device: torch.device) -> Inpu
     positional = [
         name for name, p in inspect.signature(model.forward).parameters.items() if p.kind is not p.KEYWORD_ONLY
     ]
-    named = [(_name(path, positional), leaf) for path, leaf in leaves]
-    tensors = [(name, leaf.detach()) for name, leaf in named if isinstance(leaf, Tensor)]
+    tensors: dict[str, Tensor] = {}
+    for path, leaf in leaves:
+        if isinstance(leaf, Tensor):
+            tensors[unique(_name(path, positional), tensors)] = leaf.detach()
     if not tensors:
         raise ValueError("example_inputs hold no tensor: give what the model's forward takes, as for torch.export")
     slots = tuple(_HOLE if isinstance(leaf, Tensor) else leaf for _, leaf in leaves)
-    return Inputs(tuple(name for name, _ in tensors), tuple(t for _, t in tensors), slots, structure)
+    return Inputs(tuple(tensors), tuple(tensors.values()), slots, structure)
 
 
 def _name(path: tuple[Any, ...], positional: Sequence[str]) -> str:
@@ -155,13 +157,17 @@ def _larger(size: int) -> int:
 
 
 def named_outputs(output: Any, name: str = "") -> dict[str, Tensor]:
-    """Every tensor of a model's output by name: dict keys and field names, indices for tuples; None is left out."""
+    """Every tensor of a model's output by name: dict keys and field names, indices for tuples; None is left out.
+
+    Keys that make the same name, as k-1 and k_1 do, are numbered.
+    """
     if isinstance(output, Tensor):
         return {name or "output": output}
     found: dict[str, Tensor] = {}
     for key, value in _parts(output):
         stem = name or ("output" if isinstance(key, int) else "")
-        found.update(named_outputs(value, f"{stem}_{key}" if stem else str(key)))
+        for inner, tensor in named_outputs(value, f"{stem}_{key}" if stem else str(key)).items():
+            found[unique(inner, found)] = tensor
     return found
 
 

@@ -233,13 +233,15 @@ def _program(
     exported = _trace(_Flat(model, traced, axes), traced.tensors, axes)
     if any(node.target in REFERENCES for node in exported.graph.nodes):
         exported = exported.run_decompositions(REFERENCES)
-    names = list(inputs.names)
+    names, results = list(inputs.names), list[str]()
+    for name in outputs:
+        results.append(unique(f"{name}_out", [*names, *outputs, *results]) if name in names else name)
     program = torch.onnx.export(
         exported,
         (),
         dynamo=True,
         input_names=names,
-        output_names=[f"{name}_out" if name in names else name for name in outputs],
+        output_names=results,
         opset_version=opset,
         verbose=False,
     )

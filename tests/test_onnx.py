@@ -403,6 +403,27 @@ def test_outputs_are_named_by_keys_fields_and_positions():
     ]
 
 
+class Alike(nn.Module):
+    """Names that are one another's, spelt so that ONNX could not tell them apart."""
+
+    def forward(self, output, more):
+        return {
+            "output": output + more["k-1"],
+            "output_out": output - more["k_1"],
+            "k-1": output * 2,
+            "k_1": output * 3,
+        }
+
+
+def test_names_that_are_spelt_alike_stay_apart(tmp_path):
+    given = {"output": torch.randn(2, 3), "more": {"k-1": torch.randn(2, 3), "k_1": torch.randn(2, 3)}}
+    result = write(Alike(), tmp_path / "m.onnx", given)
+    assert result.ok
+    graph = onnx.load(result.path).graph
+    assert [value.name for value in graph.input] == ["output", "more_k_1", "more_k_1_2"]
+    assert [value.name for value in graph.output] == ["output_out_2", "output_out", "k_1", "k_1_2"]
+
+
 def test_differences_count_nan_and_integers_strictly():
     wanted = torch.tensor([1.0, -4.0, math.nan, math.inf])
     assert parity.difference(wanted.clone(), wanted) == (0.0, 0.0)
