@@ -97,8 +97,7 @@ def write(
         ValueError for an opset that does not exist.
     """
     path, started, batches = Path(path), time.perf_counter(), list(batches)
-    _require("onnx", "onnxscript", *(["onnxruntime"] if verify else []))
-    _check_opset(opset)
+    check_ready(opset, verify=verify)
     with inference(model), _without_cache(model), _quiet():
         inputs = flatten(model, example_inputs, device_of(model))
         outputs = _run_model(model, inputs)
@@ -475,6 +474,15 @@ def _publish(file: Path, folder: Path) -> tuple[int, Path | None, Path]:
     return size_bytes, external_data, folder / file.name
 
 
+def check_ready(opset: int | None, *, verify: bool = True) -> None:
+    """That a file can be written here at all, for whoever works long before.
+
+    Raises: ExportError for a package that is missing, ValueError for an opset that does not exist.
+    """
+    _require("onnx", "onnxscript", *(["onnxruntime"] if verify else []))
+    _check_opset(opset)
+
+
 def _require(*packages: str) -> None:
     for package in packages:
         try:
@@ -526,4 +534,4 @@ def _quiet() -> Iterator[None]:
                 logging.getLogger(name).setLevel(level)
 
 
-__all__ = ["EXTERNAL_DATA_BYTES", "ExportReport", "foreign_operators", "write"]
+__all__ = ["EXTERNAL_DATA_BYTES", "ExportReport", "check_ready", "foreign_operators", "write"]

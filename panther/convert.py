@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
 from types import ModuleType
-from typing import Any, NoReturn, TextIO, cast
+from typing import Any, NoReturn, TextIO, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -35,14 +35,18 @@ from panther.batches import CHUNK, Call, as_call, batch_call
 from panther.chains import CHANNELS
 from panther.compress import Result, analyze, compress
 from panther.converters import WRITERS, ExportReport, huggingface, read
+from panther.converters.compressed import check_can_be_saved
 from panther.converters.files import staging
 from panther.converters.inputs import dynamic_axes, flatten, resized, sizes
-from panther.errors import CaptureError, ExportError, PantherError
+from panther.converters.onnx import check_ready
+from panther.errors import CaptureError, PantherError
 from panther.nn import SketchedLayer
 from panther.report import RENDERERS
 from panther.spec import BITS, DTYPES, MODES, TIME_LIMIT, Budget, Choice, Heal, Plan
 from panther.trials import trials_file
 from panther.verify import medians_in_turn
+
+T = TypeVar("T")
 
 DONE, UNEXPECTED, USAGE, OVER_BUDGET, PARITY_FAILED, INTERRUPTED = 0, 1, 2, 3, 4, 130
 BENCHMARK_BATCHES = (1, 32)
@@ -516,13 +520,19 @@ def _run(arguments: argparse.Namespace) -> int:
     device = _device(arguments.device)
     source = Path(arguments.path)
     folder = Path(arguments.output) if arguments.output else source.absolute().parent
+    writes = not (arguments.dry_run or arguments.list_layers)
+    if writes:
+        check_ready(arguments.opset)
+        _check_writable(folder, "-o DIR")
+        if arguments.report:
+            _check_writable(Path(arguments.report).parent, "--report FILE")
     if arguments.save_config:
         _save_recipe(arguments)
-    if not (arguments.dry_run or arguments.list_layers):
-        _check_writable(folder)
     evaluate = _evaluation(arguments.eval)
     factory = None if arguments.model is None else _named_object("--model", arguments.model)
     model = read(source, model=factory, trust_pickle=arguments.trust_pickle)
+    if writes:
+        check_can_be_saved(model, folder / f"{_stem(source)}.panther")
     data = _calibration(arguments.calib, model)
     example, found_by = _example(arguments, model, data)
     layers = {"example_inputs": example, "include": arguments.include, "exclude": arguments.exclude}
@@ -643,14 +653,19 @@ def _budget_of(plan: Plan | None, *, evaluates: bool) -> str:
     return ", ".join(parts) if any(part and not part.startswith("of=") for part in parts) else "1.0"
 
 
-def _check_writable(folder: Path) -> None:
+def _stem(source: Path) -> str:
+    """What the names of the files begin with."""
+    return source.resolve().name if source.is_dir() else source.stem
+
+
+def _check_writable(folder: Path, flag: str) -> None:
     """Raise UsageError before the work, and not after it, when nothing can be written there."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError as error:
-        raise UsageError(f"cannot write to {folder}: {error.strerror}; choose another folder with -o DIR") from error
+        raise UsageError(f"cannot write to {folder}: {error.strerror}; choose another folder with {flag}") from error
 
 
 def _plan_text(result: Result, *, as_json: bool) -> str:
@@ -695,50 +710,70 @@ class _Delivery:
 def _deliver(
     arguments: argparse.Namespace, result: Result, model: nn.Module, example: Call, folder: Path, source: Path
 ) -> int:
-    """Write everything, print the results, and say how it went."""
-    stem = source.resolve().name if source.is_dir() else source.stem
-    base = stem if result.budget_met else f"{stem}.over-budget"
+    """Write everything, print the results, and say how it went. What cannot be written does not stop the rest."""
+    base = _stem(source) if result.budget_met else f"{_stem(source)}.over-budget"
     options: dict[str, Any] = {} if arguments.opset is None else {"opset": arguments.opset}
-    saved = result.save(folder / f"{base}.panther")
+    failures: dict[str, None] = {}
+    attempt = functools.partial(_attempt, failures, arguments.verbose)
+    saved = attempt(lambda: result.save(folder / f"{base}.panther"))
     delivery = _Delivery(result)
-    texts = _write_reports(arguments, delivery, folder, base)
-    try:
-        rounds = arguments.round_inputs
-        export: ExportReport = result.export_onnx(folder / f"{base}.onnx", **options, round_inputs=rounds)
-    except Exception as error:  # exporting runs the model's code; what is written already must not go unsaid
-        _show_traceback(arguments.verbose)
-        _say_delivered(arguments, delivery, [saved, *texts])
-        reason = str(error) if isinstance(error, ExportError) else _unexpected(error)
-        return _complain(
-            f"the compressed model was saved, but not as ONNX: {reason.rstrip('.')}. "
-            f"Load it with panther.load({str(saved)!r}, model=...)",
-            USAGE if _is_about_arguments(error) else UNEXPECTED,
-        )
-    timed = _benchmark(model, export, example, options) if arguments.benchmark else ()
-    delivery = _Delivery(result, export, tuple(timed))
-    texts = _write_reports(arguments, delivery, folder, base)
-    _say_delivered(arguments, delivery, [saved, Path(export.path), *texts])
-    if not export.ok:
+    texts = dict.fromkeys(_write_reports(arguments, delivery, folder, base, attempt))
+    path, rounds = folder / f"{base}.onnx", arguments.round_inputs
+    export: ExportReport | None = attempt(lambda: result.export_onnx(path, **options, round_inputs=rounds))
+    if export is not None:
+        timed = _benchmark(model, export, example, options) if arguments.benchmark else ()
+        delivery = _Delivery(result, export, tuple(timed))
+        texts |= dict.fromkeys(_write_reports(arguments, delivery, folder, base, attempt))
+    written = [made for made in (saved, None if export is None else export.path) if made is not None]
+    _say_delivered(arguments, delivery, [*written, *texts])
+    code = DONE
+    if failures:
+        code = _complain(_unwritten(list(failures), saved, export), UNEXPECTED)
+    if export is not None and not export.ok:
         advice = "try another --opset" if export.rounding is None else "leave out --round-inputs"
-        return _complain(
-            f"the ONNX file does not agree with the model and is kept as {export.path}; use the model in {saved} "
-            f"(panther.load), and {advice}",
-            PARITY_FAILED,
+        instead = f"use the model in {saved} (panther.load), and {advice}" if saved else advice
+        code = _complain(
+            f"the ONNX file does not agree with the model and is kept as {export.path}; {instead}", PARITY_FAILED
         )
+    if code or export is None:
+        return code
     return DONE if result.budget_met else _over_budget(result, f"the best that was found is in {export.path}")
 
 
-def _write_reports(arguments: argparse.Namespace, delivery: _Delivery, folder: Path, base: str) -> list[Path]:
+def _unwritten(reasons: Sequence[str], saved: Path | None, export: ExportReport | None) -> str:
+    if saved is None or export is not None:
+        return f"not everything could be written: {'; '.join(reasons)}"
+    return (
+        f"the compressed model was saved, but not as ONNX: {'; '.join(reasons)}. "
+        f"Load it with panther.load({str(saved)!r}, model=...)"
+    )
+
+
+def _attempt(failures: dict[str, None], verbose: bool, write: Callable[[], T]) -> T | None:
+    """What a write gives; None, and its reason among the failures, when it does not succeed."""
+    try:
+        return write()
+    except Exception as error:  # exporting runs the model's code; what is written already must not go unsaid
+        _show_traceback(verbose)
+        is_plain = isinstance(error, PantherError) or _is_about_arguments(error)
+        failures[(str(error) if is_plain else _unexpected(error)).rstrip(".")] = None
+        return None
+
+
+def _write_reports(
+    arguments: argparse.Namespace, delivery: _Delivery, folder: Path, base: str, attempt: Callable[..., Any]
+) -> list[Path]:
     """The plan, the report in both forms, and the copy that --report asks for."""
     texts = {
         f"{base}.plan.json": delivery.result.plan.to_json(),
         f"{base}.report.txt": delivery.text(),
         f"{base}.report.json": delivery.json(),
     }
-    paths = _write_texts(folder, texts)
+    paths: list[Path] = attempt(lambda: _write_texts(folder, texts)) or []
     if arguments.report:
         extra = Path(arguments.report)
-        paths += _write_texts(extra.parent, {extra.name: texts[f"{base}.report{extra.suffix}"]})
+        copy = {extra.name: texts[f"{base}.report{extra.suffix}"]}
+        paths += attempt(lambda: _write_texts(extra.parent, copy)) or []
     return paths
 
 

@@ -30,6 +30,13 @@ NETS = """
         def forward(self, x):
             return self.last(self.second(self.first(x).relu()).relu())
 
+    class Versioned(Mlp):
+        def get_extra_state(self):
+            return {"version": 3}
+
+        def set_extra_state(self, state):
+            pass
+
     class Cnn(nn.Module):
         def __init__(self):
             super().__init__()
@@ -91,7 +98,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.manual_seed(0)
     names: dict[str, Any] = {}
     exec(textwrap.dedent(NETS), names)  # noqa: S102 - the text above
-    for name in ("Mlp", "Cnn", "Text", "Pair", "Deeper"):
+    for name in ("Mlp", "Cnn", "Text", "Pair", "Deeper", "Versioned"):
         torch.save(names[name]().state_dict(), place / f"{name.lower()}.pt")
     return place
 
@@ -293,10 +300,40 @@ def test_a_failed_export_keeps_and_names_what_was_written_and_says_how_to_load_i
     assert json.loads(out)["onnx"] is None and json.loads(out)["files"][0] == "kept/mlp.panther"
 
 
-def test_an_opset_that_does_not_exist_is_a_wrong_argument(run, here: Path) -> None:
-    code, _, err = run(*MLP, "-o", "opset", "--opset", "3")
-    assert code == cli.USAGE
-    assert "opset=3: expected an integer from" in refusal(err)
+def test_one_file_that_cannot_be_written_does_not_stop_the_others(
+    run, here: Path, export: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(*_: Any) -> None:
+        raise ExportError("cannot write the weights: no space.")
+
+    export(ok=True)
+    (here / "folder.txt").mkdir()
+    code, out, err = run(*MLP, "-o", "most", "-q", "--report", "folder.txt")
+    assert code == cli.UNEXPECTED and "not everything could be written: cannot write folder.txt: " in refusal(err)
+    names = ["mlp.panther", "mlp.onnx", "mlp.plan.json", "mlp.report.txt", "mlp.report.json"]
+    assert out.splitlines() == [f"wrote most/{name}" for name in names]
+    monkeypatch.setattr(Result, "save", refused)
+    code, out, err = run(*MLP, "-o", "rest", "-q")
+    assert code == cli.UNEXPECTED
+    assert refusal(err) == "error: not everything could be written: cannot write the weights: no space"
+    assert out.splitlines() == [f"wrote rest/{name}" for name in names[1:]]
+
+
+def test_what_could_not_be_written_is_refused_before_the_work(
+    run, here: Path, quick: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for argv, words in (
+        ([*MLP, "--report", "mlp.pt/r.txt"], "cannot write to mlp.pt: "),
+        ([*MLP, "--opset", "3"], "opset=3: expected an integer from"),
+        (["versioned.pt", "--model", "nets.py:Versioned"], "_extra_state of Versioned is no dense tensor with values"),
+    ):
+        code, out, err = run(*argv)
+        assert (code, out, quick) == (cli.USAGE, "", {}) and words in refusal(err)
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    code, _, err = run(*MLP)
+    assert (code, quick) == (cli.USAGE, {}) and "pip install onnxruntime" in refusal(err)
+    run(*MLP, "--opset", "3", "--dry-run")
+    assert quick
 
 
 # Printing only
