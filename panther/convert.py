@@ -726,14 +726,15 @@ def _deliver(
         texts |= dict.fromkeys(_write_reports(arguments, delivery, folder, base, attempt))
     written = [made for made in (saved, None if export is None else export.path) if made is not None]
     _say_delivered(arguments, delivery, [*written, *texts])
-    code = DONE
+    code, failed = DONE, export is None or not export.ok
+    stale = f". {path} is of an earlier run" if failed and path.exists() else ""
     if failures:
-        code = _complain(_unwritten(list(failures), saved, export), UNEXPECTED)
+        code = _complain(_unwritten(list(failures), saved, export) + stale, UNEXPECTED)
     if export is not None and not export.ok:
         advice = "try another --opset" if export.rounding is None else "leave out --round-inputs"
         instead = f"use the model in {saved} (panther.load), and {advice}" if saved else advice
         code = _complain(
-            f"the ONNX file does not agree with the model and is kept as {export.path}; {instead}", PARITY_FAILED
+            f"the ONNX file does not agree with the model and is kept as {export.path}; {instead}{stale}", PARITY_FAILED
         )
     if code or export is None:
         return code

@@ -141,6 +141,7 @@ def export(monkeypatch: pytest.MonkeyPatch) -> Any:
 
     def fake(*, ok: bool) -> None:
         def write(self: Result, path: Path, **_: Any) -> ExportReport:
+            path = path if ok else path.with_suffix(".failed.onnx")
             path.write_bytes(b"graph")
             return ExportReport(path, 5, None, 20, ("batch",), (), 1e-4, ok, True, 0.1)
 
@@ -298,6 +299,15 @@ def test_a_failed_export_keeps_and_names_what_was_written_and_says_how_to_load_i
     code, out, _ = run(*MLP, "-o", "kept", "--json")
     assert code == cli.UNEXPECTED
     assert json.loads(out)["onnx"] is None and json.loads(out)["files"][0] == "kept/mlp.panther"
+
+
+def test_a_file_of_an_earlier_run_is_named_when_there_is_no_new_one(run, here: Path, export: Any) -> None:
+    export(ok=True)
+    assert run(*MLP, "-o", "twice", "-q")[0] == cli.DONE
+    export(ok=False)
+    code, _, err = run(*MLP, "-o", "twice", "-q")
+    assert code == cli.PARITY_FAILED
+    assert refusal(err).endswith("try another --opset. twice/mlp.onnx is of an earlier run")
 
 
 def test_one_file_that_cannot_be_written_does_not_stop_the_others(
