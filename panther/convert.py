@@ -89,7 +89,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         with _importable(Path.cwd()), _plain_warnings(arguments.verbose):
             return _run(arguments)
     except KeyboardInterrupt:
-        return _complain("interrupted; every file that is there is whole. Run the same command again.", INTERRUPTED)
+        again = f"Run the same command again{_resuming(arguments)}."
+        return _complain(f"interrupted; every file that is there is whole. {again}", INTERRUPTED)
     except Exception as error:  # the last handler there is: one line, and how to see more
         _show_traceback(arguments.verbose)
         if isinstance(error, UsageError | PantherError) or _is_about_arguments(error):
@@ -631,7 +632,7 @@ def _checkpoint(arguments: argparse.Namespace) -> Path | None:
             raise UsageError("--resume needs the file to go on from: add --checkpoint FILE, as in the run before")
         return None
     path = Path(arguments.checkpoint)
-    is_there = path.exists() or trials_file(path).exists()
+    is_there = _is_kept(path)
     if is_there and not arguments.resume:
         raise UsageError(
             f"--checkpoint {path} is there already: add --resume to go on from it, or delete it (or give another name) "
@@ -643,6 +644,18 @@ def _checkpoint(arguments: argparse.Namespace) -> Path | None:
             "to begin anew"
         )
     return None if arguments.dry_run else path
+
+
+def _is_kept(checkpoint: Path) -> bool:
+    return checkpoint.exists() or trials_file(checkpoint).exists()
+
+
+def _resuming(arguments: argparse.Namespace) -> str:
+    """What differs in the command that goes on after Ctrl-C."""
+    is_kept = arguments.checkpoint is not None and _is_kept(Path(arguments.checkpoint))
+    if is_kept == arguments.resume:
+        return ""
+    return " with --resume" if is_kept else " without --resume"
 
 
 def _budget_of(plan: Plan | None, *, evaluates: bool) -> str:

@@ -818,6 +818,31 @@ def test_ctrl_c_ends_with_one_line_and_nothing_half_written(run, here: Path, mon
     assert sorted(here.glob("*")) == before
 
 
+@pytest.mark.parametrize(
+    ("before", "after", "flags", "again"),
+    [
+        (False, True, [], "again with --resume."),
+        (True, True, ["--resume"], "again."),
+        (True, False, ["--resume"], "again without --resume."),
+        (False, False, [], "again."),
+    ],
+)
+def test_ctrl_c_says_whether_to_resume(
+    run, here: Path, monkeypatch: pytest.MonkeyPatch, before: bool, after: bool, flags: list[str], again: str
+) -> None:
+    file = here / "stopped.ckpt.trials"
+
+    def interrupted(*_: Any, **__: Any) -> None:
+        file.touch() if after else file.unlink(missing_ok=True)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "compress", interrupted)
+    file.touch() if before else file.unlink(missing_ok=True)
+    code, _, err = run(*MLP, *CALIB, "--checkpoint", "stopped.ckpt", *flags)
+    file.unlink(missing_ok=True)
+    assert code == cli.INTERRUPTED and refusal(err).endswith(f"Run the same command {again}")
+
+
 def test_ctrl_c_while_writing_leaves_whole_files_only(run, here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupted(*_: Any, **__: Any) -> None:
         raise KeyboardInterrupt
