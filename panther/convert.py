@@ -117,7 +117,10 @@ def _complain(error: object, code: int) -> int:
 
 
 def _say(text: object, stream: TextIO | None = None) -> None:
-    (stream or sys.stdout).write(f"{text}\n")
+    """One text and a line end; "?" for what the stream's encoding does not have."""
+    stream = stream or sys.stdout
+    encoding = stream.encoding or "utf-8"  # None of an io.StringIO
+    stream.write(f"{text}\n".encode(encoding, "replace").decode(encoding))
 
 
 def _show_traceback(verbose: bool) -> None:

@@ -1,4 +1,5 @@
 import importlib
+import io
 import json
 import sys
 import textwrap
@@ -370,6 +371,17 @@ def test_listing_layers_prints_what_can_be_sketched(run, here: Path) -> None:
     assert (code, err) == (cli.DONE, "")
     assert out.startswith("1 of 3 dense layers can be sketched")
     assert "not among include=" in out
+
+
+def test_a_terminal_without_the_characters_of_a_table_gets_the_rest(
+    here: Path, export: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    export(ok=True)
+    terminal = io.TextIOWrapper(io.BytesIO(), encoding="cp1252")
+    monkeypatch.setattr(sys, "stdout", terminal)
+    assert cli.main([*MLP, "-o", "plain"]) == cli.DONE
+    terminal.seek(0)
+    assert "wrote plain" in terminal.read()
 
 
 def test_version_and_help_are_no_errors(run) -> None:
