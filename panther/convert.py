@@ -12,6 +12,7 @@ import functools
 import importlib
 import importlib.util
 import inspect
+import itertools
 import json
 import re
 import sys
@@ -471,7 +472,7 @@ def _calibration(spec: str | None, model: nn.Module) -> Any:
             data = data()
         except Exception as error:  # the user's function may raise anything
             raise UsageError(f"--calib {spec} failed: {type(error).__name__}: {error}") from error
-    return list(data) if isinstance(data, Iterator) else data  # walked more than once
+    return data
 
 
 def _from_npz(path: Path, model: nn.Module) -> Any:
@@ -495,24 +496,32 @@ def _from_npz(path: Path, model: nn.Module) -> Any:
     return list(zip(*(tensor.split(CHUNK) for tensor in tensors.values()), strict=True))
 
 
-def _first_sample(data: Any, model: nn.Module) -> Call:
-    """One sample of the calibration data, to trace the model with."""
-    batch = data if isinstance(data, Tensor | Mapping) else next(iter(data), None)
+def _first_batch(data: Any) -> tuple[Any, Any]:
+    """The first batch, and data that still has it; no more is taken of a generator, which may have no end."""
+    if isinstance(data, Tensor | Mapping):
+        return data, data
+    batch = next(iter(data), None)
     if batch is None:
         raise UsageError("--calib has no batches: give at least one")
+    return batch, itertools.chain([batch], data) if isinstance(data, Iterator) else data
+
+
+def _first_sample(batch: Any, model: nn.Module) -> Call:
+    """One sample of a calibration batch, to trace the model with."""
     return batch_call(batch, Call((None,) * len(_required(model))), model).rows(0, 1)
 
 
-def _example(arguments: argparse.Namespace, model: nn.Module, data: Any) -> tuple[Call, str]:
-    """The inputs to trace with, and how they were found: flags, config, calibration data, first layer."""
+def _example(arguments: argparse.Namespace, model: nn.Module, data: Any) -> tuple[Call, str, Any]:
+    """The inputs to trace with, how they were found (flags, config, calibration data, first layer), and the data."""
     if arguments.input_shape:
-        return _from_shapes(arguments.input_shape, model, arguments.seed), "--input-shape"
+        return _from_shapes(arguments.input_shape, model, arguments.seed), "--input-shape", data
     made = huggingface.example_inputs_for(model)
     if made is not None:
-        return as_call(made), "the Hugging Face config"
+        return as_call(made), "the Hugging Face config", data
     if data is not None:
-        return _first_sample(data, model), "the first sample of --calib"
-    return _from_first_layer(model), "the first layer"
+        batch, data = _first_batch(data)
+        return _first_sample(batch, model), "the first sample of --calib", data
+    return _from_first_layer(model), "the first layer", data
 
 
 # The run --------------------------------------------------------------------------------------------------------------
@@ -537,8 +546,7 @@ def _run(arguments: argparse.Namespace) -> int:
     model = read(source, model=factory, trust_pickle=arguments.trust_pickle)
     if writes:
         check_can_be_saved(model, folder / f"{_stem(source)}.panther")
-    data = _calibration(arguments.calib, model)
-    example, found_by = _example(arguments, model, data)
+    example, found_by, data = _example(arguments, model, _calibration(arguments.calib, model))
     layers = {"example_inputs": example, "include": arguments.include, "exclude": arguments.exclude}
     options: dict[str, Any] = {"verify": False} if arguments.no_verify else {}
     try:

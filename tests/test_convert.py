@@ -74,6 +74,11 @@ NETS = """
         generator = torch.Generator().manual_seed(0)
         return (torch.randn(32, 16, generator=generator) for _ in range(6))
 
+    def endless():
+        for number in range(10_000):
+            yield torch.randn(256, 16, generator=torch.Generator().manual_seed(number))
+        raise RuntimeError("nobody takes as many")
+
     def broken():
         raise RuntimeError("no such disk")
 
@@ -594,10 +599,14 @@ def test_a_wrong_guess_says_that_it_was_one(run) -> None:
 def test_calibration_data_gives_the_inputs_too(run, quick: dict[str, Any], here: Path) -> None:
     run("deeper.pt", "--model", "nets.py:Deeper", "--calib", "nets.py:loader")
     assert quick["example_inputs"].args[0].shape == (1, 16)
-    assert [batch.shape for batch in quick["calib_data"]] == [(32, 16)] * 6
-    assert [batch.shape for batch in quick["calib_data"]] == [(32, 16)] * 6  # a generator is walked more than once
+    assert [batch.shape for batch in quick["calib_data"]] == [(32, 16)] * 6  # the first, which was looked at, as well
     run("deeper.pt", "--model", "nets.py:Deeper", "--calib", "nets.py:batches")
     assert len(quick["calib_data"]) == 2
+
+
+def test_a_loader_without_an_end_is_read_as_far_as_is_needed(run) -> None:
+    code, out, _ = run(*MLP, "--calib", "nets.py:endless", "--heal", "none", "--dry-run")
+    assert code == cli.DONE and out.startswith("target: ")
 
 
 def test_arrays_are_taken_by_name_or_by_position(run, quick: dict[str, Any], here: Path) -> None:
