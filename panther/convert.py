@@ -427,9 +427,14 @@ def _float_dtype(model: nn.Module) -> torch.dtype:
 
 def _required(model: nn.Module) -> list[str]:
     """Names of the arguments that forward must be given."""
-    parameters = inspect.signature(model.forward).parameters.values()
-    positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    return [p.name for p in parameters if p.default is p.empty and p.kind in positional]
+    parameters = inspect.signature(model.forward).parameters
+    return [name for name in _positional(model) if parameters[name].default is inspect.Parameter.empty]
+
+
+def _positional(model: nn.Module) -> list[str]:
+    """Names of the arguments that forward takes by their place."""
+    kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    return [name for name, p in inspect.signature(model.forward).parameters.items() if p.kind in kinds]
 
 
 def _from_first_layer(model: nn.Module) -> Call:
@@ -437,12 +442,17 @@ def _from_first_layer(model: nn.Module) -> Call:
 
     Raises: UsageError with the flag to add for every other model.
     """
-    first = next((m for m in model.modules() if any(True for _ in m.parameters(recurse=False))), model)
-    required = _required(model)
+    with_own = [m for m in model.modules() if any(True for _ in m.parameters(recurse=False))]
+    first = next((m for m in with_own if isinstance(m, SketchedLayer) or not any(m.children())), model)
+    required = _required(model) or _positional(model)[:1]
     if len(required) != 1:
-        flags = " ".join(f"--input-shape {name}=1,16" for name in required)
-        takes = f"takes {len(required)} arguments: add {flags}" if required else "takes no argument by name"
-        raise UsageError(f"cannot tell the inputs of {type(model).__name__}, which {takes} (with your sizes)")
+        parameters = inspect.signature(model.forward).parameters
+        keyed = [name for name, p in parameters.items() if p.kind is p.KEYWORD_ONLY]
+        takes = f"{len(required)} arguments" if required else ", ".join(parameters) or "nothing"
+        flags = " ".join(f"--input-shape {name}=1,16" for name in required or keyed) or "--input-shape 1,16"
+        raise UsageError(
+            f"cannot tell the inputs of {type(model).__name__}, which takes {takes}: add {flags} (with your sizes)"
+        )
     kind = first.DENSE if isinstance(first, SketchedLayer) else type(first)
     if kind is nn.Linear:
         row = torch.randn(1, cast(nn.Linear, first).in_features, generator=torch.Generator().manual_seed(0))

@@ -54,6 +54,22 @@ NETS = """
         def forward(self, ids):
             return self.mix(self.embed(ids))
 
+    class Placed(Text):
+        def __init__(self):
+            super().__init__()
+            self.place = nn.Parameter(torch.zeros(16))
+
+        def forward(self, ids):
+            return super().forward(ids) + self.place
+
+    class Optional(Mlp):
+        def forward(self, x=None, mask=None):
+            return super().forward(x)
+
+    class Keyed(Mlp):
+        def forward(self, *, x):
+            return super().forward(x)
+
     class Pair(nn.Module):
         def __init__(self):
             super().__init__()
@@ -104,7 +120,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.manual_seed(0)
     names: dict[str, Any] = {}
     exec(textwrap.dedent(NETS), names)  # noqa: S102 - the text above
-    for name in ("Mlp", "Cnn", "Text", "Pair", "Deeper", "Versioned"):
+    for name in ("Mlp", "Cnn", "Text", "Pair", "Deeper", "Versioned", "Placed", "Keyed"):
         torch.save(names[name]().state_dict(), place / f"{name.lower()}.pt")
     return place
 
@@ -559,6 +575,9 @@ def test_an_argument_by_place_and_one_by_name_are_both_inputs_of_the_file(run, h
 def test_the_input_of_a_first_linear_layer_is_inferred(run, quick: dict[str, Any]) -> None:
     run(*MLP)
     assert quick["example_inputs"].args[0].shape == (1, 16)
+    del quick["example_inputs"]
+    run("mlp.pt", "--model", "nets.py:Optional")  # of arguments that may all be left out, the first
+    assert quick["example_inputs"].args[0].shape == (1, 16)
 
 
 def test_the_input_of_a_first_layer_that_is_sketched_already_is_inferred() -> None:
@@ -582,6 +601,8 @@ def test_a_compressed_model_is_compressed_again_without_saying_its_inputs(run, h
         ("Cnn", "--input-shape 1,3,224,224 "),
         ("Text", "--input-shape 1,16:int64 "),
         ("Pair", "--input-shape left=1,16 --input-shape right=1,16 "),
+        ("Placed", "--input-shape 1,16:int64 "),
+        ("Keyed", "which takes x: add --input-shape x=1,16 "),
     ],
 )
 def test_where_the_input_cannot_be_inferred_the_flag_to_add_is_printed(run, name: str, flag: str) -> None:
