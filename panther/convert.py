@@ -43,7 +43,7 @@ from panther.converters.onnx import check_ready
 from panther.errors import CaptureError, PantherError
 from panther.nn import SketchedLayer
 from panther.report import RENDERERS
-from panther.spec import BITS, DTYPES, MODES, TIME_LIMIT, Budget, Choice, Heal, Plan
+from panther.spec import BITS, DTYPES, MODES, TIME_LIMIT, Budget, Choice, Heal, Plan, to_data
 from panther.trials import trials_file
 from panther.verify import medians_in_turn
 
@@ -247,6 +247,12 @@ def _check_search(arguments: argparse.Namespace) -> None:
     if arguments.search not in ALLOCATORS:
         close = "".join(f"; did you mean {found!r}?" for found in get_close_matches(arguments.search, ALLOCATORS, 1))
         raise UsageError(f"--search {arguments.search}: expected one of {', '.join(ALLOCATORS)}{close}")
+    given = [f"--search {arguments.search}"] if arguments.search != "sensitivity" else []
+    given += [f"--{name}" for name in BITS if getattr(arguments, name)]
+    if arguments.plan and given:
+        raise UsageError(
+            f"--plan says what becomes of each layer and what it is stored in: leave {given[0]} out, or --plan"
+        )
     flags = [flag for flag in ("trials", "timeout") if getattr(arguments, flag) is not None]
     if flags and arguments.search != "tuned":
         raise UsageError(f"--{flags[0]} belongs to --search tuned: add that, or leave --{flags[0]} out")
@@ -561,7 +567,8 @@ def _run(arguments: argparse.Namespace) -> int:
     options: dict[str, Any] = {"verify": False} if arguments.no_verify else {}
     try:
         if arguments.list_layers:
-            _say(analyze(model, **layers))
+            found = analyze(model, **layers)
+            _say(json.dumps(to_data(found), indent=1) if arguments.json else found)
             return DONE
         result = compress(
             model,
@@ -634,9 +641,11 @@ def _healing(arguments: argparse.Namespace) -> Heal:
         raise UsageError(f"--heal {mode}: expected one of {', '.join(MODES)}{close}")
     if arguments.heal not in (None, "none") and arguments.calib is None:
         raise UsageError(f"--heal {mode} needs inputs to heal with: add --calib data.npz or --calib my.py:loader")
+    flags = ", ".join("--" + name.replace("_", "-") for name in limits)
     if limits and mode in ("none", "refit"):
-        flags = ", ".join("--" + name.replace("_", "-") for name in limits)
         raise UsageError(f"{flags}: --heal {mode} has no training to limit; use --heal blocks, distill or auto")
+    if limits and arguments.calib is None:
+        raise UsageError(f"{flags}: there is no training without inputs: add --calib data.npz or --calib my.py:loader")
     try:
         return Heal("none" if arguments.dry_run else mode, **limits)
     except ValueError as error:

@@ -392,6 +392,14 @@ def test_listing_layers_prints_what_can_be_sketched(run, here: Path) -> None:
     assert (code, err) == (cli.DONE, "")
     assert out.startswith("1 of 3 dense layers can be sketched")
     assert "not among include=" in out
+    code, out, _ = run(*MLP, "--list-layers", "--include", "first", "--json")
+    assert code == cli.DONE
+    layers = json.loads(out)["layers"]
+    assert [(layer["name"], bool(layer["blockers"])) for layer in layers] == [
+        ("first", False),
+        ("second", True),
+        ("last", True),
+    ]
 
 
 def test_a_terminal_without_the_characters_of_a_table_gets_the_rest(
@@ -723,6 +731,15 @@ def test_a_recipe_that_cannot_be_followed_is_refused(run, here: Path, text: str,
         (["--search", "tuned", "--timeout", "nan"], "--timeout nan: expected seconds, above 0"),
         (["--search", "best"], "--search best: expected one of uniform, sensitivity, tuned"),
         (["--search", "tunned"], "did you mean 'tuned'?"),
+        (["--plan", "p.json", "--search", "tuned", "--trials", "5"], "leave --search tuned out, or --plan"),
+        (
+            ["--plan", "p.json", "--int4"],
+            "and what it is stored in: leave --int4 out, or --plan",
+        ),
+        (
+            ["--time-limit", "9", "--learning-rate", "0.1"],
+            "--time-limit, --learning-rate: there is no training",
+        ),
         (["--eval", "gone.py:f"], "no file gone.py"),
         (["--eval", "nets.py:score"], "nets.py has no 'score'"),
         (["--eval", "nets.py:empty"], "--eval nets.py:empty is list: expected a function of a model"),
