@@ -594,7 +594,7 @@ def _run(arguments: argparse.Namespace) -> int:
         raise CaptureError(f"{error} The inputs came from {found_by}: say them with --input-shape.") from error
     if arguments.dry_run:
         _say(_plan_text(result, as_json=arguments.json))
-        return DONE if result.budget_met else _over_budget(result, "nothing was written (--dry-run)")
+        return DONE if result.budget_met else _over_budget(arguments, result, "nothing was written (--dry-run)")
     return _deliver(arguments, result, model, example, folder, source)
 
 
@@ -726,9 +726,12 @@ def _choice_text(choice: Choice) -> str:
     return fewer if choice.scheme == CHANNELS else ", ".join(filter(None, [ranks, fewer]))
 
 
-def _over_budget(result: Result, where: str) -> int:
+def _over_budget(arguments: argparse.Namespace, result: Result, where: str) -> int:
     broken = next((note for note in result.report.notes if note.startswith("budget not met")), "budget not met")
-    return _complain(f"{broken}; {where}. Ask for a larger --budget, or let more layers take part.", OVER_BUDGET)
+    advice = "Ask for a larger --budget, or let more layers take part."
+    if arguments.plan and arguments.budget is None and arguments.max_drop is None:
+        advice = f"{arguments.plan} was made for that budget: once it is edited, say with --budget what it has to hold."
+    return _complain(f"{broken}; {where}. {advice}", OVER_BUDGET)
 
 
 @dataclass(frozen=True)
@@ -781,7 +784,9 @@ def _deliver(
         )
     if code or export is None:
         return code
-    return DONE if result.budget_met else _over_budget(result, f"the best that was found is in {export.path}")
+    if result.budget_met:
+        return DONE
+    return _over_budget(arguments, result, f"the best that was found is in {export.path}")
 
 
 def _unwritten(reasons: Sequence[str], saved: Path | None, export: ExportReport | None) -> str:

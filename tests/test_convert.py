@@ -280,6 +280,17 @@ def test_a_saved_plan_is_used_again_with_its_own_budget(run, here: Path) -> None
     assert Plan.from_json(out).choices == Plan.from_json(plan).choices
 
 
+def test_an_edited_plan_that_misses_its_budget_is_told_to_say_another(run, here: Path) -> None:
+    plan = json.loads(run(*MLP, "--dry-run", "--json", "--budget", "0.6")[1])
+    changed = next(choice for choice in plan["choices"] if choice["scheme"] != "dense")
+    changed["scheme"] = "dense"
+    (here / "edited.json").write_text(json.dumps(plan))
+    code, _, err = run(*MLP, "--dry-run", "--plan", "edited.json")
+    assert code == cli.OVER_BUDGET
+    assert "edited.json was made for that budget: once it is edited, say with --budget what" in refusal(err)
+    assert run(*MLP, "--dry-run", "--plan", "edited.json", "--budget", "1.0")[0] == cli.DONE
+
+
 def test_a_budget_out_of_reach_still_writes_files_and_names_them_so(run, here: Path, export: Any) -> None:
     export(ok=True)
     code, out, err = run(*MLP, "--budget", "0.001", "-o", "over", "-q")
