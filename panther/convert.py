@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
 import functools
 import importlib
 import importlib.util
@@ -560,6 +561,7 @@ def _run(arguments: argparse.Namespace) -> int:
     evaluate = _evaluation(arguments.eval)
     factory = None if arguments.model is None else _named_object("--model", arguments.model)
     model = read(source, model=factory, trust_pickle=arguments.trust_pickle)
+    note = _computes_in_float32(model)
     if writes:
         check_can_be_saved(model, folder / f"{_stem(source)}.panther")
     example, found_by, data = _example(arguments, model, _calibration(arguments.calib, model))
@@ -592,10 +594,26 @@ def _run(arguments: argparse.Namespace) -> int:
         if arguments.input_shape or "does not run" not in str(error):
             raise
         raise CaptureError(f"{error} The inputs came from {found_by}: say them with --input-shape.") from error
+    if note:
+        report = dataclasses.replace(result.report, notes=(*result.report.notes, note))
+        result = dataclasses.replace(result, report=report)
     if arguments.dry_run:
         _say(_plan_text(result, as_json=arguments.json))
         return DONE if result.budget_met else _over_budget(arguments, result, "nothing was written (--dry-run)")
     return _deliver(arguments, result, model, example, folder, source)
+
+
+def _computes_in_float32(model: nn.Module) -> str:
+    """Makes bfloat16 weights float32, and says so; nothing to say where there are none."""
+    if all(tensor.dtype != torch.bfloat16 for tensor in (*model.parameters(), *model.buffers())):
+        return ""
+    model.float()
+    note = (
+        "the weights are bfloat16 in the file and float32 here, for onnxruntime has no bfloat16 kernels on a CPU: "
+        "sizes, budgets and speeds are those of float32"
+    )
+    warnings.warn(note, UserWarning, stacklevel=1)
+    return note
 
 
 def _goal(arguments: argparse.Namespace) -> tuple[Budget, Plan | None]:

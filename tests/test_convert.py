@@ -682,6 +682,17 @@ def test_a_hugging_face_folder_brings_its_inputs(run, here: Path, quick: dict[st
     assert set(quick["example_inputs"].kwargs) == {"input_ids", "attention_mask"}
 
 
+def test_bfloat16_weights_are_written_as_float32_and_the_report_says_so(run, here: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    model = transformers.BertModel(transformers.BertConfig(vocab_size=30, **sizes))
+    model.bfloat16().save_pretrained(here / "half")
+    code, out, err = run("half", "-o", "single", "--heal", "none", "--no-verify")
+    assert code == cli.DONE and "agrees with the model (tolerance 1e-04" in out
+    told = "the weights are bfloat16 in the file and float32 here"
+    assert told in err and told in (here / "single/half.report.txt").read_text()
+
+
 # Recipes
 
 
