@@ -111,6 +111,15 @@ def save(model: nn.Module, folder: Path | str, *, plan: Plan, report: Report) ->
     return folder
 
 
+def check_can_be_saved(model: nn.Module, folder: Path) -> None:
+    """That `save` will not refuse what is made of a model, for whoever works long before.
+
+    Raises: ExportError as `save`.
+    """
+    _check_overwritable(folder)
+    _tensors_of(model)
+
+
 def load(folder: Path | str, *, model: ModelSource | None = None, trust_pickle: bool = False) -> nn.Module:
     """The compressed model in a folder that `save` wrote, in eval mode; `trust_pickle` is not needed here.
 

@@ -63,8 +63,8 @@ def example_inputs_for(source: nn.Module | Path | str) -> dict[str, Tensor] | No
     """Inputs that a Hugging Face model (or the model of a folder) takes, made from its config; None when unknown.
 
     Text: input_ids (2, 16) and attention_mask, the second row padded. Vision: pixel_values (2, channels, height,
-    width). Whisper: input_features (2, mel bins, frames). Encoder-decoders also get decoder_input_ids (2, 16). The
-    numbers are random, the same each time.
+    width). Whisper: input_features (2, mel bins, frames). Encoder-decoders also get decoder_input_ids (2, 12), shorter
+    than what the encoder reads so that the two lengths are told apart. The numbers are random, the same each time.
 
     Raises: LoadError as `read`, for a folder only.
     """
@@ -82,7 +82,8 @@ def example_inputs_for(source: nn.Module | Path | str) -> dict[str, Tensor] | No
         return None
     takes = inspect.signature(model_class.forward).parameters
     if getattr(config, "is_encoder_decoder", False) and "decoder_input_ids" in takes:
-        inputs["decoder_input_ids"] = _tokens(config, torch.Generator().manual_seed(1))
+        ids = _tokens(config, torch.Generator().manual_seed(1))
+        inputs["decoder_input_ids"] = ids[:, : ids.shape[1] - ids.shape[1] // 4]
     return {name: value for name, value in inputs.items() if name in takes}
 
 

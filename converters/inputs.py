@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import itertools
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -60,12 +61,14 @@ def flatten(model: nn.Module, example_inputs: Any, device: torch.device) -> Inpu
     positional = [
         name for name, p in inspect.signature(model.forward).parameters.items() if p.kind is not p.KEYWORD_ONLY
     ]
-    named = [(_name(path, positional), leaf) for path, leaf in leaves]
-    tensors = [(name, leaf.detach()) for name, leaf in named if isinstance(leaf, Tensor)]
+    tensors: dict[str, Tensor] = {}
+    for path, leaf in leaves:
+        if isinstance(leaf, Tensor):
+            tensors[unique(_name(path, positional), tensors)] = leaf.detach()
     if not tensors:
         raise ValueError("example_inputs hold no tensor: give what the model's forward takes, as for torch.export")
     slots = tuple(_HOLE if isinstance(leaf, Tensor) else leaf for _, leaf in leaves)
-    return Inputs(tuple(name for name, _ in tensors), tuple(t for _, t in tensors), slots, structure)
+    return Inputs(tuple(tensors), tuple(tensors.values()), slots, structure)
 
 
 def _name(path: tuple[Any, ...], positional: Sequence[str]) -> str:
@@ -94,6 +97,12 @@ def dynamic_axes(inputs: Inputs) -> tuple[dict[int, str], ...]:
     return tuple(found)
 
 
+def unique(name: str, taken: Collection[str]) -> str:
+    """The name, or the first of name_2, name_3, ... that is free."""
+    numbered = (f"{name}_{number}" for number in itertools.count(2))
+    return next(found for found in itertools.chain([name], numbered) if found not in taken)
+
+
 def only(axes: Sequence[Axes], labels: frozenset[str]) -> tuple[dict[int, str], ...]:
     return tuple({dim: label for dim, label in one.items() if label in labels} for one in axes)
 
@@ -118,38 +127,47 @@ def resized(inputs: Inputs, axes: Sequence[Axes], wanted: Mapping[str, int]) -> 
 
 
 def other_sizes(present: Mapping[str, int]) -> list[dict[str, int]]:
-    """The present sizes, then a larger batch, batch 1 with another length, and the other length alone; each once."""
+    """The present sizes and others that a file is tried at, each once.
 
-    def length(size: int) -> int:
-        return size - size // 3 if size > 2 else size + 1  # shorter where it can be: a position table has an end
-
-    batch = present.get("batch", 0)
+    These are a larger batch, batch 1 with other lengths, the other lengths alone; and of several lengths, which are
+    free of each other, each larger while the others are smaller.
+    """
+    batch = {label: size for label, size in present.items() if label == "batch"}
+    lengths = {label: size for label, size in present.items() if label != "batch"}
+    other = {label: _smaller(size) for label, size in lengths.items()}
     changes = [
-        ({}, False),
-        ({"batch": batch + 1}, False),
-        ({"batch": 1}, True),
-        ({"batch": batch + 2}, True),
-        ({}, True),
+        {},
+        {label: size + 1 for label, size in batch.items()},
+        {**dict.fromkeys(batch, 1), **other},
+        {**{label: size + 2 for label, size in batch.items()}, **other},
+        other,
     ]
-    found: list[dict[str, int]] = []
-    for change, other_length in changes:
-        made = {
-            label: change.get(label, size) if label == "batch" else (length(size) if other_length else size)
-            for label, size in present.items()
-        }
-        if made not in found:
-            found.append(made)
-    return found
+    if len(lengths) > 1:
+        changes += [{**other, label: _larger(size)} for label, size in lengths.items()]
+    found = [{**present, **change} for change in changes]
+    return [made for index, made in enumerate(found) if made not in found[:index]]
+
+
+def _smaller(size: int) -> int:
+    return size - size // 3 if size > 2 else size + 1  # shorter where it can be: a position table has an end
+
+
+def _larger(size: int) -> int:
+    return size + size // 3 if size > 2 else size + 2
 
 
 def named_outputs(output: Any, name: str = "") -> dict[str, Tensor]:
-    """Every tensor of a model's output by name: dict keys and field names, indices for tuples; None is left out."""
+    """Every tensor of a model's output by name: dict keys and field names, indices for tuples; None is left out.
+
+    Keys that make the same name, as k-1 and k_1 do, are numbered.
+    """
     if isinstance(output, Tensor):
         return {name or "output": output}
     found: dict[str, Tensor] = {}
     for key, value in _parts(output):
         stem = name or ("output" if isinstance(key, int) else "")
-        found.update(named_outputs(value, f"{stem}_{key}" if stem else str(key)))
+        for inner, tensor in named_outputs(value, f"{stem}_{key}" if stem else str(key)).items():
+            found[unique(inner, found)] = tensor
     return found
 
 

@@ -31,6 +31,7 @@ from panther.converters.inputs import (
     other_sizes,
     resized,
     sizes,
+    unique,
 )
 from panther.converters.parity import MOST_ROUNDED, ExportReport, ShapeCheck, difference, relative_rms, tolerance_for
 from panther.errors import ExportError
@@ -96,8 +97,7 @@ def write(
         ValueError for an opset that does not exist.
     """
     path, started, batches = Path(path), time.perf_counter(), list(batches)
-    _require("onnx", "onnxscript", *(["onnxruntime"] if verify else []))
-    _check_opset(opset)
+    check_ready(opset, verify=verify)
     with inference(model), _without_cache(model), _quiet():
         inputs = flatten(model, example_inputs, device_of(model))
         outputs = _run_model(model, inputs)
@@ -150,13 +150,18 @@ def write(
 class _Flat(nn.Module):
     """The model as a function of tensors that returns tensors, which is all that ONNX knows."""
 
-    def __init__(self, model: nn.Module, inputs: Inputs) -> None:
+    def __init__(self, model: nn.Module, inputs: Inputs, axes: Sequence[Axes]) -> None:
         super().__init__()
         self.model = model
         self._inputs = inputs
+        self._axes = axes
         self.training = False  # not by eval(): that the submodules are in eval mode is `inference`'s work
 
     def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+        # A batch is one size, also where the model only reads as many rows of a mask as there are of tokens.
+        batches = [tensor.shape[0] for tensor, one in zip(tensors, self._axes, strict=True) if 0 in one]
+        for size in batches[1:]:
+            torch._check(size == batches[0])
         args, kwargs = self._inputs.call(tensors)
         return tuple(named_outputs(self.model(*args, **kwargs)).values())
 
@@ -195,12 +200,12 @@ def _export(model: nn.Module, inputs: Inputs, outputs: Sequence[str], opset: int
     for wanted in dict.fromkeys((labels, labels & {"batch"}, frozenset[str]())):
         attempt = only(axes, wanted)
         try:
-            program = _program(model, inputs, attempt, outputs, opset)
+            program, named = _program(model, inputs, attempt, outputs, opset)
         except Exception as error:  # tracing runs the user's code; each failure is told with its reason
             failures.setdefault(_reason(error), f"dynamic {', '.join(sorted(wanted))}" if wanted else "fixed sizes")
             continue
         notes = _fixed_notes(inputs, axes, wanted)
-        return _Exported(program, attempt, (*notes, *(f"no {when}: {reason}" for reason, when in failures.items())))
+        return _Exported(program, named, (*notes, *(f"no {when}: {reason}" for reason, when in failures.items())))
     reasons = "; ".join(f"{when}: {reason}" for reason, when in failures.items())
     raise ExportError(
         f"{type(model).__name__} cannot be exported to ONNX ({reasons}). Make what is named traceable: torch.cond for "
@@ -218,27 +223,28 @@ def _fixed_notes(inputs: Inputs, axes: Sequence[Axes], dynamic: frozenset[str]) 
 
 def _program(
     model: nn.Module, inputs: Inputs, axes: tuple[dict[int, str], ...], outputs: Sequence[str], opset: int | None
-) -> Any:
-    """The ONNX program for one choice of dynamic sizes."""
+) -> tuple[Any, tuple[dict[int, str], ...]]:
+    """The ONNX program for one choice of dynamic sizes, and these by the names that they have in it."""
     # A size of 1 in the example would be taken for a constant.
     traced = resized(inputs, axes, {label: max(size, 2) for label, size in sizes(inputs, axes).items()})
     # Copies, for the tracer marks the tensors it is given as dynamic, for good.
     traced = traced.with_tensors([tensor.clone() for tensor in traced.tensors])
-    exported = _trace(_Flat(model, traced), traced.tensors, axes)
+    exported = _trace(_Flat(model, traced, axes), traced.tensors, axes)
     if any(node.target in REFERENCES for node in exported.graph.nodes):
         exported = exported.run_decompositions(REFERENCES)
-    names = list(inputs.names)
+    names, results = list(inputs.names), list[str]()
+    for name in outputs:
+        results.append(unique(f"{name}_out", [*names, *outputs, *results]) if name in names else name)
     program = torch.onnx.export(
         exported,
         (),
         dynamo=True,
         input_names=names,
-        output_names=[f"{name}_out" if name in names else name for name in outputs],
+        output_names=results,
         opset_version=opset,
         verbose=False,
     )
-    _name_axes(program, axes)
-    return program
+    return program, _named_apart(program, axes)
 
 
 def _trace(flat: nn.Module, tensors: tuple[Tensor, ...], axes: Sequence[Axes]) -> torch.export.ExportedProgram:
@@ -259,17 +265,24 @@ def _trace(flat: nn.Module, tensors: tuple[Tensor, ...], axes: Sequence[Axes]) -
         raise ExportError(f"{places[-1]}: {_reason(error)}") from None
 
 
-def _name_axes(program: Any, axes: Sequence[Axes]) -> None:
-    """Give the dynamic sizes their names instead of the tracer's s0, s1."""
+def _named_apart(program: Any, axes: Sequence[Axes]) -> tuple[dict[int, str], ...]:
+    """The dynamic sizes with one name for each of the tracer's s0, s1, and the program renamed so.
+
+    Sizes that were equal in the example may be free of each other. Under one name a runtime would take them for equal,
+    and give the memory of one to the other.
+    """
     names: dict[str, str] = {}
+    found: list[dict[int, str]] = []
     for value, one in zip(program.model.graph.inputs, axes, strict=True):
-        for dim, label in one.items():
-            symbol = value.shape[dim].value if not isinstance(value.shape[dim], int) else None
-            if symbol:
-                names.setdefault(symbol, label)
+        symbols = {dim: getattr(value.shape[dim], "value", None) for dim in one}
+        for dim, symbol in symbols.items():
+            if symbol and symbol not in names:
+                names[symbol] = unique(one[dim].partition("_")[0], names.values())
+        found.append({dim: names[symbol] for dim, symbol in symbols.items() if symbol})
     # torch 2.10 cannot rename; the names are for readers only.
     if names and hasattr(program, "rename_axes"):
         program.rename_axes(names)
+    return tuple(found)
 
 
 def _save(program: Any, file: Path, external_data_above: int) -> Path:
@@ -461,6 +474,15 @@ def _publish(file: Path, folder: Path) -> tuple[int, Path | None, Path]:
     return size_bytes, external_data, folder / file.name
 
 
+def check_ready(opset: int | None, *, verify: bool = True) -> None:
+    """That a file can be written here at all, for whoever works long before.
+
+    Raises: ExportError for a package that is missing, ValueError for an opset that does not exist.
+    """
+    _require("onnx", "onnxscript", *(["onnxruntime"] if verify else []))
+    _check_opset(opset)
+
+
 def _require(*packages: str) -> None:
     for package in packages:
         try:
@@ -512,4 +534,4 @@ def _quiet() -> Iterator[None]:
                 logging.getLogger(name).setLevel(level)
 
 
-__all__ = ["EXTERNAL_DATA_BYTES", "ExportReport", "foreign_operators", "write"]
+__all__ = ["EXTERNAL_DATA_BYTES", "ExportReport", "check_ready", "foreign_operators", "write"]

@@ -75,7 +75,7 @@ class Result:
         """Write a standard ONNX file, read it back and compare it before its path is returned (an ExportReport)."""
         from panther.converters import WRITERS
 
-        return WRITERS["onnx"](self.model, path, self._example.args or dict(self._example.kwargs), **options)
+        return WRITERS["onnx"](self.model, path, self._example, **options)
 
 
 def analyze(

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
 import functools
 import importlib
 import importlib.util
 import inspect
+import itertools
 import json
 import re
 import sys
@@ -23,7 +25,7 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
 from types import ModuleType
-from typing import Any, NoReturn, TextIO, cast
+from typing import Any, NoReturn, TextIO, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -35,14 +37,18 @@ from panther.batches import CHUNK, Call, as_call, batch_call
 from panther.chains import CHANNELS
 from panther.compress import Result, analyze, compress
 from panther.converters import WRITERS, ExportReport, huggingface, read
+from panther.converters.compressed import check_can_be_saved
 from panther.converters.files import staging
 from panther.converters.inputs import dynamic_axes, flatten, resized, sizes
-from panther.errors import CaptureError, ExportError, PantherError
+from panther.converters.onnx import check_ready
+from panther.errors import CaptureError, PantherError
 from panther.nn import SketchedLayer
 from panther.report import RENDERERS
-from panther.spec import BITS, DTYPES, MODES, TIME_LIMIT, Budget, Choice, Heal, Plan
+from panther.spec import BITS, DTYPES, MODES, TIME_LIMIT, Budget, Choice, Heal, Plan, to_data
 from panther.trials import trials_file
 from panther.verify import medians_in_turn
+
+T = TypeVar("T")
 
 DONE, UNEXPECTED, USAGE, OVER_BUDGET, PARITY_FAILED, INTERRUPTED = 0, 1, 2, 3, 4, 130
 BENCHMARK_BATCHES = (1, 32)
@@ -85,7 +91,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         with _importable(Path.cwd()), _plain_warnings(arguments.verbose):
             return _run(arguments)
     except KeyboardInterrupt:
-        return _complain("interrupted; every file that is there is whole. Run the same command again.", INTERRUPTED)
+        again = f"Run the same command again{_resuming(arguments)}."
+        return _complain(f"interrupted; every file that is there is whole. {again}", INTERRUPTED)
     except Exception as error:  # the last handler there is: one line, and how to see more
         _show_traceback(arguments.verbose)
         if isinstance(error, UsageError | PantherError) or _is_about_arguments(error):
@@ -112,7 +119,10 @@ def _complain(error: object, code: int) -> int:
 
 
 def _say(text: object, stream: TextIO | None = None) -> None:
-    (stream or sys.stdout).write(f"{text}\n")
+    """One text and a line end; "?" for what the stream's encoding does not have."""
+    stream = stream or sys.stdout
+    encoding = stream.encoding or "utf-8"  # None of an io.StringIO
+    stream.write(f"{text}\n".encode(encoding, "replace").decode(encoding))
 
 
 def _show_traceback(verbose: bool) -> None:
@@ -238,6 +248,12 @@ def _check_search(arguments: argparse.Namespace) -> None:
     if arguments.search not in ALLOCATORS:
         close = "".join(f"; did you mean {found!r}?" for found in get_close_matches(arguments.search, ALLOCATORS, 1))
         raise UsageError(f"--search {arguments.search}: expected one of {', '.join(ALLOCATORS)}{close}")
+    given = [f"--search {arguments.search}"] if arguments.search != "sensitivity" else []
+    given += [f"--{name}" for name in BITS if getattr(arguments, name)]
+    if arguments.plan and given:
+        raise UsageError(
+            f"--plan says what becomes of each layer and what it is stored in: leave {given[0]} out, or --plan"
+        )
     flags = [flag for flag in ("trials", "timeout") if getattr(arguments, flag) is not None]
     if flags and arguments.search != "tuned":
         raise UsageError(f"--{flags[0]} belongs to --search tuned: add that, or leave --{flags[0]} out")
@@ -418,9 +434,14 @@ def _float_dtype(model: nn.Module) -> torch.dtype:
 
 def _required(model: nn.Module) -> list[str]:
     """Names of the arguments that forward must be given."""
-    parameters = inspect.signature(model.forward).parameters.values()
-    positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    return [p.name for p in parameters if p.default is p.empty and p.kind in positional]
+    parameters = inspect.signature(model.forward).parameters
+    return [name for name in _positional(model) if parameters[name].default is inspect.Parameter.empty]
+
+
+def _positional(model: nn.Module) -> list[str]:
+    """Names of the arguments that forward takes by their place."""
+    kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    return [name for name, p in inspect.signature(model.forward).parameters.items() if p.kind in kinds]
 
 
 def _from_first_layer(model: nn.Module) -> Call:
@@ -428,12 +449,17 @@ def _from_first_layer(model: nn.Module) -> Call:
 
     Raises: UsageError with the flag to add for every other model.
     """
-    first = next((m for m in model.modules() if any(True for _ in m.parameters(recurse=False))), model)
-    required = _required(model)
+    with_own = [m for m in model.modules() if any(True for _ in m.parameters(recurse=False))]
+    first = next((m for m in with_own if isinstance(m, SketchedLayer) or not any(m.children())), model)
+    required = _required(model) or _positional(model)[:1]
     if len(required) != 1:
-        flags = " ".join(f"--input-shape {name}=1,16" for name in required)
-        takes = f"takes {len(required)} arguments: add {flags}" if required else "takes no argument by name"
-        raise UsageError(f"cannot tell the inputs of {type(model).__name__}, which {takes} (with your sizes)")
+        parameters = inspect.signature(model.forward).parameters
+        keyed = [name for name, p in parameters.items() if p.kind is p.KEYWORD_ONLY]
+        takes = f"{len(required)} arguments" if required else ", ".join(parameters) or "nothing"
+        flags = " ".join(f"--input-shape {name}=1,16" for name in required or keyed) or "--input-shape 1,16"
+        raise UsageError(
+            f"cannot tell the inputs of {type(model).__name__}, which takes {takes}: add {flags} (with your sizes)"
+        )
     kind = first.DENSE if isinstance(first, SketchedLayer) else type(first)
     if kind is nn.Linear:
         row = torch.randn(1, cast(nn.Linear, first).in_features, generator=torch.Generator().manual_seed(0))
@@ -463,7 +489,7 @@ def _calibration(spec: str | None, model: nn.Module) -> Any:
             data = data()
         except Exception as error:  # the user's function may raise anything
             raise UsageError(f"--calib {spec} failed: {type(error).__name__}: {error}") from error
-    return list(data) if isinstance(data, Iterator) else data  # walked more than once
+    return data
 
 
 def _from_npz(path: Path, model: nn.Module) -> Any:
@@ -487,24 +513,32 @@ def _from_npz(path: Path, model: nn.Module) -> Any:
     return list(zip(*(tensor.split(CHUNK) for tensor in tensors.values()), strict=True))
 
 
-def _first_sample(data: Any, model: nn.Module) -> Call:
-    """One sample of the calibration data, to trace the model with."""
-    batch = data if isinstance(data, Tensor | Mapping) else next(iter(data), None)
+def _first_batch(data: Any) -> tuple[Any, Any]:
+    """The first batch, and data that still has it; no more is taken of a generator, which may have no end."""
+    if isinstance(data, Tensor | Mapping):
+        return data, data
+    batch = next(iter(data), None)
     if batch is None:
         raise UsageError("--calib has no batches: give at least one")
+    return batch, itertools.chain([batch], data) if isinstance(data, Iterator) else data
+
+
+def _first_sample(batch: Any, model: nn.Module) -> Call:
+    """One sample of a calibration batch, to trace the model with."""
     return batch_call(batch, Call((None,) * len(_required(model))), model).rows(0, 1)
 
 
-def _example(arguments: argparse.Namespace, model: nn.Module, data: Any) -> tuple[Call, str]:
-    """The inputs to trace with, and how they were found: flags, config, calibration data, first layer."""
+def _example(arguments: argparse.Namespace, model: nn.Module, data: Any) -> tuple[Call, str, Any]:
+    """The inputs to trace with, how they were found (flags, config, calibration data, first layer), and the data."""
     if arguments.input_shape:
-        return _from_shapes(arguments.input_shape, model, arguments.seed), "--input-shape"
+        return _from_shapes(arguments.input_shape, model, arguments.seed), "--input-shape", data
     made = huggingface.example_inputs_for(model)
     if made is not None:
-        return as_call(made), "the Hugging Face config"
+        return as_call(made), "the Hugging Face config", data
     if data is not None:
-        return _first_sample(data, model), "the first sample of --calib"
-    return _from_first_layer(model), "the first layer"
+        batch, data = _first_batch(data)
+        return _first_sample(batch, model), "the first sample of --calib", data
+    return _from_first_layer(model), "the first layer", data
 
 
 # The run --------------------------------------------------------------------------------------------------------------
@@ -516,20 +550,27 @@ def _run(arguments: argparse.Namespace) -> int:
     device = _device(arguments.device)
     source = Path(arguments.path)
     folder = Path(arguments.output) if arguments.output else source.absolute().parent
+    writes = not (arguments.dry_run or arguments.list_layers)
+    if writes:
+        check_ready(arguments.opset)
+        _check_writable(folder, "-o DIR")
+        if arguments.report:
+            _check_writable(Path(arguments.report).parent, "--report FILE")
     if arguments.save_config:
         _save_recipe(arguments)
-    if not (arguments.dry_run or arguments.list_layers):
-        _check_writable(folder)
     evaluate = _evaluation(arguments.eval)
     factory = None if arguments.model is None else _named_object("--model", arguments.model)
     model = read(source, model=factory, trust_pickle=arguments.trust_pickle)
-    data = _calibration(arguments.calib, model)
-    example, found_by = _example(arguments, model, data)
+    note = _computes_in_float32(model)
+    if writes:
+        check_can_be_saved(model, folder / f"{_stem(source)}.panther")
+    example, found_by, data = _example(arguments, model, _calibration(arguments.calib, model))
     layers = {"example_inputs": example, "include": arguments.include, "exclude": arguments.exclude}
     options: dict[str, Any] = {"verify": False} if arguments.no_verify else {}
     try:
         if arguments.list_layers:
-            _say(analyze(model, **layers))
+            found = analyze(model, **layers)
+            _say(json.dumps(to_data(found), indent=1) if arguments.json else found)
             return DONE
         result = compress(
             model,
@@ -553,10 +594,26 @@ def _run(arguments: argparse.Namespace) -> int:
         if arguments.input_shape or "does not run" not in str(error):
             raise
         raise CaptureError(f"{error} The inputs came from {found_by}: say them with --input-shape.") from error
+    if note:
+        report = dataclasses.replace(result.report, notes=(*result.report.notes, note))
+        result = dataclasses.replace(result, report=report)
     if arguments.dry_run:
         _say(_plan_text(result, as_json=arguments.json))
-        return DONE if result.budget_met else _over_budget(result, "nothing was written (--dry-run)")
+        return DONE if result.budget_met else _over_budget(arguments, result, "nothing was written (--dry-run)")
     return _deliver(arguments, result, model, example, folder, source)
+
+
+def _computes_in_float32(model: nn.Module) -> str:
+    """Makes bfloat16 weights float32, and says so; nothing to say where there are none."""
+    if all(tensor.dtype != torch.bfloat16 for tensor in (*model.parameters(), *model.buffers())):
+        return ""
+    model.float()
+    note = (
+        "the weights are bfloat16 in the file and float32 here, for onnxruntime has no bfloat16 kernels on a CPU: "
+        "sizes, budgets and speeds are those of float32"
+    )
+    warnings.warn(note, UserWarning, stacklevel=1)
+    return note
 
 
 def _goal(arguments: argparse.Namespace) -> tuple[Budget, Plan | None]:
@@ -602,9 +659,11 @@ def _healing(arguments: argparse.Namespace) -> Heal:
         raise UsageError(f"--heal {mode}: expected one of {', '.join(MODES)}{close}")
     if arguments.heal not in (None, "none") and arguments.calib is None:
         raise UsageError(f"--heal {mode} needs inputs to heal with: add --calib data.npz or --calib my.py:loader")
+    flags = ", ".join("--" + name.replace("_", "-") for name in limits)
     if limits and mode in ("none", "refit"):
-        flags = ", ".join("--" + name.replace("_", "-") for name in limits)
         raise UsageError(f"{flags}: --heal {mode} has no training to limit; use --heal blocks, distill or auto")
+    if limits and arguments.calib is None:
+        raise UsageError(f"{flags}: there is no training without inputs: add --calib data.npz or --calib my.py:loader")
     try:
         return Heal("none" if arguments.dry_run else mode, **limits)
     except ValueError as error:
@@ -621,7 +680,7 @@ def _checkpoint(arguments: argparse.Namespace) -> Path | None:
             raise UsageError("--resume needs the file to go on from: add --checkpoint FILE, as in the run before")
         return None
     path = Path(arguments.checkpoint)
-    is_there = path.exists() or trials_file(path).exists()
+    is_there = _is_kept(path)
     if is_there and not arguments.resume:
         raise UsageError(
             f"--checkpoint {path} is there already: add --resume to go on from it, or delete it (or give another name) "
@@ -635,6 +694,18 @@ def _checkpoint(arguments: argparse.Namespace) -> Path | None:
     return None if arguments.dry_run else path
 
 
+def _is_kept(checkpoint: Path) -> bool:
+    return checkpoint.exists() or trials_file(checkpoint).exists()
+
+
+def _resuming(arguments: argparse.Namespace) -> str:
+    """What differs in the command that goes on after Ctrl-C."""
+    is_kept = arguments.checkpoint is not None and _is_kept(Path(arguments.checkpoint))
+    if is_kept == arguments.resume:
+        return ""
+    return " with --resume" if is_kept else " without --resume"
+
+
 def _budget_of(plan: Plan | None, *, evaluates: bool) -> str:
     """The budget that a plan was made for, all of the model where it says none; without --eval its drop is left out."""
     if plan is None:
@@ -643,14 +714,19 @@ def _budget_of(plan: Plan | None, *, evaluates: bool) -> str:
     return ", ".join(parts) if any(part and not part.startswith("of=") for part in parts) else "1.0"
 
 
-def _check_writable(folder: Path) -> None:
+def _stem(source: Path) -> str:
+    """What the names of the files begin with."""
+    return source.resolve().name if source.is_dir() else source.stem
+
+
+def _check_writable(folder: Path, flag: str) -> None:
     """Raise UsageError before the work, and not after it, when nothing can be written there."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError as error:
-        raise UsageError(f"cannot write to {folder}: {error.strerror}; choose another folder with -o DIR") from error
+        raise UsageError(f"cannot write to {folder}: {error.strerror}; choose another folder with {flag}") from error
 
 
 def _plan_text(result: Result, *, as_json: bool) -> str:
@@ -668,9 +744,12 @@ def _choice_text(choice: Choice) -> str:
     return fewer if choice.scheme == CHANNELS else ", ".join(filter(None, [ranks, fewer]))
 
 
-def _over_budget(result: Result, where: str) -> int:
+def _over_budget(arguments: argparse.Namespace, result: Result, where: str) -> int:
     broken = next((note for note in result.report.notes if note.startswith("budget not met")), "budget not met")
-    return _complain(f"{broken}; {where}. Ask for a larger --budget, or let more layers take part.", OVER_BUDGET)
+    advice = "Ask for a larger --budget, or let more layers take part."
+    if arguments.plan and arguments.budget is None and arguments.max_drop is None:
+        advice = f"{arguments.plan} was made for that budget: once it is edited, say with --budget what it has to hold."
+    return _complain(f"{broken}; {where}. {advice}", OVER_BUDGET)
 
 
 @dataclass(frozen=True)
@@ -695,50 +774,73 @@ class _Delivery:
 def _deliver(
     arguments: argparse.Namespace, result: Result, model: nn.Module, example: Call, folder: Path, source: Path
 ) -> int:
-    """Write everything, print the results, and say how it went."""
-    stem = source.resolve().name if source.is_dir() else source.stem
-    base = stem if result.budget_met else f"{stem}.over-budget"
+    """Write everything, print the results, and say how it went. What cannot be written does not stop the rest."""
+    base = _stem(source) if result.budget_met else f"{_stem(source)}.over-budget"
     options: dict[str, Any] = {} if arguments.opset is None else {"opset": arguments.opset}
-    saved = result.save(folder / f"{base}.panther")
+    failures: dict[str, None] = {}
+    attempt = functools.partial(_attempt, failures, arguments.verbose)
+    saved = attempt(lambda: result.save(folder / f"{base}.panther"))
     delivery = _Delivery(result)
-    texts = _write_reports(arguments, delivery, folder, base)
-    try:
-        rounds = arguments.round_inputs
-        export: ExportReport = result.export_onnx(folder / f"{base}.onnx", **options, round_inputs=rounds)
-    except Exception as error:  # exporting runs the model's code; what is written already must not go unsaid
-        _show_traceback(arguments.verbose)
-        _say_delivered(arguments, delivery, [saved, *texts])
-        reason = str(error) if isinstance(error, ExportError) else _unexpected(error)
-        return _complain(
-            f"the compressed model was saved, but not as ONNX: {reason.rstrip('.')}. "
-            f"Load it with panther.load({str(saved)!r}, model=...)",
-            USAGE if _is_about_arguments(error) else UNEXPECTED,
-        )
-    timed = _benchmark(model, export, example, options) if arguments.benchmark else ()
-    delivery = _Delivery(result, export, tuple(timed))
-    texts = _write_reports(arguments, delivery, folder, base)
-    _say_delivered(arguments, delivery, [saved, Path(export.path), *texts])
-    if not export.ok:
+    texts = dict.fromkeys(_write_reports(arguments, delivery, folder, base, attempt))
+    path, rounds = folder / f"{base}.onnx", arguments.round_inputs
+    export: ExportReport | None = attempt(lambda: result.export_onnx(path, **options, round_inputs=rounds))
+    if export is not None:
+        timed = _benchmark(model, export, example, options) if arguments.benchmark else ()
+        delivery = _Delivery(result, export, tuple(timed))
+        texts |= dict.fromkeys(_write_reports(arguments, delivery, folder, base, attempt))
+    written = [made for made in (saved, None if export is None else export.path) if made is not None]
+    _say_delivered(arguments, delivery, [*written, *texts])
+    code, failed = DONE, export is None or not export.ok
+    stale = f". {path} is of an earlier run" if failed and path.exists() else ""
+    if failures:
+        code = _complain(_unwritten(list(failures), saved, export) + stale, UNEXPECTED)
+    if export is not None and not export.ok:
         advice = "try another --opset" if export.rounding is None else "leave out --round-inputs"
-        return _complain(
-            f"the ONNX file does not agree with the model and is kept as {export.path}; use the model in {saved} "
-            f"(panther.load), and {advice}",
-            PARITY_FAILED,
+        instead = f"use the model in {saved} (panther.load), and {advice}" if saved else advice
+        code = _complain(
+            f"the ONNX file does not agree with the model and is kept as {export.path}; {instead}{stale}", PARITY_FAILED
         )
-    return DONE if result.budget_met else _over_budget(result, f"the best that was found is in {export.path}")
+    if code or export is None:
+        return code
+    if result.budget_met:
+        return DONE
+    return _over_budget(arguments, result, f"the best that was found is in {export.path}")
 
 
-def _write_reports(arguments: argparse.Namespace, delivery: _Delivery, folder: Path, base: str) -> list[Path]:
+def _unwritten(reasons: Sequence[str], saved: Path | None, export: ExportReport | None) -> str:
+    if saved is None or export is not None:
+        return f"not everything could be written: {'; '.join(reasons)}"
+    return (
+        f"the compressed model was saved, but not as ONNX: {'; '.join(reasons)}. "
+        f"Load it with panther.load({str(saved)!r}, model=...)"
+    )
+
+
+def _attempt(failures: dict[str, None], verbose: bool, write: Callable[[], T]) -> T | None:
+    """What a write gives; None, and its reason among the failures, when it does not succeed."""
+    try:
+        return write()
+    except Exception as error:  # exporting runs the model's code; what is written already must not go unsaid
+        _show_traceback(verbose)
+        is_plain = isinstance(error, PantherError) or _is_about_arguments(error)
+        failures[(str(error) if is_plain else _unexpected(error)).rstrip(".")] = None
+        return None
+
+
+def _write_reports(
+    arguments: argparse.Namespace, delivery: _Delivery, folder: Path, base: str, attempt: Callable[..., Any]
+) -> list[Path]:
     """The plan, the report in both forms, and the copy that --report asks for."""
     texts = {
         f"{base}.plan.json": delivery.result.plan.to_json(),
         f"{base}.report.txt": delivery.text(),
         f"{base}.report.json": delivery.json(),
     }
-    paths = _write_texts(folder, texts)
+    paths: list[Path] = attempt(lambda: _write_texts(folder, texts)) or []
     if arguments.report:
         extra = Path(arguments.report)
-        paths += _write_texts(extra.parent, {extra.name: texts[f"{base}.report{extra.suffix}"]})
+        copy = {extra.name: texts[f"{base}.report{extra.suffix}"]}
+        paths += attempt(lambda: _write_texts(extra.parent, copy)) or []
     return paths
 
 
@@ -761,15 +863,14 @@ def _write_texts(folder: Path, texts: Mapping[str, str]) -> list[Path]:
 
 def _benchmark(model: nn.Module, export: ExportReport, example: Call, options: Mapping[str, Any]) -> list[str]:
     """The dense and the compressed ONNX file in turn in onnxruntime, one line a batch size."""
-    given = example.args or dict(example.kwargs)
-    inputs = flatten(model, given, torch.device("cpu"))
+    inputs = flatten(model, example, torch.device("cpu"))
     axes = dynamic_axes(inputs)
     present = sizes(inputs, axes)
     batches = BENCHMARK_BATCHES if "batch" in export.dynamic else (example.batch_size,)
     lines = []
     with tempfile.TemporaryDirectory() as folder:
         try:
-            dense = WRITERS["onnx"](model, Path(folder) / "dense.onnx", given, **options)
+            dense = WRITERS["onnx"](model, Path(folder) / "dense.onnx", example, **options)
             sessions = [_session(path) for path in (dense.path, export.path)]
             for batch in batches:
                 case = resized(inputs, axes, {**present, "batch": batch})

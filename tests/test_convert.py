@@ -1,4 +1,5 @@
 import importlib
+import io
 import json
 import sys
 import textwrap
@@ -30,6 +31,13 @@ NETS = """
         def forward(self, x):
             return self.last(self.second(self.first(x).relu()).relu())
 
+    class Versioned(Mlp):
+        def get_extra_state(self):
+            return {"version": 3}
+
+        def set_extra_state(self, state):
+            pass
+
     class Cnn(nn.Module):
         def __init__(self):
             super().__init__()
@@ -45,6 +53,22 @@ NETS = """
 
         def forward(self, ids):
             return self.mix(self.embed(ids))
+
+    class Placed(Text):
+        def __init__(self):
+            super().__init__()
+            self.place = nn.Parameter(torch.zeros(16))
+
+        def forward(self, ids):
+            return super().forward(ids) + self.place
+
+    class Optional(Mlp):
+        def forward(self, x=None, mask=None):
+            return super().forward(x)
+
+    class Keyed(Mlp):
+        def forward(self, *, x):
+            return super().forward(x)
 
     class Pair(nn.Module):
         def __init__(self):
@@ -65,6 +89,11 @@ NETS = """
     def loader():
         generator = torch.Generator().manual_seed(0)
         return (torch.randn(32, 16, generator=generator) for _ in range(6))
+
+    def endless():
+        for number in range(10_000):
+            yield torch.randn(256, 16, generator=torch.Generator().manual_seed(number))
+        raise RuntimeError("nobody takes as many")
 
     def broken():
         raise RuntimeError("no such disk")
@@ -91,7 +120,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.manual_seed(0)
     names: dict[str, Any] = {}
     exec(textwrap.dedent(NETS), names)  # noqa: S102 - the text above
-    for name in ("Mlp", "Cnn", "Text", "Pair", "Deeper"):
+    for name in ("Mlp", "Cnn", "Text", "Pair", "Deeper", "Versioned", "Placed", "Keyed"):
         torch.save(names[name]().state_dict(), place / f"{name.lower()}.pt")
     return place
 
@@ -134,6 +163,7 @@ def export(monkeypatch: pytest.MonkeyPatch) -> Any:
 
     def fake(*, ok: bool) -> None:
         def write(self: Result, path: Path, **_: Any) -> ExportReport:
+            path = path if ok else path.with_suffix(".failed.onnx")
             path.write_bytes(b"graph")
             return ExportReport(path, 5, None, 20, ("batch",), (), 1e-4, ok, True, 0.1)
 
@@ -250,6 +280,17 @@ def test_a_saved_plan_is_used_again_with_its_own_budget(run, here: Path) -> None
     assert Plan.from_json(out).choices == Plan.from_json(plan).choices
 
 
+def test_an_edited_plan_that_misses_its_budget_is_told_to_say_another(run, here: Path) -> None:
+    plan = json.loads(run(*MLP, "--dry-run", "--json", "--budget", "0.6")[1])
+    changed = next(choice for choice in plan["choices"] if choice["scheme"] != "dense")
+    changed["scheme"] = "dense"
+    (here / "edited.json").write_text(json.dumps(plan))
+    code, _, err = run(*MLP, "--dry-run", "--plan", "edited.json")
+    assert code == cli.OVER_BUDGET
+    assert "edited.json was made for that budget: once it is edited, say with --budget what" in refusal(err)
+    assert run(*MLP, "--dry-run", "--plan", "edited.json", "--budget", "1.0")[0] == cli.DONE
+
+
 def test_a_budget_out_of_reach_still_writes_files_and_names_them_so(run, here: Path, export: Any) -> None:
     export(ok=True)
     code, out, err = run(*MLP, "--budget", "0.001", "-o", "over", "-q")
@@ -293,10 +334,49 @@ def test_a_failed_export_keeps_and_names_what_was_written_and_says_how_to_load_i
     assert json.loads(out)["onnx"] is None and json.loads(out)["files"][0] == "kept/mlp.panther"
 
 
-def test_an_opset_that_does_not_exist_is_a_wrong_argument(run, here: Path) -> None:
-    code, _, err = run(*MLP, "-o", "opset", "--opset", "3")
-    assert code == cli.USAGE
-    assert "opset=3: expected an integer from" in refusal(err)
+def test_a_file_of_an_earlier_run_is_named_when_there_is_no_new_one(run, here: Path, export: Any) -> None:
+    export(ok=True)
+    assert run(*MLP, "-o", "twice", "-q")[0] == cli.DONE
+    export(ok=False)
+    code, _, err = run(*MLP, "-o", "twice", "-q")
+    assert code == cli.PARITY_FAILED
+    assert refusal(err).endswith("try another --opset. twice/mlp.onnx is of an earlier run")
+
+
+def test_one_file_that_cannot_be_written_does_not_stop_the_others(
+    run, here: Path, export: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(*_: Any) -> None:
+        raise ExportError("cannot write the weights: no space.")
+
+    export(ok=True)
+    (here / "folder.txt").mkdir()
+    code, out, err = run(*MLP, "-o", "most", "-q", "--report", "folder.txt")
+    assert code == cli.UNEXPECTED and "not everything could be written: cannot write folder.txt: " in refusal(err)
+    names = ["mlp.panther", "mlp.onnx", "mlp.plan.json", "mlp.report.txt", "mlp.report.json"]
+    assert out.splitlines() == [f"wrote most/{name}" for name in names]
+    monkeypatch.setattr(Result, "save", refused)
+    code, out, err = run(*MLP, "-o", "rest", "-q")
+    assert code == cli.UNEXPECTED
+    assert refusal(err) == "error: not everything could be written: cannot write the weights: no space"
+    assert out.splitlines() == [f"wrote rest/{name}" for name in names[1:]]
+
+
+def test_what_could_not_be_written_is_refused_before_the_work(
+    run, here: Path, quick: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for argv, words in (
+        ([*MLP, "--report", "mlp.pt/r.txt"], "cannot write to mlp.pt: "),
+        ([*MLP, "--opset", "3"], "opset=3: expected an integer from"),
+        (["versioned.pt", "--model", "nets.py:Versioned"], "_extra_state of Versioned is no dense tensor with values"),
+    ):
+        code, out, err = run(*argv)
+        assert (code, out, quick) == (cli.USAGE, "", {}) and words in refusal(err)
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    code, _, err = run(*MLP)
+    assert (code, quick) == (cli.USAGE, {}) and "pip install onnxruntime" in refusal(err)
+    run(*MLP, "--opset", "3", "--dry-run")
+    assert quick
 
 
 # Printing only
@@ -323,6 +403,25 @@ def test_listing_layers_prints_what_can_be_sketched(run, here: Path) -> None:
     assert (code, err) == (cli.DONE, "")
     assert out.startswith("1 of 3 dense layers can be sketched")
     assert "not among include=" in out
+    code, out, _ = run(*MLP, "--list-layers", "--include", "first", "--json")
+    assert code == cli.DONE
+    layers = json.loads(out)["layers"]
+    assert [(layer["name"], bool(layer["blockers"])) for layer in layers] == [
+        ("first", False),
+        ("second", True),
+        ("last", True),
+    ]
+
+
+def test_a_terminal_without_the_characters_of_a_table_gets_the_rest(
+    here: Path, export: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    export(ok=True)
+    terminal = io.TextIOWrapper(io.BytesIO(), encoding="cp1252")
+    monkeypatch.setattr(sys, "stdout", terminal)
+    assert cli.main([*MLP, "-o", "plain"]) == cli.DONE
+    terminal.seek(0)
+    assert "wrote plain" in terminal.read()
 
 
 def test_version_and_help_are_no_errors(run) -> None:
@@ -484,8 +583,19 @@ def test_shapes_make_positional_or_named_inputs(run, quick: dict[str, Any]) -> N
     assert kwargs["attention_mask"].tolist() == [[1] * 5] * 2
 
 
+def test_an_argument_by_place_and_one_by_name_are_both_inputs_of_the_file(run, here: Path) -> None:
+    shapes = ("--input-shape", "2,16", "--input-shape", "right=2,16")
+    flags = ("--heal", "none", "--no-verify", "-o", "mixed", "--benchmark")
+    code, out, _ = run("pair.pt", "--model", "nets.py:Pair", *shapes, *flags)
+    assert code == cli.DONE and "left (2, 16), right (2, 16): max difference" in out
+    assert "onnxruntime, batch 32, " in out
+
+
 def test_the_input_of_a_first_linear_layer_is_inferred(run, quick: dict[str, Any]) -> None:
     run(*MLP)
+    assert quick["example_inputs"].args[0].shape == (1, 16)
+    del quick["example_inputs"]
+    run("mlp.pt", "--model", "nets.py:Optional")  # of arguments that may all be left out, the first
     assert quick["example_inputs"].args[0].shape == (1, 16)
 
 
@@ -510,6 +620,8 @@ def test_a_compressed_model_is_compressed_again_without_saying_its_inputs(run, h
         ("Cnn", "--input-shape 1,3,224,224 "),
         ("Text", "--input-shape 1,16:int64 "),
         ("Pair", "--input-shape left=1,16 --input-shape right=1,16 "),
+        ("Placed", "--input-shape 1,16:int64 "),
+        ("Keyed", "which takes x: add --input-shape x=1,16 "),
     ],
 )
 def test_where_the_input_cannot_be_inferred_the_flag_to_add_is_printed(run, name: str, flag: str) -> None:
@@ -527,10 +639,14 @@ def test_a_wrong_guess_says_that_it_was_one(run) -> None:
 def test_calibration_data_gives_the_inputs_too(run, quick: dict[str, Any], here: Path) -> None:
     run("deeper.pt", "--model", "nets.py:Deeper", "--calib", "nets.py:loader")
     assert quick["example_inputs"].args[0].shape == (1, 16)
-    assert [batch.shape for batch in quick["calib_data"]] == [(32, 16)] * 6
-    assert [batch.shape for batch in quick["calib_data"]] == [(32, 16)] * 6  # a generator is walked more than once
+    assert [batch.shape for batch in quick["calib_data"]] == [(32, 16)] * 6  # the first, which was looked at, as well
     run("deeper.pt", "--model", "nets.py:Deeper", "--calib", "nets.py:batches")
     assert len(quick["calib_data"]) == 2
+
+
+def test_a_loader_without_an_end_is_read_as_far_as_is_needed(run) -> None:
+    code, out, _ = run(*MLP, "--calib", "nets.py:endless", "--heal", "none", "--dry-run")
+    assert code == cli.DONE and out.startswith("target: ")
 
 
 def test_arrays_are_taken_by_name_or_by_position(run, quick: dict[str, Any], here: Path) -> None:
@@ -564,6 +680,17 @@ def test_a_hugging_face_folder_brings_its_inputs(run, here: Path, quick: dict[st
     transformers.BertModel(config).save_pretrained(here / "bert")
     run("bert")
     assert set(quick["example_inputs"].kwargs) == {"input_ids", "attention_mask"}
+
+
+def test_bfloat16_weights_are_written_as_float32_and_the_report_says_so(run, here: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    model = transformers.BertModel(transformers.BertConfig(vocab_size=30, **sizes))
+    model.bfloat16().save_pretrained(here / "half")
+    code, out, err = run("half", "-o", "single", "--heal", "none", "--no-verify")
+    assert code == cli.DONE and "agrees with the model (tolerance 1e-04" in out
+    told = "the weights are bfloat16 in the file and float32 here"
+    assert told in err and told in (here / "single/half.report.txt").read_text()
 
 
 # Recipes
@@ -626,6 +753,15 @@ def test_a_recipe_that_cannot_be_followed_is_refused(run, here: Path, text: str,
         (["--search", "tuned", "--timeout", "nan"], "--timeout nan: expected seconds, above 0"),
         (["--search", "best"], "--search best: expected one of uniform, sensitivity, tuned"),
         (["--search", "tunned"], "did you mean 'tuned'?"),
+        (["--plan", "p.json", "--search", "tuned", "--trials", "5"], "leave --search tuned out, or --plan"),
+        (
+            ["--plan", "p.json", "--int4"],
+            "and what it is stored in: leave --int4 out, or --plan",
+        ),
+        (
+            ["--time-limit", "9", "--learning-rate", "0.1"],
+            "--time-limit, --learning-rate: there is no training",
+        ),
         (["--eval", "gone.py:f"], "no file gone.py"),
         (["--eval", "nets.py:score"], "nets.py has no 'score'"),
         (["--eval", "nets.py:empty"], "--eval nets.py:empty is list: expected a function of a model"),
@@ -761,6 +897,31 @@ def test_ctrl_c_ends_with_one_line_and_nothing_half_written(run, here: Path, mon
     assert (code, out) == (cli.INTERRUPTED, "")
     assert "interrupted" in refusal(err)
     assert sorted(here.glob("*")) == before
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "flags", "again"),
+    [
+        (False, True, [], "again with --resume."),
+        (True, True, ["--resume"], "again."),
+        (True, False, ["--resume"], "again without --resume."),
+        (False, False, [], "again."),
+    ],
+)
+def test_ctrl_c_says_whether_to_resume(
+    run, here: Path, monkeypatch: pytest.MonkeyPatch, before: bool, after: bool, flags: list[str], again: str
+) -> None:
+    file = here / "stopped.ckpt.trials"
+
+    def interrupted(*_: Any, **__: Any) -> None:
+        file.touch() if after else file.unlink(missing_ok=True)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "compress", interrupted)
+    file.touch() if before else file.unlink(missing_ok=True)
+    code, _, err = run(*MLP, *CALIB, "--checkpoint", "stopped.ckpt", *flags)
+    file.unlink(missing_ok=True)
+    assert code == cli.INTERRUPTED and refusal(err).endswith(f"Run the same command {again}")
 
 
 def test_ctrl_c_while_writing_leaves_whole_files_only(run, here: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -493,7 +493,7 @@ def test_example_inputs_follow_the_config(bert_folder):
     tokens = {"vocab_size": 50, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 3}
     whisper = transformers.WhisperModel(transformers.WhisperConfig(**layers, **widths, **tokens)).eval()
     audio = example_inputs_for(whisper)
-    assert audio["input_features"].shape == (2, 80, 20) and audio["decoder_input_ids"].shape == (2, 16)
+    assert audio["input_features"].shape == (2, 80, 20) and audio["decoder_input_ids"].shape == (2, 12)
     whisper(**audio)
 
 

@@ -159,6 +159,41 @@ def test_pivoted_convolutions_are_exported_from_a_batch_of_one(scheme, tmp_path)
     assert result.ok and result.dynamic == ("batch",)
 
 
+class TwoTexts(nn.Module):
+    """Two token inputs whose lengths have nothing to do with each other, and a mask read as far as there are rows."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed, self.query, self.answer = nn.Embedding(20, 8), nn.Linear(8, 6), nn.Linear(8, 6)
+
+    def forward(self, query, answer, query_mask):
+        rows = torch.arange(query.shape[0])
+        return self.query(self.embed(query)) * query_mask[rows, :, None], self.answer(self.embed(answer))
+
+
+def tokens(*shape):
+    return torch.arange(math.prod(shape)).reshape(shape) % 20
+
+
+def test_lengths_that_are_equal_in_the_example_only_are_free_of_each_other_in_the_file(tmp_path):
+    model = TwoTexts().eval()
+    result = write(model, tmp_path / "m.onnx", (tokens(2, 6), tokens(2, 6), torch.ones(2, 6)))
+    assert result.ok and result.dynamic == ("batch", "sequence", "sequence_2")
+    assert dims(onnx.load(result.path).graph.input) == {
+        "query": ["batch", "sequence"],
+        "answer": ["batch", "sequence_2"],
+        "query_mask": ["batch", "sequence"],
+    }
+    lengths = {(check.shapes["query"][1], check.shapes["answer"][1]) for check in result.checks}
+    assert lengths == {(6, 6), (4, 4), (8, 4), (4, 8)}
+    session = onnxruntime.InferenceSession(result.path, providers=["CPUExecutionProvider"])
+    for query, answer in ((5, 12), (12, 5)):
+        feed = {"query": tokens(3, query), "answer": tokens(3, answer), "query_mask": torch.ones(3, query)}
+        got = session.run(None, {name: value.numpy() for name, value in feed.items()})
+        for one, wanted in zip(got, model(**feed), strict=True):
+            torch.testing.assert_close(torch.as_tensor(one), wanted)
+
+
 class FixedBatch(nn.Module):
     def forward(self, x):
         return x.reshape(2, 4) * 2
@@ -341,7 +376,15 @@ def test_resizing_repeats_or_cuts_what_the_example_holds():
 
 
 @pytest.mark.parametrize(
-    ("present", "count"), [({}, 1), ({"batch": 1}, 3), ({"batch": 4}, 4), ({"batch": 1, "sequence": 1}, 4)]
+    ("present", "count"),
+    [
+        ({}, 1),
+        ({"batch": 1}, 3),
+        ({"batch": 4}, 4),
+        ({"batch": 1, "sequence": 1}, 4),
+        ({"batch": 2, "sequence": 9, "sequence_2": 9}, 7),
+        ({"sequence": 2, "sequence_2": 1}, 4),
+    ],
 )
 def test_three_or_more_sizes_are_tried_where_one_may_vary(present, count):
     tried = other_sizes(present)
@@ -358,6 +401,27 @@ def test_outputs_are_named_by_keys_fields_and_positions():
         "states_0",
         "states_1",
     ]
+
+
+class Alike(nn.Module):
+    """Names that are one another's, spelt so that ONNX could not tell them apart."""
+
+    def forward(self, output, more):
+        return {
+            "output": output + more["k-1"],
+            "output_out": output - more["k_1"],
+            "k-1": output * 2,
+            "k_1": output * 3,
+        }
+
+
+def test_names_that_are_spelt_alike_stay_apart(tmp_path):
+    given = {"output": torch.randn(2, 3), "more": {"k-1": torch.randn(2, 3), "k_1": torch.randn(2, 3)}}
+    result = write(Alike(), tmp_path / "m.onnx", given)
+    assert result.ok
+    graph = onnx.load(result.path).graph
+    assert [value.name for value in graph.input] == ["output", "more_k_1", "more_k_1_2"]
+    assert [value.name for value in graph.output] == ["output_out_2", "output_out", "k_1", "k_1_2"]
 
 
 def test_differences_count_nan_and_integers_strictly():
