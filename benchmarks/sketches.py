@@ -2,7 +2,8 @@
 
 `python -m benchmarks.sketches --widths 384 1024 4096` gives, for rows with slowly and fast falling spectra, alike or
 with a few large ones: the seconds of the exact product in float32 (half its multiplications, as panther computes it),
-of sketches with l = 2n, 4n, 8n rows, and of the exact product of l rows that are picked at random; and how much more
+of sketches with l = 2n, 4n, 8n rows, and of the exact product of l rows that are picked at random; of what
+calibration does, which sketches each batch by itself where there are enough rows of enough features; and how much more
 energy a basis from each loses than the best basis of its rank, in the exact covariance. Then the time of
 panther.ops.hadamard beside its reference and a product with the matrix.
 
@@ -25,6 +26,7 @@ from torch import Tensor
 
 from benchmarks.common import command, say, table
 from panther.build_info import build_info
+from panther.measure import Accumulator
 from panther.ops import OPS, hadamard, sparse_sign_sketch
 from panther.products import gram
 
@@ -90,6 +92,24 @@ class Sketched:
         return gram(self.sketch)
 
 
+class Calibrating:
+    """As panther accumulates the inputs of a layer."""
+
+    def __init__(self, case: Case) -> None:
+        self.sums = Accumulator(samples=case.rows)
+        self.name = "as in calibration"
+
+    def add(self, batch: Tensor) -> None:
+        self.sums.add(batch, len(batch))
+
+    def covariance(self) -> Tensor:
+        """About zero, as of the other ways: what is subtracted there is added again."""
+        found = self.sums.moments()
+        if found is None:
+            raise ValueError("no rows came")
+        return (found.covariance + torch.outer(found.mean, found.mean)).float() * found.rows
+
+
 def seconds_of(function: Callable[[], object]) -> float:
     start = time.perf_counter()
     function()
@@ -104,7 +124,7 @@ def lost(covariance: Tensor, basis: Tensor, rank: int) -> float:
 
 def compared(case: Case, multiples: Sequence[int], nonzeros: int, batch: int) -> list[list[str]]:
     """A row of the table for each way to the covariance."""
-    ways: list[Exact | Sketched] = [Exact(case)]
+    ways: list[Exact | Sketched | Calibrating] = [Exact(case), Calibrating(case)]
     for size in (multiple * case.n for multiple in multiples):
         ways += [Sketched(case, size, nonzeros), Exact(case, size)]
     adding = [0.0] * len(ways)

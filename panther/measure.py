@@ -21,6 +21,7 @@ from panther.batches import Call, device_of, inference, masked_rows, parts_of, r
 from panther.errors import CalibrationError
 from panther.factors import Profile
 from panther.gradients import CHUNK, Reactions
+from panther.ops import sparse_sign_sketch
 from panther.products import gram
 from panther.progress import Progress
 from panther.sketches import Moments, Seen
@@ -36,24 +37,52 @@ CHANNEL_ROWS = 24  # rows a channel for the covariance of channels that may beco
 STATISTICS_BYTES = 1_000_000_000  # more than this at once, and the layers are measured in several passes
 
 
-class _Accumulator:
-    """Sums of rows and (unless only the mean is wanted) of their products, shifted so that nothing cancels."""
+# Products of wide rows are those of sketches of theirs where so many rows come that a share of them says as much. A
+# sketch of 12 rows a feature loses 1.4 to 2 % more than all rows would at an eighth of the features, and 3 to 4 % at a
+# quarter; below 2,048 features making it costs too much of what it saves (python -m benchmarks.sketches).
+SKETCHED_FROM = 2048  # features
+SKETCH_PER_FEATURE = 12  # rows of all sketches together
+FEWEST_SKETCHED = 64  # rows of one
 
-    def __init__(self, *, products: bool = True) -> None:
+
+def shrinkage(features: int, rows: int) -> int:
+    """How many rows one row of a sketch may stand for, where so many of these features are expected in all."""
+    return max(1, rows // (SKETCH_PER_FEATURE * features)) if features >= SKETCHED_FROM else 1
+
+
+def shrunk(rows: Tensor, times: int, *, first_row: int, seed: int = 0) -> Tensor:
+    """A sketch of (count, n) rows in (count / times, n), whose product with itself is near theirs."""
+    size = len(rows) // times
+    if times == 1 or size < FEWEST_SKETCHED or rows.device.type != "cpu":
+        return rows
+    sketch = rows.new_zeros(size, rows.shape[1])
+    sparse_sign_sketch(rows, sketch, first_row=first_row, seed=seed)
+    return sketch
+
+
+class Accumulator:
+    """Sums of rows and (unless only the mean is wanted) of their products, shifted so that nothing cancels.
+
+    samples: how many are expected in all; with it, products of wide rows are sketched.
+    """
+
+    def __init__(self, *, products: bool = True, samples: int = 0) -> None:
         self.rows = 0
+        self.samples = samples
+        self.pending: list[Tensor] = []  # sketches whose product is still to be taken
         self.wants_products = products
         self.shift: Tensor | None = None
         self.total: Tensor | None = None
         self.products: Tensor | None = None
 
-    def add(self, rows: Tensor) -> None:
-        """Take (count, features) rows; products in float32 a batch, sums in float64."""
+    def add(self, rows: Tensor, samples: int = 0) -> None:
+        """Take (count, features) rows, of so many samples; products in float32 a batch, sums in float64."""
         if rows.shape[0] == 0:
             return
         with torch.autocast(rows.device.type, enabled=False):  # hooks run inside the model's own autocast
-            self._add(rows.float())
+            self._add(rows.float(), shrinkage(rows.shape[1], self.samples * len(rows) // max(1, samples)))
 
-    def _add(self, rows: Tensor) -> None:
+    def _add(self, rows: Tensor, times: int) -> None:
         if self.shift is None or self.total is None:
             self.shift = rows.mean(0)
             self.total = torch.zeros(rows.shape[1], dtype=torch.float64, device=rows.device)
@@ -63,7 +92,13 @@ class _Accumulator:
             return
         rows = rows - self.shift
         self.total += rows.sum(0)
-        products = gram(rows)
+        self.pending.append(shrunk(rows, times, first_row=self.rows))
+        if times == 1 or 2 * sum(map(len, self.pending)) >= rows.shape[1]:
+            self._take_products()
+
+    def _take_products(self) -> None:
+        products = gram(torch.cat(self.pending) if len(self.pending) > 1 else self.pending[0])
+        self.pending = []
         self.products = products.double() if self.products is None else self.products.add_(products)
 
     def mean(self) -> Tensor | None:
@@ -73,6 +108,8 @@ class _Accumulator:
 
     def moments(self) -> Moments | None:
         mean = self.mean()
+        if self.pending:
+            self._take_products()
         if mean is None or self.total is None or self.products is None:
             return None
         shifted = self.total / self.rows
@@ -85,13 +122,13 @@ class _Watch:
     """What is accumulated for one layer; `shared` is the layer that accumulates the inputs for its group."""
 
     spec: LayerSpec
-    inputs: _Accumulator | None
-    outputs: _Accumulator | None
-    mean: _Accumulator  # of the inputs
+    inputs: Accumulator | None
+    outputs: Accumulator | None
+    mean: Accumulator  # of the inputs
     owns_inputs: bool
     positions: int
     generator: torch.Generator
-    channels: _Accumulator | None = None  # of the inputs too, where they may become fewer
+    channels: Accumulator | None = None  # of the inputs too, where they may become fewer
     channel_generator: torch.Generator = field(default_factory=lambda: torch.Generator().manual_seed(0))
     samples: list[Tensor] = field(default_factory=list)
     picks: dict[tuple[str, int], Tensor] = field(default_factory=dict)
@@ -145,8 +182,13 @@ def _statistics_bytes(group: Sequence[LayerSpec]) -> int:
     if group[0].kind != "linear":
         return sum(8 * (s.out_features**2 + s.in_features**2) + SAMPLE_BYTES for s in group)
     if _by_outputs(group):
-        return sum(8 * s.out_features**2 for s in group)
-    return 8 * group[0].in_features ** 2
+        return sum(_sums_bytes(s.out_features) for s in group)
+    return _sums_bytes(group[0].in_features)
+
+
+def _sums_bytes(features: int) -> int:
+    """Of products in float64, and of sketches that wait for theirs in float32."""
+    return (8 if features < SKETCHED_FROM else 10) * features**2
 
 
 def _by_outputs(group: Sequence[LayerSpec]) -> bool:
@@ -220,7 +262,7 @@ def _measure(
     channels_of: Collection[str],
 ) -> Measured:
     watches = _watches(specs, samples, seed, channels_of)
-    context: dict[str, Any] = {"masks": {}}
+    context: dict[str, Any] = {"masks": {}, "samples": 1}
     hooks = [  # before the user's own hooks: what those make of an output is not what the layer is replaced for
         model.get_submodule(w.spec.name).register_forward_hook(_hook(w, context), with_kwargs=True, prepend=True)
         for w in watches
@@ -251,21 +293,21 @@ def _watches(specs: Sequence[LayerSpec], samples: int, seed: int, channels_of: C
     for group in _groups(specs):
         by_outputs = _by_outputs(group) or group[0].kind != "linear"
         wants_inputs = group[0].kind == "linear" and not by_outputs
-        shared = _Accumulator() if wants_inputs else None
-        mean = shared or _Accumulator(products=False)
+        shared = Accumulator(samples=samples) if wants_inputs else None
+        mean = shared or Accumulator(products=False)
         for index, spec in enumerate(group):
             is_conv = spec.kind != "linear"
             has_inputs = wants_inputs or (is_conv and math.prod(spec.kernel_size) > 1)
             watches.append(
                 _Watch(
                     spec,
-                    _Accumulator() if is_conv and math.prod(spec.kernel_size) > 1 else shared,
-                    _Accumulator() if by_outputs else None,
+                    Accumulator() if is_conv and math.prod(spec.kernel_size) > 1 else shared,
+                    Accumulator(samples=0 if group[0].kind != "linear" else samples) if by_outputs else None,
                     mean,
                     index == 0,
                     _positions(spec, samples),
                     torch.Generator().manual_seed(seed),
-                    _Accumulator() if spec.name in channels_of and not has_inputs else None,
+                    Accumulator() if spec.name in channels_of and not has_inputs else None,
                 )
             )
     return watches
@@ -285,7 +327,7 @@ def _hook(watch: _Watch, context: dict[str, Any]) -> Any:
         if watch.channels is not None and watch.channels.rows < CHANNEL_ROWS * watch.spec.in_features:
             watch.channels.add(_channel_rows(watch, given, context["masks"]))
         if watch.spec.kind == "linear":
-            _see_linear(watch, given, output, context["masks"])
+            _see_linear(watch, given, output, context["masks"], context["samples"])
         else:
             _see_conv(watch, given, output)
 
@@ -305,11 +347,13 @@ def _channel_rows(watch: _Watch, given: Tensor, masks: dict[tuple[int, ...], Ten
     return rows[torch.randperm(len(rows), generator=watch.channel_generator)[: spec.in_features].to(rows.device)]
 
 
-def _see_linear(watch: _Watch, given: Tensor, output: Tensor, masks: dict[tuple[int, ...], Tensor]) -> None:
+def _see_linear(
+    watch: _Watch, given: Tensor, output: Tensor, masks: dict[tuple[int, ...], Tensor], samples: int
+) -> None:
     if watch.owns_inputs:  # `mean` is the accumulator of the inputs where there is one
-        watch.mean.add(watch.some(masked_rows(given, masks), given.shape[0]))
+        watch.mean.add(watch.some(masked_rows(given, masks), given.shape[0]), samples)
     if watch.outputs is not None:
-        watch.outputs.add(watch.some(masked_rows(output, masks), output.shape[0]))
+        watch.outputs.add(watch.some(masked_rows(output, masks), output.shape[0]), samples)
 
 
 def _see_conv(watch: _Watch, given: Tensor, output: Tensor) -> None:
@@ -369,7 +413,7 @@ def _refuse_non_finite(call: Call, index: int) -> None:
 
 
 def _run_batch(model: nn.Module, call: Call, index: int, context: dict[str, Any]) -> None:
-    context["masks"] = call.to(device_of(model)).masks()
+    context |= {"masks": call.to(device_of(model)).masks(), "samples": call.batch_size}
     try:
         run(model, call)
     except Exception as error:  # models check their inputs with errors of any kind
@@ -383,7 +427,7 @@ def _run_batch(model: nn.Module, call: Call, index: int, context: dict[str, Any]
 
 def _run_backward(reactions: Reactions, call: Call, context: dict[str, Any]) -> None:
     for chunk in reactions.chunks(call):
-        context["masks"] = chunk.to(device_of(reactions.model)).masks()
+        context |= {"masks": chunk.to(device_of(reactions.model)).masks(), "samples": chunk.batch_size}
         try:
             reactions.run(chunk)
         except Exception as error:  # a bad batch is told apart when it runs again without gradients
@@ -392,7 +436,7 @@ def _run_backward(reactions: Reactions, call: Call, context: dict[str, Any]) -> 
             raise _NotDifferentiableError(text) from error
 
 
-def _moments(sums: _Accumulator | None, seen: dict[int, Moments | None]) -> Moments | None:
+def _moments(sums: Accumulator | None, seen: dict[int, Moments | None]) -> Moments | None:
     """The moments of an accumulator, worked out once however many layers share it."""
     if sums is None:
         return None

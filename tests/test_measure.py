@@ -144,6 +144,36 @@ def test_nothing_cancels_when_the_mean_is_far_larger_than_the_spread() -> None:
     assert_moments(profile.seen.inputs, rows.double().numpy())
 
 
+def excess(truth: Tensor, found: Tensor, rank: int) -> float:
+    """How much more of the energy is outside the leading vectors of what was found than of the truth."""
+    lost = [
+        float(truth.trace() - (kept * (truth @ kept)).sum())
+        for kept in (torch.linalg.eigh(matrix).eigenvectors[:, -rank:] for matrix in (found, truth))
+    ]
+    return lost[0] / lost[1] - 1
+
+
+@pytest.mark.parametrize(("samples", "is_sketched"), [(400, True), (40, False)])
+def test_products_of_wide_layers_are_sketched_where_enough_rows_come(
+    monkeypatch: pytest.MonkeyPatch, samples: int, *, is_sketched: bool
+) -> None:
+    monkeypatch.setattr("panther.measure.SKETCHED_FROM", 64)
+    torch.manual_seed(0)
+    model = nn.Linear(64, 80)
+    rows = torch.randn(samples, 12, 64) * torch.arange(1, 65) ** -0.5 + 3
+    rows[:, 0] *= 30  # a few rows that carry most of the energy, as the first token of many models
+    found = profiles_of(model, [Call((part,)) for part in rows.split(100)])[""].seen.inputs
+    assert found is not None
+    exact = torch.cov(rows.reshape(-1, 64).double().T, correction=0)
+    torch.testing.assert_close(found.mean, rows.reshape(-1, 64).double().mean(0), rtol=1e-6, atol=1e-6)
+    assert found.rows == 12 * samples
+    if not is_sketched:
+        torch.testing.assert_close(found.covariance, exact, rtol=1e-5, atol=1e-5)
+        return
+    assert not torch.allclose(found.covariance, exact, rtol=1e-2, atol=1e-3)
+    assert excess(exact, found.covariance, 8) < 0.05 and excess(exact, found.covariance, 16) < 0.07
+
+
 def test_padded_positions_are_left_out() -> None:
     model = Tokens()
     mask = torch.tensor([[1, 1, 1, 1, 0], [1, 1, 0, 0, 0], [1, 0, 0, 0, 0], [1, 1, 1, 1, 1]])
