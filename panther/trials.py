@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from dataclasses import replace as changed
 from pathlib import Path
+from typing import Any
 
 from torch import nn
 
@@ -29,6 +30,7 @@ from panther.allocators.tuned import (
     space_of,
     tune,
 )
+from panther.heal import fingerprint
 from panther.limits import Attempt
 from panther.prepared import Prepared, timed
 from panther.replace import replace
@@ -185,15 +187,33 @@ def _journal(prepared: Prepared, problem: Problem, budget: Budget, count: int) -
         yield Record()
         return
     header = {
-        "model": prepared.found.fingerprint,
-        "budget": str(budget),
+        **identity(prepared, budget),
         "seed": request.seed,
         "n_trials": count,
-        "objective": Scored(prepared).objective,
         "space": space_of(problem).describe(),
     }
     with opened(trials_file(request.checkpoint), header) as record:
         yield record
+
+
+def identity(prepared: Prepared, budget: Budget) -> dict[str, Any]:
+    """What must be the same for a trial to count in another run, besides the knobs.
+
+    Without calibration data the example inputs take its place; beside it only their shapes matter.
+    """
+    request, data = prepared.request, prepared.data
+    calls = [request.example] if data is None else [*itertools.islice(data, 1), *data.held_out]
+    return {
+        "model": prepared.found.fingerprint,
+        "weights of the dense model": fingerprint(itertools.chain(request.model.parameters(), request.model.buffers())),
+        "inputs": fingerprint(tensor for call in calls for tensor in call.tensors()),
+        "batches": None if data is None else len(data),
+        "example": [list(tensor.shape) for tensor in request.example.tensors()],
+        "layers": [spec.name for spec in prepared.found.sketchable],
+        "dtypes": list(request.dtypes),
+        "budget": str(budget),
+        "objective": Scored(prepared).objective,
+    }
 
 
 def _told(record: Record) -> list[Trial]:

@@ -503,7 +503,9 @@ class Quality:
 
 def compressed(model: nn.Module, budget: Any = 0.5, **options: Any) -> panther.Result:
     given = {"search": "tuned", "heal": "none", "progress": False, "verify": False, "n_trials": 8, **options}
-    return panther.compress(model, budget, example_inputs=INPUTS[:4], calib_data=list(INPUTS.split(8)), **given)
+    return panther.compress(
+        model, budget, **{"example_inputs": INPUTS[:4], "calib_data": list(INPUTS.split(8)), **given}
+    )
 
 
 def test_compress_takes_the_best_of_the_trials(net: Net) -> None:
@@ -680,9 +682,30 @@ def test_a_killed_search_goes_on_where_it_was(net: Net, tmp_path: Path) -> None:
     assert rows == [(row.number, row.score, row.knobs) for row in whole.report.tuning.trials]  # type: ignore[union-attr]
 
 
-@pytest.mark.parametrize("changed", [{"budget": 0.4}, {"seed": 1}, {"n_trials": 9}, {"eval_fn": None}])
-def test_the_trials_of_another_search_are_refused(net: Net, tmp_path: Path, changed: dict[str, Any]) -> None:
+def other_weights() -> Net:
+    torch.manual_seed(1)
+    return Net().eval()
+
+
+@pytest.mark.parametrize(
+    ("changed", "words"),
+    [
+        ({"budget": 0.4}, "budget: "),
+        ({"seed": 1}, "seed: "),
+        ({"n_trials": 9}, "n_trials: "),
+        ({"eval_fn": None}, "objective: "),
+        ({"exclude": ["outputs.0"]}, "layers: "),
+        ({"dtypes": ("float32", "int8")}, "dtypes: "),
+        ({"calib_data": list(INPUTS.flip(0).split(8))}, "inputs: "),
+        ({"calib_data": list(INPUTS.split(6))}, "batches: "),
+        ({}, "weights of the dense model: "),
+    ],
+)
+def test_the_trials_of_another_search_are_refused(
+    net: Net, tmp_path: Path, changed: dict[str, Any], words: str
+) -> None:
     checkpoint, quality = tmp_path / "run", Quality(net)
+    model = net if changed else other_weights()
 
     def killed(model: nn.Module) -> float:
         if quality.calls == 2:
@@ -691,8 +714,8 @@ def test_the_trials_of_another_search_are_refused(net: Net, tmp_path: Path, chan
 
     with pytest.raises(KilledError):
         compressed(net, eval_fn=killed, checkpoint=checkpoint)
-    with pytest.raises(JournalError, match="of another study"):
-        compressed(net, **{"eval_fn": quality, "checkpoint": checkpoint, **changed})
+    with pytest.raises(JournalError, match=f"of another study: .*{words}"):
+        compressed(model, **{"eval_fn": quality, "checkpoint": checkpoint, **changed})
     assert quality.calls == 2
 
 
