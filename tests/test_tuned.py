@@ -800,6 +800,22 @@ def test_several_goals_have_a_front(net: Net) -> None:
     assert set(scores) == {"quality", "rank"} and tuner.pareto_front and tuner.plan(params).sketched  # type: ignore[arg-type]
 
 
+def test_a_journal_goes_on_and_that_of_another_model_or_budget_is_refused(net: Net, tmp_path: Path) -> None:
+    quality, journal = Quality(net), tmp_path / "journal"
+    first = driven(net, eval_fn=quality, journal=journal)
+    found = first.optimize()
+    calls = quality.calls
+    assert driven(net, eval_fn=quality, journal=journal).optimize() == found and quality.calls == calls
+    for other, words in (
+        (driven(net, 0.4, eval_fn=quality, journal=journal), "budget: "),
+        (driven(other_weights(), eval_fn=quality, journal=journal), "weights of the dense model: "),
+        (driven(net, journal=journal), "objective: "),
+    ):
+        with pytest.raises(JournalError, match=f"of another study: .*{words}"):
+            other.optimize()
+    assert quality.calls == calls
+
+
 def test_finer_knobs_are_there_when_asked_for(net: Net) -> None:
     assert "blocks.*.attn" in driven(net, finer=True).space.parameters
     assert "blocks.*.attn" not in driven(net).space.parameters
