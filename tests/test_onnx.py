@@ -3,6 +3,7 @@ import logging
 import math
 import sys
 import warnings
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -358,6 +359,13 @@ def test_outputs_are_named_by_keys_fields_and_positions():
         "states_0",
         "states_1",
     ]
+
+
+def test_an_infinite_difference_is_strict_json():
+    check = parity.ShapeCheck({"x": (1, 2)}, math.inf, math.inf, ok=False)
+    report = parity.ExportReport(Path("m.onnx"), 5, None, 20, (), (check,), 1e-4, False, True, 0.1)
+    text = report.to_json()
+    assert "Infinity" not in text and json.loads(text)["checks"][0]["max_rel"] == "inf"
 
 
 def test_differences_count_nan_and_integers_strictly():
