@@ -34,7 +34,7 @@ from panther.request import Request, check_arguments, parse_budget
 from panther.selection import selected
 from panther.solve import Found, finished_model, search_plan
 from panther.spec import Budget, Capture, Heal, Plan, Report, Target
-from panther.trials import trials_file
+from panther.trials import earlier_tuning, trials_file
 from panther.verify import verify as check
 
 
@@ -337,7 +337,7 @@ def solved(prepared: Prepared, budget: Budget, plan: Plan | None) -> Result:
     if plan is None:
         found = search_plan(prepared, budget, target, notes)
     else:
-        found = Found(_completed(plan, prepared), target, dict(prepared.seconds))
+        found = Found(_completed(plan, prepared), target, dict(prepared.seconds), earlier_tuning(prepared, notes))
     plan, target, seconds, tuning = found
     with timed(seconds, "replace and heal"):
         compressed, healing = finished_model(prepared, plan, target, notes)

@@ -615,6 +615,17 @@ class Tuning:
     outside: float
     is_smallest: bool = False  # whether the smallest plan that holds max_drop was wanted, not the best score
 
+    @classmethod
+    def from_data(cls, data: Mapping[str, Any]) -> Tuning:
+        """What `to_data` made of one."""
+        trials = tuple(TrialReport(**{**row, "score": _score(row["score"])}) for row in data["trials"])
+        start, best = ((_score(score), float(kept)) for score, kept in (data["start"], data["best"]))
+        return cls(**{**data, "start": start, "best": best, "trials": trials})
+
+
+def _score(value: Any) -> float | None:
+    return None if value is None else float(value)
+
 
 @dataclass(frozen=True)
 class LayerReport:

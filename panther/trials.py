@@ -34,8 +34,8 @@ from panther.heal import fingerprint
 from panther.limits import Attempt
 from panther.prepared import Prepared, timed
 from panther.replace import replace
-from panther.spec import Budget, Choice, Plan, Target, TrialReport, Tuning
-from panther.tuner.journal import Batch, Record, opened
+from panther.spec import Budget, Choice, Plan, Target, TrialReport, Tuning, to_data
+from panther.tuner.journal import Batch, Record, ended, opened
 from panther.tuner.trial import Trial
 from panther.verify import metric
 
@@ -130,9 +130,26 @@ def tuned_plan(
             tell=lambda trial: _tell(record, trial, request.progress.say),
         )
         best = _held(prepared, budget, target, search)
-    tuning = _report(problem, search, best, score, time.perf_counter() - begin, is_smallest=smallest is not None)
+        tuning = _report(problem, search, best, score, time.perf_counter() - begin, is_smallest=smallest is not None)
+        record.end(to_data(tuning))
     notes.extend(_said(tuning))
     return as_plan(prepared, problem, budget, best), tuning
+
+
+def earlier_tuning(prepared: Prepared, notes: list[str]) -> Tuning | None:
+    """The record of the search that found the plan of the request's checkpoint; None where that was not searched for.
+
+    notes: get what they got then.
+    """
+    request = prepared.request
+    if request.checkpoint is None or request.search != "tuned":
+        return None
+    data = ended(trials_file(request.checkpoint))
+    if data is None:
+        return None
+    tuning = Tuning.from_data(data)
+    notes.extend(_said(tuning))
+    return tuning
 
 
 def as_plan(prepared: Prepared, problem: Problem, budget: Budget, tried: Tried) -> Plan:

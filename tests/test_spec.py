@@ -23,6 +23,8 @@ from panther.spec import (
     Plan,
     Report,
     Target,
+    TrialReport,
+    Tuning,
     to_data,
 )
 
@@ -433,6 +435,15 @@ def test_numbers_that_are_not_finite_are_strict_json():
     data = strictly(report.to_json())
     assert data["healing"]["before"] == "nan" and data["healing"]["history"] == [[0.5, "before", "nan"]]
     assert data["agreement"] == {"relative_error": "inf"} and to_data(-math.inf) == "-inf"
+
+
+def test_a_tuning_is_read_back_from_its_data():
+    trials = (
+        TrialReport(0, "given", -math.inf, 0.5, 0.1, {"floor": 1.0}),
+        TrialReport(1, "gp", None, 0.4, 0.1, {}, "x"),
+    )
+    tuning = Tuning("eval_fn", (-math.inf, 0.5), (None, 0.4), trials, "timeout", 1.0, 0.5, is_smallest=True)
+    assert Tuning.from_data(strictly(json.dumps(to_data(tuning)))) == tuning
 
 
 def test_a_plan_whose_error_is_not_finite_is_read_back():

@@ -38,7 +38,8 @@ from panther.allocators.tuned import (
 )
 from panther.allocators.uniform import uniform
 from panther.errors import JournalError, PlanError
-from panther.spec import Choice, Cost, Plan, Target
+from panther.healers.checkpoint import Checkpoint
+from panther.spec import Choice, Cost, Plan, Target, Tuning
 from panther.trials import trials_file
 from panther.tuner import SkAutoTuner
 from panther.tuner.trial import Trial
@@ -680,6 +681,39 @@ def test_a_killed_search_goes_on_where_it_was(net: Net, tmp_path: Path) -> None:
     assert result.plan == whole.plan and not list(tmp_path.iterdir())
     rows = [(row.number, row.score, row.knobs) for row in result.report.tuning.trials]  # type: ignore[union-attr]
     assert rows == [(row.number, row.score, row.knobs) for row in whole.report.tuning.trials]  # type: ignore[union-attr]
+
+
+def test_a_run_killed_while_healing_keeps_its_search(net: Net, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second run goes on with the plan of the first, and reports what the first tried."""
+    quality = Quality(net)
+    options: dict[str, Any] = {"heal": panther.Heal("distill", steps=8, time_limit=1e6), "checkpoint": tmp_path / "run"}
+
+    def odd(model: nn.Module) -> float:
+        return quality(model) if quality.calls != 3 else math.nan * quality(model)
+
+    def killed(self: Checkpoint, *args: Any) -> None:
+        save(self, *args)
+        raise KilledError
+
+    save = Checkpoint.save
+    with monkeypatch.context() as patch:
+        patch.setattr(Checkpoint, "save", killed)
+        with pytest.raises(KilledError):
+            compressed(net, eval_fn=odd, **options)
+    assert quality.calls == 8
+    result = compressed(net, eval_fn=odd, **options)
+    assert quality.calls == 8 and result.report.healing is not None and not list(tmp_path.iterdir())
+    quality.calls = 0
+    whole = compressed(net, eval_fn=odd, **{**options, "checkpoint": None})
+    assert result.plan == whole.plan and searched_in(result) == searched_in(whole)
+    assert any("1 of 8 plans could not be scored" in note for note in result.report.notes)
+
+
+def searched_in(result: panther.Result) -> Tuning:
+    """What a search found, without the clock's part of it."""
+    found = result.report.tuning
+    assert found is not None
+    return replace(found, seconds=0, outside=0, trials=tuple(replace(trial, seconds=0) for trial in found.trials))
 
 
 def other_weights() -> Net:
