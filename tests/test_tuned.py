@@ -398,7 +398,9 @@ def test_plans_beyond_the_limits_are_not_scored() -> None:
     assert [one.trial.error for one in search.tried[1:]] in ([BEYOND], [""])
 
 
-@pytest.mark.parametrize(("killed", "strategy"), [(1, "random"), (2, "random"), (14, "random"), (9, "auto")])
+@pytest.mark.parametrize(
+    ("killed", "strategy"), [(1, "random"), (2, "random"), (14, "random"), (16, "random"), (9, "auto")]
+)
 def test_a_resumed_search_goes_on_as_the_first_would_have(
     killed: int, strategy: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
