@@ -182,7 +182,7 @@ def compress(
     )
     result = solved(prepared_for(request), wanted, plan)
     if not inplace:
-        return result
+        return changed(result, _prepared=cast(Prepared, result._prepared).without_checkpoint())
     if device is not None:
         model.to(device)
     known = cast(Prepared, result._prepared).factors

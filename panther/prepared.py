@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -150,6 +151,12 @@ class Prepared:
                 new, found.factors, build=self.layer, medians=medians_in_turn, progress=self.request.progress
             )
         return {**self.timed_options, **times}
+
+    def without_checkpoint(self) -> Prepared:
+        """The same, with all that was measured, for runs that have no part in the file of this one."""
+        other = copy.copy(self)
+        object.__setattr__(other, "request", changed(self.request, checkpoint=None))
+        return other
 
     def divergence(self, choices: Sequence[Choice]) -> float:
         """What a whole plan does to the model's output on the reference samples."""

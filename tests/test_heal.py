@@ -833,6 +833,26 @@ def test_another_budget_heals_anew() -> None:
     assert smaller.report.healing != result.report.healing
 
 
+@pytest.mark.parametrize(
+    "search", [{"search": "sensitivity"}, {"search": "tuned", "n_trials": 2}], ids=lambda s: s["search"]
+)
+def test_another_budget_has_no_part_in_the_checkpoint(
+    search: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Which stays when Ctrl-C ended the healing, and is of the first budget."""
+    model, given, options = Net(), data(), {"checkpoint": tmp_path / "run", **search}
+    with monkeypatch.context() as patch:
+        interrupting(patch, "distill", 10)
+        result = compressed(model, given, "distill", **options)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    assert "run" in before
+    smaller = result.resolve(0.4)
+    assert smaller.report.healing is not None and smaller.budget_met
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+    compressed(model, given, "distill", **options)
+    assert not list(tmp_path.iterdir())
+
+
 def test_bad_settings_are_refused_before_any_work() -> None:
     with pytest.raises(ValueError, match="heal='magic': expected one of none, refit, blocks, distill, auto"):
         panther.heal(Net(), Net(), [torch.zeros(1, 12)], torch.zeros(1, 12), "magic")
