@@ -153,6 +153,7 @@ def compress(
         timeout=timeout,
         dtypes=dtypes,
         inplace=inplace,
+        has_plan=plan is not None,
     )
     if plan is None and checkpoint is not None:
         plan = _plan_in(Path(checkpoint), budget=str(wanted), seed=seed, search=search)

@@ -547,7 +547,7 @@ def test_a_plan_keeps_its_knobs_and_makes_the_same_model_again(net: Net) -> None
     result = compressed(net, eval_fn=Quality(net))
     read = Plan.from_json(result.plan.to_json())
     assert read == result.plan and set(read.knobs) >= {"floor", "power", "depth"}
-    again = compressed(net, plan=read, n_trials=None)
+    again = compressed(net, plan=read, search="sensitivity", n_trials=None)
     assert again.plan.choices == result.plan.choices and again.report.tuning is None
 
 
@@ -767,6 +767,7 @@ def test_the_trials_of_another_search_are_refused(
         ({"timeout": 0}, "timeout=0: expected seconds, above 0"),
         ({"timeout": math.nan}, "timeout=nan: expected seconds"),
         ({"timeout": "1h"}, "timeout='1h': expected seconds"),
+        ({"plan": Plan(())}, "search='tuned' is given beside a plan, which leaves nothing to search for: leave out"),
         (
             {"search": "sensitivity"},
             "n_trials and timeout belong to search=\"tuned\", and this is search='sensitivity'",
