@@ -247,7 +247,7 @@ class Prepared:
             narrow={c.layer: self.factors[c.layer].at(c).module for c in plan.sketched if c.channels},
             seed=self.request.seed,
             checkpoint=self.request.checkpoint if checkpoint else None,
-            identity={"plan": _unmeasured(plan).to_json()},
+            identity={"plan": _unmeasured(plan).to_json(), "dtypes": list(self.request.dtypes)},
             progress=self.request.progress,
         )
 
