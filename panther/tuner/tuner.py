@@ -262,12 +262,13 @@ class SkAutoTuner:
     def try_first(self, *points: Params) -> None:
         """Has these points evaluated before any that are searched for; they count as trials.
 
-        Raises: ValueError where a point is not in the box.
+        Raises: ValueError where a point is not in the box, or not allowed.
         """
         for point in points:
-            if not isinstance(point, Mapping) or not self.space.contains(dict(point)):
-                raise ValueError(f"{point!r} is no allowed point of the box {self.space.describe()['parameters']}")
-            self._given.append({name: point[name] for name in self.space.parameters})
+            try:
+                self._given.append(self.space.point(point))
+            except (TypeError, ValueError) as error:
+                raise ValueError(f"{point!r} is no allowed point of the box: {error}") from None
 
     def optimize(self) -> tuple[Params, float] | tuple[Params, Scores]:
         """Runs the study, and answers the best parameters and their score (with several goals: scores by name).
