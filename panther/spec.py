@@ -708,6 +708,12 @@ class Report:
         """Strict JSON: a number that is not finite is the string "nan", "inf" or "-inf"."""
         return json.dumps(to_data(self), indent=1, allow_nan=False)
 
+    def to_html(self) -> str:
+        """One page that needs no other file, with all that str() shows."""
+        from panther.report.html import render
+
+        return render(self)
+
     def __str__(self) -> str:
         from panther.report.text import render  # the table needs rich; the data does not
 
