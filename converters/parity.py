@@ -61,7 +61,7 @@ class ExportReport:
     rounding: float | None = None
 
     def to_json(self) -> str:
-        return json.dumps(to_data(self), indent=1, default=str)
+        return json.dumps(to_data(self), indent=1, default=str, allow_nan=False)
 
     def __str__(self) -> str:
         ops = "standard operators only" if self.standard_ops else "operators of other domains"

@@ -33,8 +33,8 @@ from panther.replace import changed_layers
 from panther.request import Request, check_arguments, parse_budget
 from panther.selection import selected
 from panther.solve import Found, finished_model, search_plan
-from panther.spec import Budget, Capture, Heal, Plan, Report, Target
-from panther.trials import trials_file
+from panther.spec import DTYPES, Budget, Capture, Heal, Plan, Report, Target
+from panther.trials import earlier_tuning, trials_file
 from panther.verify import verify as check
 
 
@@ -153,9 +153,10 @@ def compress(
         timeout=timeout,
         dtypes=dtypes,
         inplace=inplace,
+        has_plan=plan is not None,
     )
     if plan is None and checkpoint is not None:
-        plan = _plan_in(Path(checkpoint), budget=str(wanted), seed=seed, search=search)
+        plan = _plan_in(Path(checkpoint), budget=str(wanted), seed=seed, search=search, dtypes=tuple(dtypes))
     if plan is not None and not isinstance(plan, Plan):
         plan = Plan.from_json(plan)
     if plan is not None:  # which says itself what it stores weights in
@@ -182,7 +183,7 @@ def compress(
     )
     result = solved(prepared_for(request), wanted, plan)
     if not inplace:
-        return result
+        return changed(result, _prepared=cast(Prepared, result._prepared).without_checkpoint())
     if device is not None:
         model.to(device)
     known = cast(Prepared, result._prepared).factors
@@ -192,7 +193,9 @@ def compress(
     return changed(result, model=model, _prepared=None)
 
 
-def _plan_in(checkpoint: Path, *, budget: str, seed: int, search: str | Allocator) -> Plan | None:
+def _plan_in(
+    checkpoint: Path, *, budget: str, seed: int, search: str | Allocator, dtypes: tuple[str, ...]
+) -> Plan | None:
     """The plan that a killed run was healing; None where there was no such run.
 
     Raises: LoadError when that run was asked for something else.
@@ -201,8 +204,11 @@ def _plan_in(checkpoint: Path, *, budget: str, seed: int, search: str | Allocato
     if text is None:
         return None
     plan = Plan.from_json(text)
-    asked = {"budget": budget, "seed": seed, "search": search if isinstance(search, str) else plan.allocator}
+    asked: dict[str, Any] = {"budget": budget, "seed": seed, "dtypes": dtypes}
+    asked["search"] = search if isinstance(search, str) else plan.allocator
+    used = tuple(dict.fromkeys(DTYPES[0] if c.grid is None else c.dtype for c in plan.sketched))
     found = {"budget": plan.budget, "seed": plan.seed, "search": plan.allocator}
+    found["dtypes"] = dtypes if set(used) <= set(dtypes) else used  # the checkpoint knows whether all are the same
     other = ", ".join(f"{name} {found[name]!r}, now {asked[name]!r}" for name in asked if found[name] != asked[name])
     if other:
         raise LoadError(
@@ -342,7 +348,7 @@ def solved(prepared: Prepared, budget: Budget, plan: Plan | None) -> Result:
     if plan is None:
         found = search_plan(prepared, budget, target, notes)
     else:
-        found = Found(_completed(plan, prepared), target, dict(prepared.seconds))
+        found = Found(_completed(plan, prepared), target, dict(prepared.seconds), earlier_tuning(prepared, notes))
     plan, target, seconds, tuning = found
     with timed(seconds, "replace and heal"):
         compressed, healing = finished_model(prepared, plan, target, notes)

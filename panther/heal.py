@@ -126,8 +126,8 @@ class _Healer:
             **dataclasses.asdict(self.settings),
             "seed": self.seed,
             "batches": len(self.calls),
-            "inputs": _fingerprint(inputs),
-            "weights of the dense model": _fingerprint(self.teacher.parameters()),
+            "inputs": fingerprint(inputs),
+            "weights of the dense model": fingerprint(self.teacher.parameters()),
             "shapes": hashlib.sha256(shapes).hexdigest()[:16],
         }
 
@@ -407,7 +407,7 @@ def _fitting(calls: Iterable[Call], size_bytes: int) -> Iterator[Call]:
             return
 
 
-def _fingerprint(tensors: Iterable[Tensor]) -> str:
+def fingerprint(tensors: Iterable[Tensor]) -> str:
     """A few numbers of each tensor, as one that other tensors do not have."""
     digest = hashlib.sha256()
     for tensor in tensors:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -151,6 +152,12 @@ class Prepared:
             )
         return {**self.timed_options, **times}
 
+    def without_checkpoint(self) -> Prepared:
+        """The same, with all that was measured, for runs that have no part in the file of this one."""
+        other = copy.copy(self)
+        object.__setattr__(other, "request", changed(self.request, checkpoint=None))
+        return other
+
     def divergence(self, choices: Sequence[Choice]) -> float:
         """What a whole plan does to the model's output on the reference samples."""
         return self.reference.divergence(self.factors, choices)
@@ -243,7 +250,7 @@ class Prepared:
             narrow={name: factors.module for name, factors in narrow.items()},
             seed=self.request.seed,
             checkpoint=self.request.checkpoint if checkpoint else None,
-            identity={"plan": _unmeasured(plan).to_json()},
+            identity={"plan": _unmeasured(plan).to_json(), "dtypes": list(self.request.dtypes)},
             progress=self.request.progress,
         )
 

@@ -62,6 +62,7 @@ def check_arguments(
     timeout: float | None,
     dtypes: Sequence[str],
     inplace: bool,
+    has_plan: bool = False,
 ) -> None:
     """Raise TypeError or ValueError for an argument that cannot be honoured."""
     if not isinstance(model, nn.Module):
@@ -70,6 +71,11 @@ def check_arguments(
         )
     if isinstance(search, str) and search not in ALLOCATORS:
         raise ValueError(f"search={search!r}: expected one of {', '.join(ALLOCATORS)} or an allocator")
+    if has_plan and search != "sensitivity":
+        raise ValueError(
+            f"search={search!r} is given beside a plan, which leaves nothing to search for: leave out search, n_trials "
+            "and timeout, or the plan"
+        )
     if search != "tuned" and (n_trials is not None or timeout is not None):
         raise ValueError(
             f'n_trials and timeout belong to search="tuned", and this is search={search!r}: leave them out'

@@ -435,13 +435,15 @@ class Target:
 
 
 def to_data(value: Any) -> Any:
-    """Dataclasses, tuples and mappings as plain JSON values."""
+    """Dataclasses, tuples and mappings as plain JSON values; numbers that JSON lacks are "nan", "inf" and "-inf"."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return {f.name: to_data(getattr(value, f.name)) for f in dataclasses.fields(value)}
     if isinstance(value, Mapping):
         return {str(k): to_data(v) for k, v in value.items()}
     if isinstance(value, list | tuple):
         return [to_data(v) for v in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(float(value))  # which float() reads
     return value
 
 
@@ -471,7 +473,7 @@ class Plan:
         return sum((c.cost for c in self.choices), Cost())
 
     def to_json(self) -> str:
-        return json.dumps({"panther_plan": PLAN_VERSION, **to_data(self)}, indent=1)
+        return json.dumps({"panther_plan": PLAN_VERSION, **to_data(self)}, indent=1, allow_nan=False)
 
     @classmethod
     def from_json(cls, text: str) -> Plan:
@@ -516,7 +518,8 @@ def _choice_from(row: Mapping[str, Any]) -> Choice:
         **{
             **row,
             "ranks": tuple(int(r) for r in row["ranks"]),
-            "cost": Cost(**row["cost"]),
+            "error": float(row.get("error", 0.0)),
+            "cost": Cost(**{**row["cost"], "latency_ms": float(row["cost"].get("latency_ms", 0.0))}),
             "channels": int(row.get("channels", 0)),
             "group_size": int(row.get("group_size", 0)),
         }
@@ -612,6 +615,17 @@ class Tuning:
     outside: float
     is_smallest: bool = False  # whether the smallest plan that holds max_drop was wanted, not the best score
 
+    @classmethod
+    def from_data(cls, data: Mapping[str, Any]) -> Tuning:
+        """What `to_data` made of one."""
+        trials = tuple(TrialReport(**{**row, "score": _score(row["score"])}) for row in data["trials"])
+        start, best = ((_score(score), float(kept)) for score, kept in (data["start"], data["best"]))
+        return cls(**{**data, "start": start, "best": best, "trials": trials})
+
+
+def _score(value: Any) -> float | None:
+    return None if value is None else float(value)
+
 
 @dataclass(frozen=True)
 class LayerReport:
@@ -691,7 +705,14 @@ class Report:
     baselines: tuple[Baseline, ...] = ()  # what storing whole numbers alone would do
 
     def to_json(self) -> str:
-        return json.dumps(to_data(self), indent=1)
+        """Strict JSON: a number that is not finite is the string "nan", "inf" or "-inf"."""
+        return json.dumps(to_data(self), indent=1, allow_nan=False)
+
+    def to_html(self) -> str:
+        """One page that needs no other file, with all that str() shows."""
+        from panther.report.html import render
+
+        return render(self)
 
     def __str__(self) -> str:
         from panther.report.text import render  # the table needs rich; the data does not

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from dataclasses import replace as changed
 from pathlib import Path
+from typing import Any
 
 from torch import nn
 
@@ -29,11 +30,12 @@ from panther.allocators.tuned import (
     space_of,
     tune,
 )
+from panther.heal import fingerprint
 from panther.limits import Attempt
 from panther.prepared import Prepared, timed
 from panther.replace import replace
-from panther.spec import Budget, Choice, Plan, Target, TrialReport, Tuning
-from panther.tuner.journal import Batch, Record, opened
+from panther.spec import Budget, Choice, Plan, Target, TrialReport, Tuning, to_data
+from panther.tuner.journal import Batch, Record, ended, opened
 from panther.tuner.trial import Trial
 from panther.verify import metric
 
@@ -128,9 +130,26 @@ def tuned_plan(
             tell=lambda trial: _tell(record, trial, request.progress.say),
         )
         best = _held(prepared, budget, target, search)
-    tuning = _report(problem, search, best, score, time.perf_counter() - begin, is_smallest=smallest is not None)
+        tuning = _report(problem, search, best, score, time.perf_counter() - begin, is_smallest=smallest is not None)
+        record.end(to_data(tuning))
     notes.extend(_said(tuning))
     return as_plan(prepared, problem, budget, best), tuning
+
+
+def earlier_tuning(prepared: Prepared, notes: list[str]) -> Tuning | None:
+    """The record of the search that found the plan of the request's checkpoint; None where that was not searched for.
+
+    notes: get what they got then.
+    """
+    request = prepared.request
+    if request.checkpoint is None or request.search != "tuned":
+        return None
+    data = ended(trials_file(request.checkpoint))
+    if data is None:
+        return None
+    tuning = Tuning.from_data(data)
+    notes.extend(_said(tuning))
+    return tuning
 
 
 def as_plan(prepared: Prepared, problem: Problem, budget: Budget, tried: Tried) -> Plan:
@@ -185,15 +204,33 @@ def _journal(prepared: Prepared, problem: Problem, budget: Budget, count: int) -
         yield Record()
         return
     header = {
-        "model": prepared.found.fingerprint,
-        "budget": str(budget),
+        **identity(prepared, budget),
         "seed": request.seed,
         "n_trials": count,
-        "objective": Scored(prepared).objective,
         "space": space_of(problem).describe(),
     }
     with opened(trials_file(request.checkpoint), header) as record:
         yield record
+
+
+def identity(prepared: Prepared, budget: Budget) -> dict[str, Any]:
+    """What must be the same for a trial to count in another run, besides the knobs.
+
+    Without calibration data the example inputs take its place; beside it only their shapes matter.
+    """
+    request, data = prepared.request, prepared.data
+    calls = [request.example] if data is None else [*itertools.islice(data, 1), *data.held_out]
+    return {
+        "model": prepared.found.fingerprint,
+        "weights of the dense model": fingerprint(itertools.chain(request.model.parameters(), request.model.buffers())),
+        "inputs": fingerprint(tensor for call in calls for tensor in call.tensors()),
+        "batches": None if data is None else len(data),
+        "example": [list(tensor.shape) for tensor in request.example.tensors()],
+        "layers": [spec.name for spec in prepared.found.sketchable],
+        "dtypes": list(request.dtypes),
+        "budget": str(budget),
+        "objective": Scored(prepared).objective,
+    }
 
 
 def _told(record: Record) -> list[Trial]:

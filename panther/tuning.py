@@ -36,7 +36,7 @@ from panther.prepared import Prepared
 from panther.progress import Progress
 from panther.request import Request, check_arguments, parse_budget
 from panther.spec import Budget, Choice, Heal, Plan
-from panther.trials import as_plan, can_score, problem_for, student_of
+from panther.trials import as_plan, can_score, identity, problem_for, student_of
 from panther.tuner.trial import Params, Trial
 from panther.tuner.tuner import SkAutoTuner
 
@@ -82,6 +82,10 @@ class ModelTuner(SkAutoTuner):
     def result(self, params: Params | None = None) -> Result:
         """The compressed model of these parameters, or of the best ones: healed, packed and checked."""
         return solved(self.prepared, self.budget, self.plan(params))
+
+    def _header(self) -> dict[str, Any]:
+        """Scores in a journal are of one model, its data and its budget."""
+        return {**super()._header(), **identity(self.prepared, self.budget)}
 
 
 def from_model(

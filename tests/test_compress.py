@@ -484,7 +484,8 @@ def test_another_budget_with_a_drop_needs_an_eval_fn_too(cnn: Cnn) -> None:
 def test_a_plan_is_held_against_every_limit(cnn: Cnn, monkeypatch: pytest.MonkeyPatch) -> None:
     clock = Clock(monkeypatch)
     plan = held(cnn).plan
-    result = held(cnn, {"latency_ms": "1%", "max_drop": 0.1}, plan=plan, eval_fn=lambda model: 0.9)
+    limits = {"latency_ms": "1%", "max_drop": 0.1}
+    result = held(cnn, limits, plan=plan, search="sensitivity", eval_fn=lambda model: 0.9)
     assert result.plan == plan and clock.layers_timed == 0
     assert [limit.met for limit in result.report.limits] == [False, True] and not result.budget_met
 

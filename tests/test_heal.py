@@ -813,7 +813,7 @@ def test_a_plan_whose_milliseconds_were_measured_goes_on_too(tmp_path: Path, mon
     assert result.report.healing is not None and result.plan.sketched and not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("changed", [{"budget": 0.6}, {"seed": 1}, {"search": "uniform"}])
+@pytest.mark.parametrize("changed", [{"budget": 0.6}, {"seed": 1}, {"search": "uniform"}, {"dtypes": ("int8",)}])
 def test_the_checkpoint_of_another_compression_is_refused(
     changed: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -826,12 +826,45 @@ def test_the_checkpoint_of_another_compression_is_refused(
         compressed(model, given, checkpoint=tmp_path / "run", **changed)
 
 
+def test_a_checkpoint_is_refused_that_might_have_had_other_dtypes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where the plan that is being healed uses none of them."""
+    model, given = Net(), data()
+    with monkeypatch.context() as patch:
+        killed(patch, 1)
+        with pytest.raises(KilledError):
+            compressed(model, given, checkpoint=tmp_path / "run")
+    with pytest.raises(LoadError, match=r"checkpoint of another run \(different: dtypes\)"):
+        compressed(model, given, checkpoint=tmp_path / "run", dtypes=("float32", "int8"))
+
+
 def test_another_budget_heals_anew() -> None:
     model, given = Net(), data()
     result = compressed(model, given)
     smaller = result.resolve(0.4)
     assert result.report.healing is not None and smaller.report.healing is not None
     assert smaller.report.healing != result.report.healing
+
+
+@pytest.mark.parametrize(
+    "search", [{"search": "sensitivity"}, {"search": "tuned", "n_trials": 2}], ids=lambda s: s["search"]
+)
+def test_another_budget_has_no_part_in_the_checkpoint(
+    search: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Which stays when Ctrl-C ended the healing, and is of the first budget."""
+    model, given, options = Net(), data(), {"checkpoint": tmp_path / "run", **search}
+    with monkeypatch.context() as patch:
+        interrupting(patch, "distill", 10)
+        result = compressed(model, given, "distill", **options)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    assert "run" in before
+    smaller = result.resolve(0.4)
+    assert smaller.report.healing is not None and smaller.budget_met
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+    compressed(model, given, "distill", **options)
+    assert not list(tmp_path.iterdir())
 
 
 def test_bad_settings_are_refused_before_any_work() -> None:

@@ -3,6 +3,7 @@ import logging
 import math
 import sys
 import warnings
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -422,6 +423,13 @@ def test_names_that_are_spelt_alike_stay_apart(tmp_path):
     graph = onnx.load(result.path).graph
     assert [value.name for value in graph.input] == ["output", "more_k_1", "more_k_1_2"]
     assert [value.name for value in graph.output] == ["output_out_2", "output_out", "k_1", "k_1_2"]
+
+
+def test_an_infinite_difference_is_strict_json():
+    check = parity.ShapeCheck({"x": (1, 2)}, math.inf, math.inf, ok=False)
+    report = parity.ExportReport(Path("m.onnx"), 5, None, 20, (), (check,), 1e-4, False, True, 0.1)
+    text = report.to_json()
+    assert "Infinity" not in text and json.loads(text)["checks"][0]["max_rel"] == "inf"
 
 
 def test_differences_count_nan_and_integers_strictly():

@@ -1,5 +1,6 @@
 import json
 from dataclasses import replace
+from html.parser import HTMLParser
 
 import pytest
 
@@ -167,7 +168,7 @@ def test_a_model_without_dense_layers_still_has_a_report() -> None:
 
 
 def test_every_renderer_gives_text_that_names_the_target() -> None:
-    assert set(RENDERERS) == {"text", "json"}
+    assert set(RENDERERS) == {"text", "html", "json"}
     for renderer in RENDERERS.values():
         assert REPORT.target in renderer(REPORT)
     assert json.loads(RENDERERS["json"](REPORT))["layers"][0]["ranks"] == [152]
@@ -212,3 +213,50 @@ def test_without_eval_fn_the_report_says_what_was_tuned_on() -> None:
 def test_a_tuned_search_goes_to_json_with_its_knobs() -> None:
     data = json.loads(RENDERERS["json"](replace(REPORT, tuning=TUNED)))["tuning"]
     assert data["trials"][2]["knobs"] == {"floor": 0.25, "encoder.*.query": -1.25} and data["best"] == [0.8812, 0.5]
+
+
+# As HTML
+
+
+class Page(HTMLParser):
+    """The texts of a page's paragraphs and cells; every tag that is opened must be closed."""
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.texts: list[str] = []
+        self.tags: set[str] = set()
+        self.feed(html)
+        self.close()
+        assert not self.open
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        assert not {"src", "href"} & {name for name, _ in attrs}  # nothing is fetched
+        self.tags.add(tag)
+        if tag != "meta":
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        if self.open and self.open[-1] in ("p", "th", "td"):
+            self.texts.append(data)
+
+
+def test_the_page_says_all_that_the_text_says() -> None:
+    report = replace(REPORT, tuning=TUNED, healing=Healed(1.0, 0, 0.5, 0.25, ((1.0, "refit", 0.25),)))
+    words = " ".join(render(report).replace("\u2500", "").split())
+    page = " ".join(" ".join(Page(report.to_html()).texts).split())
+    assert sorted(page.split()) == sorted(words.split()) and RENDERERS["html"](report) == report.to_html()
+
+
+def test_names_are_text_and_no_markup_of_the_page() -> None:
+    row = replace(ROW, name="<script>alert(1)</script>")
+    page = Page(replace(REPORT, layers=(row,), notes=("a < b & c",)).to_html())
+    assert row.name in page.texts and "note: a < b & c" in page.texts and "script" not in page.tags
+
+
+def test_a_page_needs_no_layer() -> None:
+    counted = Figures(10, 10, 10)
+    assert Page(Report("", False, "", (), counted, counted).to_html()).texts[0] == "target: none"

@@ -16,12 +16,15 @@ from panther.spec import (
     Choice,
     Cost,
     Figures,
+    Healed,
     LayerReport,
     LayerSpec,
     LimitReport,
     Plan,
     Report,
     Target,
+    TrialReport,
+    Tuning,
     to_data,
 )
 
@@ -414,6 +417,39 @@ def test_a_report_goes_to_json_as_plain_data():
     assert data["limits"] == [{"name": "latency", "limit": 12.0, "got": 11.5, "unit": "ms", "met": True}]
     assert data["agreement"] == {"cosine": 0.9} and data["metric"] == [0.5, 0.25]
     assert data["dense"]["latency_ms"] is None and data["budget_met"] is True
+
+
+def strictly(text):
+    """JSON as parsers other than Python's read it, to which NaN is no number."""
+
+    def refuse(constant):
+        raise ValueError(f"{constant} is not JSON")
+
+    return json.loads(text, parse_constant=refuse)
+
+
+def test_numbers_that_are_not_finite_are_strict_json():
+    figures = Figures(params=10, size_bytes=40, flops=7)
+    healing = Healed(1.0, 0, math.nan, math.nan, ((0.5, "before", math.nan),))
+    report = Report("", True, "", (), figures, figures, {"relative_error": math.inf}, healing=healing)
+    data = strictly(report.to_json())
+    assert data["healing"]["before"] == "nan" and data["healing"]["history"] == [[0.5, "before", "nan"]]
+    assert data["agreement"] == {"relative_error": "inf"} and to_data(-math.inf) == "-inf"
+
+
+def test_a_tuning_is_read_back_from_its_data():
+    trials = (
+        TrialReport(0, "given", -math.inf, 0.5, 0.1, {"floor": 1.0}),
+        TrialReport(1, "gp", None, 0.4, 0.1, {}, "x"),
+    )
+    tuning = Tuning("eval_fn", (-math.inf, 0.5), (None, 0.4), trials, "timeout", 1.0, 0.5, is_smallest=True)
+    assert Tuning.from_data(strictly(json.dumps(to_data(tuning)))) == tuning
+
+
+def test_a_plan_whose_error_is_not_finite_is_read_back():
+    plan = plan_of(dataclasses.replace(SKETCHED, error=math.inf, cost=Cost(1, 2, 3, math.inf)))
+    strictly(plan.to_json())
+    assert Plan.from_json(plan.to_json()) == plan
 
 
 def test_to_data_leaves_plain_values_and_makes_keys_text():

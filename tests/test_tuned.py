@@ -38,7 +38,8 @@ from panther.allocators.tuned import (
 )
 from panther.allocators.uniform import uniform
 from panther.errors import JournalError, PlanError
-from panther.spec import Choice, Cost, Plan, Target
+from panther.healers.checkpoint import Checkpoint
+from panther.spec import Choice, Cost, Plan, Target, Tuning
 from panther.trials import trials_file
 from panther.tuner import SkAutoTuner
 from panther.tuner.trial import Trial
@@ -397,7 +398,9 @@ def test_plans_beyond_the_limits_are_not_scored() -> None:
     assert [one.trial.error for one in search.tried[1:]] in ([BEYOND], [""])
 
 
-@pytest.mark.parametrize(("killed", "strategy"), [(1, "random"), (2, "random"), (14, "random"), (9, "auto")])
+@pytest.mark.parametrize(
+    ("killed", "strategy"), [(1, "random"), (2, "random"), (14, "random"), (16, "random"), (9, "auto")]
+)
 def test_a_resumed_search_goes_on_as_the_first_would_have(
     killed: int, strategy: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -503,7 +506,9 @@ class Quality:
 
 def compressed(model: nn.Module, budget: Any = 0.5, **options: Any) -> panther.Result:
     given = {"search": "tuned", "heal": "none", "progress": False, "verify": False, "n_trials": 8, **options}
-    return panther.compress(model, budget, example_inputs=INPUTS[:4], calib_data=list(INPUTS.split(8)), **given)
+    return panther.compress(
+        model, budget, **{"example_inputs": INPUTS[:4], "calib_data": list(INPUTS.split(8)), **given}
+    )
 
 
 def test_compress_takes_the_best_of_the_trials(net: Net) -> None:
@@ -542,7 +547,7 @@ def test_a_plan_keeps_its_knobs_and_makes_the_same_model_again(net: Net) -> None
     result = compressed(net, eval_fn=Quality(net))
     read = Plan.from_json(result.plan.to_json())
     assert read == result.plan and set(read.knobs) >= {"floor", "power", "depth"}
-    again = compressed(net, plan=read, n_trials=None)
+    again = compressed(net, plan=read, search="sensitivity", n_trials=None)
     assert again.plan.choices == result.plan.choices and again.report.tuning is None
 
 
@@ -680,9 +685,63 @@ def test_a_killed_search_goes_on_where_it_was(net: Net, tmp_path: Path) -> None:
     assert rows == [(row.number, row.score, row.knobs) for row in whole.report.tuning.trials]  # type: ignore[union-attr]
 
 
-@pytest.mark.parametrize("changed", [{"budget": 0.4}, {"seed": 1}, {"n_trials": 9}, {"eval_fn": None}])
-def test_the_trials_of_another_search_are_refused(net: Net, tmp_path: Path, changed: dict[str, Any]) -> None:
+def test_a_run_killed_while_healing_keeps_its_search(net: Net, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second run goes on with the plan of the first, and reports what the first tried."""
+    quality = Quality(net)
+    options: dict[str, Any] = {"heal": panther.Heal("distill", steps=8, time_limit=1e6), "checkpoint": tmp_path / "run"}
+
+    def odd(model: nn.Module) -> float:
+        return quality(model) if quality.calls != 3 else math.nan * quality(model)
+
+    def killed(self: Checkpoint, *args: Any) -> None:
+        save(self, *args)
+        raise KilledError
+
+    save = Checkpoint.save
+    with monkeypatch.context() as patch:
+        patch.setattr(Checkpoint, "save", killed)
+        with pytest.raises(KilledError):
+            compressed(net, eval_fn=odd, **options)
+    assert quality.calls == 8
+    result = compressed(net, eval_fn=odd, **options)
+    assert quality.calls == 8 and result.report.healing is not None and not list(tmp_path.iterdir())
+    quality.calls = 0
+    whole = compressed(net, eval_fn=odd, **{**options, "checkpoint": None})
+    assert result.plan == whole.plan and searched_in(result) == searched_in(whole)
+    assert any("1 of 8 plans could not be scored" in note for note in result.report.notes)
+
+
+def searched_in(result: panther.Result) -> Tuning:
+    """What a search found, without the clock's part of it."""
+    found = result.report.tuning
+    assert found is not None
+    return replace(found, seconds=0, outside=0, trials=tuple(replace(trial, seconds=0) for trial in found.trials))
+
+
+def other_weights() -> Net:
+    torch.manual_seed(1)
+    return Net().eval()
+
+
+@pytest.mark.parametrize(
+    ("changed", "words"),
+    [
+        ({"budget": 0.4}, "budget: "),
+        ({"seed": 1}, "seed: "),
+        ({"n_trials": 9}, "n_trials: "),
+        ({"eval_fn": None}, "objective: "),
+        ({"exclude": ["outputs.0"]}, "layers: "),
+        ({"dtypes": ("float32", "int8")}, "dtypes: "),
+        ({"calib_data": list(INPUTS.flip(0).split(8))}, "inputs: "),
+        ({"calib_data": list(INPUTS.split(6))}, "batches: "),
+        ({}, "weights of the dense model: "),
+    ],
+)
+def test_the_trials_of_another_search_are_refused(
+    net: Net, tmp_path: Path, changed: dict[str, Any], words: str
+) -> None:
     checkpoint, quality = tmp_path / "run", Quality(net)
+    model = net if changed else other_weights()
 
     def killed(model: nn.Module) -> float:
         if quality.calls == 2:
@@ -691,8 +750,8 @@ def test_the_trials_of_another_search_are_refused(net: Net, tmp_path: Path, chan
 
     with pytest.raises(KilledError):
         compressed(net, eval_fn=killed, checkpoint=checkpoint)
-    with pytest.raises(JournalError, match="of another study"):
-        compressed(net, **{"eval_fn": quality, "checkpoint": checkpoint, **changed})
+    with pytest.raises(JournalError, match=f"of another study: .*{words}"):
+        compressed(model, **{"eval_fn": quality, "checkpoint": checkpoint, **changed})
     assert quality.calls == 2
 
 
@@ -708,6 +767,7 @@ def test_the_trials_of_another_search_are_refused(net: Net, tmp_path: Path, chan
         ({"timeout": 0}, "timeout=0: expected seconds, above 0"),
         ({"timeout": math.nan}, "timeout=nan: expected seconds"),
         ({"timeout": "1h"}, "timeout='1h': expected seconds"),
+        ({"plan": Plan(())}, "search='tuned' is given beside a plan, which leaves nothing to search for: leave out"),
         (
             {"search": "sensitivity"},
             "n_trials and timeout belong to search=\"tuned\", and this is search='sensitivity'",
@@ -775,6 +835,22 @@ def test_several_goals_have_a_front(net: Net) -> None:
     tuner = driven(net, eval_fn=both, objectives={"quality": "max", "rank": "min"})
     params, scores = tuner.optimize()
     assert set(scores) == {"quality", "rank"} and tuner.pareto_front and tuner.plan(params).sketched  # type: ignore[arg-type]
+
+
+def test_a_journal_goes_on_and_that_of_another_model_or_budget_is_refused(net: Net, tmp_path: Path) -> None:
+    quality, journal = Quality(net), tmp_path / "journal"
+    first = driven(net, eval_fn=quality, journal=journal)
+    found = first.optimize()
+    calls = quality.calls
+    assert driven(net, eval_fn=quality, journal=journal).optimize() == found and quality.calls == calls
+    for other, words in (
+        (driven(net, 0.4, eval_fn=quality, journal=journal), "budget: "),
+        (driven(other_weights(), eval_fn=quality, journal=journal), "weights of the dense model: "),
+        (driven(net, journal=journal), "objective: "),
+    ):
+        with pytest.raises(JournalError, match=f"of another study: .*{words}"):
+            other.optimize()
+    assert quality.calls == calls
 
 
 def test_finer_knobs_are_there_when_asked_for(net: Net) -> None:

@@ -275,7 +275,8 @@ def test_ctrl_c_before_any_score_is_raised():
 def test_patience_ends_a_study_that_finds_nothing_better():
     tuner = study(lambda **p: 1.0, patience=4, initial=6, iterations=30)
     tuner.optimize()
-    assert len(tuner.trials) == 6 and tuner.stopped_by == "patience"  # the random start is always finished
+    # Points spread over the box need not get better and better: only behind them has the search had its chance.
+    assert len(tuner.trials) == 6 + 4 and tuner.stopped_by == "patience"
     scores = iter([1, 1, 2, 1, 1, 1, 9])
     tuner = study(lambda **p: next(scores), patience=3, initial=2, iterations=30)
     assert tuner.optimize()[1] == 2 and len(tuner.trials) == 6
@@ -287,7 +288,7 @@ def test_patience_counts_the_front_of_several_goals():
     )
     seen = []
     tuner.optimize()
-    assert len(tuner.trials) == 4
+    assert len(tuner.trials) == 3 + 3
 
 
 def test_the_timeout_begins_nothing_more(monkeypatch):
@@ -383,6 +384,38 @@ def test_points_of_the_user_come_first():
     assert len(tuner.trials) == 10
     with pytest.raises(ValueError, match="no allowed point"):
         tuner.try_first({"num_terms": 0, "low_rank": 8})
+
+
+def test_points_of_the_user_are_read_as_bounds_are():
+    box = {"rate": (0.0, 1.0), "rank": (1, 9), "kind": ["a", 2.0]}
+    tuner = study(lambda rate, rank, kind: rate * rank, box, initial=2, iterations=0)
+    tuner.try_first({"rate": 1, "rank": np.int64(3), "kind": np.str_("a")})
+    tuner.try_first({"kind": 2, "rank": 9, "rate": np.float64(0.5)})
+    tuner.optimize()
+    given = [{"rate": 1.0, "rank": 3, "kind": "a"}, {"rate": 0.5, "rank": 9, "kind": 2.0}]
+    assert [trial.params for trial in tuner.trials] == given
+    types = [[type(value) for value in trial.params.values()] for trial in tuner.trials]
+    assert types == [[float, int, str], [float, int, float]]
+
+
+@pytest.mark.parametrize(
+    ("point", "reason"),
+    [
+        ({"num_terms": 1}, "it must be a dict of num_terms, low_rank"),
+        ({"num_terms": 1, "low_rank": 8, "other": 1}, "it must be a dict of"),
+        ([1, 8], "it must be a dict of"),
+        ({"num_terms": 0, "low_rank": 8}, r"num_terms=0 is not in Integer\(low=1, high=8"),
+        ({"num_terms": 1.5, "low_rank": 8}, "num_terms must be a whole number, not 1.5"),
+        ({"num_terms": True, "low_rank": 8}, "num_terms must be a whole number, not True"),
+        ({"num_terms": 2, "low_rank": 9}, r"the constraints \(is_even\) do not hold there"),
+    ],
+)
+def test_a_point_that_is_not_allowed_says_why(point, reason):
+    def is_even(num_terms, low_rank):
+        return low_rank % 2 == 0
+
+    with pytest.raises(ValueError, match=f"is no allowed point of the box: {reason}"):
+        study(constraints=[is_even]).try_first(point)
 
 
 def test_the_baseline_is_a_number_or_a_function_called_once():

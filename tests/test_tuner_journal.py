@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from panther.errors import JournalError
-from panther.tuner.journal import Batch, opened
+from panther.tuner.journal import Batch, ended, opened
 from panther.tuner.trial import Trial
 
 HEADER = {"space": {"parameters": {"x": {"type": "integer", "low": 1, "high": 9}}}, "seed": 0, "strategy": "auto"}
@@ -99,6 +99,16 @@ def test_another_study_is_refused_with_what_differs(path):
     for part in ("seed: 0 there, 3 here", "high: 9 there, 12 here", "nothing there", "choose another file"):
         assert part in text
     assert path.read_bytes() == before
+
+
+def test_what_a_study_ended_with_is_kept_and_the_last_counts(path):
+    assert ended(path) is None and ended(path.with_name("missing")) is None
+    with opened(path, HEADER) as record:
+        record.end({"best": 1})
+        record.end({"best": [2, "inf"]})
+    assert ended(path) == {"best": [2, "inf"]}
+    with opened(path, HEADER) as record:
+        assert list(record.trials.values()) == TRIALS
 
 
 def test_a_newer_version_is_refused(path):

@@ -345,13 +345,12 @@ class _Study:
         try:
             for trial in resumed:
                 self._remember(trial)
-            while not stopped_by:
+            while not stopped_by and not self._is_done:  # a resumed search may be
                 self._try(self._next())
                 tell(self.tried[-1].trial)
-                if sum(one.is_new for one in self.tried) >= self.count:
-                    stopped_by = "trials"
-                elif time.monotonic() >= end:
+                if not self._is_done and time.monotonic() >= end:
                     stopped_by = "timeout"
+            stopped_by = stopped_by or "trials"
         except KeyboardInterrupt:
             stopped_by = "interrupt"
         except ExhaustedError:
@@ -360,6 +359,10 @@ class _Study:
             params, choices = self.given[0]
             self.tried.append(Tried(Trial(0, params, status="failed", error="interrupted"), choices))
         return Search(tuple(self.tried), best_of(self.tried, self.goal), stopped_by)
+
+    @property
+    def _is_done(self) -> bool:
+        return sum(one.is_new for one in self.tried) >= self.count
 
     @property
     def goal(self) -> Goal:

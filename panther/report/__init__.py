@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from panther.report import text
+from panther.report import html, text
 from panther.spec import Report
 
 RENDERERS: dict[str, Callable[[Report], str]] = {
     "text": text.render,
+    "html": html.render,
     "json": Report.to_json,
 }
 

@@ -6,7 +6,7 @@ import io
 from collections.abc import Iterator, Sequence
 
 from rich import box
-from rich.console import Console, RenderableType
+from rich.console import Console
 from rich.table import Table
 
 from panther.chains import CHANNELS, PIVOTED
@@ -23,13 +23,14 @@ def render(report: Report) -> str:
     console = Console(
         file=io.StringIO(), width=WIDTH, color_system=None, force_terminal=False, highlight=False, emoji=False
     )
-    for part in _parts(report):
+    for part in parts(report):
         console.print(part, markup=False)
     text: str = console.file.getvalue()  # type: ignore[attr-defined]  # the StringIO of two lines above
     return "\n".join(line.rstrip() for line in text.splitlines())
 
 
-def _parts(report: Report) -> Iterator[RenderableType]:
+def parts(report: Report) -> Iterator[str | Table]:
+    """Its lines and tables, in order; empty lines lie between what does not belong together."""
     sketched = [row for row in report.layers if row.scheme != "dense"]
     dense = [row for row in report.layers if row.scheme == "dense"]
     yield f"target: {report.target}" if report.target else "target: none"
@@ -214,7 +215,7 @@ def _healing(healed: Healed) -> str:
     return f"healed {healed.seconds:.0f} s: {said} of the held-out loss{steps}"
 
 
-def _tuning(tuning: Tuning) -> Iterator[RenderableType]:
+def _tuning(tuning: Tuning) -> Iterator[str | Table]:
     """What the search gained, and a row a trial."""
     name = "eval_fn" if tuning.objective == "eval_fn" else "closeness to the dense model (minus the divergence)"
     yield ""

@@ -1,8 +1,8 @@
 """A study's trials in a file, so that a killed study goes on where it was.
 
-One line of JSON each: a header that says which study this is, what was asked for (written before it is evaluated), and
-each trial as it finishes. Every line is on the disk before the study goes on; a kill can cut the last line only, and
-that is dropped. The file is locked while a study writes to it.
+One line of JSON each: a header that says which study this is, what was asked for (written before it is evaluated),
+each trial as it finishes, and what the study ended with where somebody wants to know. Every line is on the disk before
+the study goes on; a kill can cut the last line only, and that is dropped. The file is locked while a study writes.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import json
 import os
 import sys
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
@@ -62,6 +62,10 @@ class Record:
         self._write(trial.to_json())
         self.trials[trial.number] = trial
 
+    def end(self, summary: Any) -> None:
+        """Keep what the study ended with, as JSON data, for `ended` to answer."""
+        self._write(json.dumps({"ended": summary}, allow_nan=False))
+
     def set_baseline(self, scores: Scores) -> None:
         self._write(json.dumps({"baseline": numbers_spelled(scores)}, allow_nan=False))
         self.baseline = scores
@@ -86,6 +90,8 @@ class Record:
             self.batches.append(batch)
         elif "baseline" in fields:
             self.baseline = numbers_read(fields["baseline"])
+        elif "ended" in fields:
+            return
         else:
             trial = Trial.from_json(line)
             if not 0 <= trial.number < self.asked:
@@ -111,6 +117,15 @@ def opened(path: Path, header: Mapping[str, Any]) -> Iterator[Record]:
             yield _loaded(file, path, line)
         finally:
             _unlock(file)
+
+
+def ended(path: Path) -> Any:
+    """What the study in a file ended with, the last time; None where it did not, or there is no such file."""
+    with suppress(OSError, ValueError):
+        for line in reversed(path.read_bytes().splitlines()):
+            if line.startswith(b'{"ended": '):
+                return json.loads(line)["ended"]
+    return None
 
 
 def _loaded(file: IO[bytes], path: Path, header: str) -> Record:

@@ -55,6 +55,10 @@ class Integer:
     def values(self) -> Iterator[int]:
         return iter(range(self.low, self.high + 1, self.step))
 
+    def read(self, name: str, value: Any) -> int:
+        """A user's value as a plain int; TypeError where it is none."""
+        return _whole(name, value)
+
     def contains(self, value: Any) -> bool:
         return type(value) is int and self.low <= value <= self.high and (value - self.low) % self.step == 0
 
@@ -107,6 +111,10 @@ class Float:
     def values(self) -> Iterator[float]:
         return iter([self.low])
 
+    def read(self, name: str, value: Any) -> float:
+        """A user's value as a plain float; TypeError where it is none."""
+        return _real(name, value)
+
     def contains(self, value: Any) -> bool:
         return type(value) is float and self.low <= value <= self.high
 
@@ -151,6 +159,11 @@ class Category:
     def place(self, value: Any) -> int:
         """Which of the choices a value is; True is not 1 here."""
         return [_exactly(choice) for choice in self.choices].index(_exactly(value))
+
+    def read(self, name: str, value: Any) -> Any:
+        """A user's value as the choice that it equals, itself where there is none."""
+        plain = _scalar(value)
+        return self.choices[self.place(plain)] if self.contains(plain) else plain
 
     def contains(self, value: Any) -> bool:
         return any(_exactly(choice) == _exactly(value) for choice in self.choices)
@@ -218,6 +231,21 @@ class Space:
     def key(self, params: Params) -> Key:
         """What two equal points share, and only they."""
         return tuple(_exactly(params[name]) for name in self.parameters)
+
+    def point(self, given: Any) -> Params:
+        """A point that a user wrote, its values read as bounds are: 1 is a number, np.int64(3) a whole one.
+
+        Raises: TypeError or ValueError with what is wrong with it.
+        """
+        if not isinstance(given, Mapping) or given.keys() != self.parameters.keys():
+            raise ValueError(f"it must be a dict of {', '.join(self.parameters)}")
+        params = {name: parameter.read(name, given[name]) for name, parameter in self.parameters.items()}
+        for name, parameter in self.parameters.items():
+            if not parameter.contains(params[name]):
+                raise ValueError(f"{name}={params[name]!r} is not in {parameter}")
+        if not self.is_allowed(params):
+            raise ValueError(f"the constraints ({', '.join(map(_name, self.allowed))}) do not hold there")
+        return params
 
     def contains(self, params: Params) -> bool:
         """Whether a point is in the box, of the right types, and allowed."""

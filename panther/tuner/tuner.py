@@ -74,7 +74,8 @@ class SkAutoTuner:
         ends: faster, and in an order that depends on timing.
     `repeats`: calls a point; its score is their mean.
     `timeout`: seconds after which nothing is begun; trials in other processes are given up. Trials in this process are
-        never cut off. `patience`: trials in a row without a better score that end the study, after the initial points.
+        never cut off. `patience`: trials in a row without a better score that end the study; initial points do not
+        count.
     `pruner`: "median" or "halving" end trials that fall behind in what they `report`; or a function like those.
     `callbacks`: called with (tuner, trial) after each trial; StopTuning ends the study.
     `journal`: a file that keeps each trial; where it exists, the study goes on from it.
@@ -261,12 +262,13 @@ class SkAutoTuner:
     def try_first(self, *points: Params) -> None:
         """Has these points evaluated before any that are searched for; they count as trials.
 
-        Raises: ValueError where a point is not in the box.
+        Raises: ValueError where a point is not in the box, or not allowed.
         """
         for point in points:
-            if not isinstance(point, Mapping) or not self.space.contains(dict(point)):
-                raise ValueError(f"{point!r} is no allowed point of the box {self.space.describe()['parameters']}")
-            self._given.append({name: point[name] for name in self.space.parameters})
+            try:
+                self._given.append(self.space.point(point))
+            except (TypeError, ValueError) as error:
+                raise ValueError(f"{point!r} is no allowed point of the box: {error}") from None
 
     def optimize(self) -> tuple[Params, float] | tuple[Params, Scores]:
         """Runs the study, and answers the best parameters and their score (with several goals: scores by name).
@@ -401,10 +403,8 @@ class SkAutoTuner:
         return "timeout" if deadline is not None and time.monotonic() >= deadline else ""
 
     def _since_better(self) -> int:
-        """How many trials in a row were no better than those before, once the random start is over."""
+        """How many trials in a row, all behind the initial points, were no better than those before."""
         trials = self.trials
-        if len(trials) < self.n_initial_points:
-            return 0
         if len(self.goals) == 1:
             best = best_of(trials, self.goals[0])
             last = -1 if best is None else best.number
@@ -412,6 +412,7 @@ class SkAutoTuner:
             from panther.tuner.pareto import front
 
             last = max((trial.number for trial in front(trials, self.goals)), default=-1)
+        last = max(last, self.n_initial_points - 1)
         return sum(trial.number > last for trial in trials)
 
     def _asked(self, count: int, pending: list[Params]) -> Batch | None:
