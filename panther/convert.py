@@ -43,7 +43,7 @@ from panther.converters.inputs import dynamic_axes, flatten, resized, sizes
 from panther.converters.onnx import check_ready
 from panther.errors import CaptureError, PantherError
 from panther.nn import SketchedLayer
-from panther.report import RENDERERS
+from panther.report import RENDERERS, html
 from panther.spec import BITS, DTYPES, MODES, TIME_LIMIT, Budget, Choice, Heal, Plan, to_data
 from panther.trials import trials_file
 from panther.verify import medians_in_turn
@@ -52,7 +52,7 @@ T = TypeVar("T")
 
 DONE, UNEXPECTED, USAGE, OVER_BUDGET, PARITY_FAILED, INTERRUPTED = 0, 1, 2, 3, 4, 130
 BENCHMARK_BATCHES = (1, 32)
-REPORT_FORMS = {".txt": "text", ".json": "json"}
+REPORT_FORMS = (".txt", ".json", ".html")
 
 # Functions of panther whose ValueError or TypeError is about what was typed; any other one is an unexpected fault.
 ARGUMENT_CHECKS = frozenset(
@@ -207,7 +207,7 @@ def _parser() -> _Parser:
     add("--dry-run", action="store_true", help="print the target and the plan, write nothing")
     add("--list-layers", action="store_true", help="print what would be compressed, what not and why")
     add("--json", action="store_true", help="print the report as JSON")
-    add("--report", metavar="FILE", help="write the report here too (.txt or .json)")
+    add("--report", metavar="FILE", help="write the report here too (.txt, .json or .html)")
     add("-v", "--verbose", action="store_true", help="tracebacks, and the warnings of other packages")
     add("-q", "--quiet", action="store_true", help="no progress, and only the paths on stdout")
     add("--version", action="version", version=f"panther {__version__}")
@@ -235,8 +235,7 @@ def _check(arguments: argparse.Namespace) -> None:
         raise UsageError("no model given: python -m panther.convert model.pt; see python -m panther.convert --help")
     _check_search(arguments)
     if arguments.report and Path(arguments.report).suffix not in REPORT_FORMS:
-        later = " (HTML reports are not part of this version of panther)" if arguments.report.endswith("html") else ""
-        raise UsageError(f"--report {arguments.report}: expected a name ending in {' or '.join(REPORT_FORMS)}{later}")
+        raise UsageError(f"--report {arguments.report}: expected a name ending in {', '.join(REPORT_FORMS)}")
 
 
 def _dtypes(arguments: argparse.Namespace) -> tuple[str, ...]:
@@ -764,6 +763,10 @@ class _Delivery:
         report = RENDERERS["text"](self.result.report)
         return report if self.export is None else "\n\n".join([report, "\n".join([str(self.export), *self.benchmark])])
 
+    def html(self) -> str:
+        lines = [] if self.export is None else [*str(self.export).splitlines(), *self.benchmark]
+        return html.render(self.result.report, lines)
+
     def json(self, paths: Sequence[Path] = ()) -> str:
         data = json.loads(RENDERERS["json"](self.result.report))
         export = None if self.export is None else json.loads(self.export.to_json())
@@ -839,7 +842,8 @@ def _write_reports(
     paths: list[Path] = attempt(lambda: _write_texts(folder, texts)) or []
     if arguments.report:
         extra = Path(arguments.report)
-        copy = {extra.name: texts[f"{base}.report{extra.suffix}"]}
+        text = delivery.html() if extra.suffix == ".html" else texts[f"{base}.report{extra.suffix}"]
+        copy = {extra.name: text}
         paths += attempt(lambda: _write_texts(extra.parent, copy)) or []
     return paths
 

@@ -191,6 +191,13 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
 # A whole run
 
 
+def test_the_report_is_a_page_too_with_what_onnxruntime_said(run, here: Path) -> None:
+    code, out, _ = run(*MLP, "--report", "page.html")
+    page = (here / "page.html").read_text()
+    assert code == cli.DONE and "wrote page.html" in out
+    assert page.startswith("<!DOCTYPE html>") and "agrees with the model" in page and "<td>" in page
+
+
 def test_a_run_writes_the_files_beside_the_model_and_names_them_on_stdout(
     run, here: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -795,8 +802,7 @@ def test_a_recipe_that_cannot_be_followed_is_refused(run, here: Path, text: str,
         (["--resume", "--checkpoint", "gone"], "--resume: there is no gone to go on from (a run that ends removes its"),
         (["--checkpoint", "cnn.pt"], "cnn.pt is there already: add --resume to go on from it, or delete it (or give"),
         ([*CALIB, "--checkpoint", "cnn.pt", "--resume"], "cnn.pt cannot be read as a checkpoint"),
-        (["--report", "r.html"], "HTML reports are not part"),
-        (["--report", "r.doc"], "expected a name ending in .txt or .json"),
+        (["--report", "r.doc"], "expected a name ending in .txt, .json, .html"),
         (["--device", "gpu9"], "--device gpu9 cannot be used here"),
         (["--opset", "x"], "argument --opset: invalid int value: 'x'; see python -m panther.convert --help"),
         (["--typo"], "unrecognized arguments: --typo"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from html import escape
 
 from rich.table import Table
@@ -21,8 +22,10 @@ th { border-bottom: 2px solid #888; }
 """
 
 
-def render(report: Report) -> str:
-    body = "\n".join(_table(part) if isinstance(part, Table) else _line(part) for part in parts(report) if part)
+def render(report: Report, more: Sequence[str] = ()) -> str:
+    """The page; more: lines behind the report's own."""
+    lines = [*parts(report), *more]
+    body = "\n".join(_table(part) if isinstance(part, Table) else _line(part) for part in lines if part)
     return (
         '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n<title>panther report</title>\n'
         f"<style>{STYLE}</style>\n</head>\n<body>\n<h1>panther report</h1>\n{body}\n</body>\n</html>\n"
