@@ -591,6 +591,35 @@ def test_inplace_changes_the_model_itself_to_the_same_numbers(cnn: Cnn) -> None:
         result.resolve(0.3)
 
 
+class Listed(nn.Module):
+    """Runs its layers from a plain list, and registers them besides."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stack = [nn.Linear(64, 64) for _ in range(3)]
+        for index, layer in enumerate(self.stack):
+            self.add_module(f"layer{index}", layer)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.stack:
+            x = layer(x).relu()
+        return x
+
+
+def test_layers_in_a_plain_list_are_the_registered_ones_in_every_result(tmp_path: Path) -> None:
+    model, data = decaying_(Listed()).eval(), torch.randn(256, 64)
+    options = {"example_inputs": data[:4], "calib_data": data, "heal": "none"}
+    result = compress(model, 0.8, **options)
+    folder = result.save(tmp_path / "compressed")
+    loaded = [panther.load(folder, model=architecture) for architecture in (Listed, model)]
+    placed = compress(copy.deepcopy(model), 0.8, inplace=True, **options).model
+    for made in (result.model, placed, *loaded):
+        assert any(isinstance(layer, SKPivotedLinear) for layer in made.stack)
+        assert all(layer is made.get_submodule(f"layer{index}") for index, layer in enumerate(made.stack))
+        assert torch.equal(made(data), result.model(data))
+    assert not torch.equal(result.model(data), model(data))
+
+
 def test_inplace_a_layer_that_is_the_whole_model_is_refused_before_anything_is_done() -> None:
     layer = nn.Linear(32, 32)
     with pytest.raises(ValueError, match=r"inplace=True: Linear is itself the layer.*leave inplace out"):

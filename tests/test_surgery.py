@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -88,6 +89,29 @@ def test_in_place_the_model_stays_the_same_object_and_computes_with_the_new_laye
     x = torch.randn(3, 4)
     put_layers(model, {"0": layer})
     assert model[0] is layer and torch.equal(model(x), layer(x).relu())
+
+
+def test_in_place_references_from_other_attributes_follow_through_containers() -> None:
+    class Pair(NamedTuple):
+        first: nn.Module
+        number: int
+
+    model, dense, layer = nn.Sequential(nn.Linear(4, 4)), nn.Linear(4, 4), SKLinear(4, 4, 1, 1)
+    model.append(dense)
+    kept, loop = (1, 2), [dense]
+    loop.append(loop)
+    vars(model)["bare"] = dense
+    model.nested = {"a": [dense, (dense, {"b": dense})], "pair": Pair(dense, 3)}
+    model.members, model.kept, model.loop = {dense}, kept, loop
+    vars(model)["unregistered"] = [nn.Sequential(dense)]
+    nested, members = model.nested, model.members
+    put_layers(model, {"1": layer})
+    assert model[1] is model.bare is layer
+    assert model.nested is nested and nested["a"] == [layer, (layer, {"b": layer})]
+    assert nested["pair"] == Pair(layer, 3) and type(nested["pair"]) is Pair
+    assert model.members is members and members == {layer}
+    assert model.kept is kept and model.loop is loop and loop[0] is layer and loop[1] is loop
+    assert model.unregistered[0][0] is layer
 
 
 # What the new layer takes over

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 from torch import nn
 
@@ -46,15 +47,36 @@ def with_layers(model: nn.Module, layers: Mapping[str, nn.Module]) -> nn.Module:
 
 
 def put_layers(model: nn.Module, layers: Mapping[str, nn.Module]) -> None:
-    """The same in place."""
+    """The same in place, wherever a module's attributes hold a replaced layer: in lists, tuples, sets and dicts too."""
+    dense = {name: model.get_submodule(name) for name in layers}
     for name, layer in layers.items():
-        dense = model.get_submodule(name)
-        inherit(layer, dense)
-        for parent in list(model.modules()):
-            for child, module in list(parent._modules.items()):
-                if module is dense:
-                    parent._modules[child] = layer
+        inherit(layer, dense[name])
+    _exchange(model, {id(dense[name]): layer for name, layer in layers.items()}, set())
     keep_unfused(model, layers.values())
+
+
+def _exchange(value: Any, new: Mapping[int, nn.Module], seen: set[int]) -> Any:
+    """The value with the modules of these ids exchanged; all that can be changed is changed in place, once."""
+    value = new.get(id(value), value)
+    if isinstance(value, tuple):
+        parts = [_exchange(part, new, seen) for part in value]
+        if all(part is old for part, old in zip(parts, value, strict=True)):
+            return value
+        return type(value)(*parts) if hasattr(value, "_fields") else type(value)(parts)
+    if not isinstance(value, nn.Module | list | dict | set) or id(value) in seen:
+        return value
+    seen.add(id(value))
+    if isinstance(value, set):
+        for part in [part for part in value if id(part) in new]:
+            value.remove(part)
+            value.add(new[id(part)])
+        return value
+    held = vars(value) if isinstance(value, nn.Module) else value
+    for key, part in list(held.items() if isinstance(held, dict) else enumerate(held)):
+        exchanged = _exchange(part, new, seen)
+        if exchanged is not part:
+            held[key] = exchanged
+    return value
 
 
 def inherit(layer: nn.Module, dense: nn.Module) -> None:
