@@ -620,6 +620,22 @@ def test_layers_in_a_plain_list_are_the_registered_ones_in_every_result(tmp_path
     assert not torch.equal(result.model(data), model(data))
 
 
+@pytest.mark.parametrize("heal", ["none", "auto"])
+def test_layers_may_be_called_by_keyword(heal: str) -> None:
+    class Named(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.fc = nn.Conv2d(8, 16, 3), nn.Linear(16, 16)
+
+        def forward(self, x: Tensor) -> Tensor:
+            answer: Tensor = self.fc(input=self.conv(input=x).relu().mean((2, 3)))
+            return answer
+
+    data = torch.randn(64, 8, 6, 6)
+    result = compress(Named().eval(), example_inputs=data[:4], calib_data=data, heal=heal)
+    assert len(result.plan.sketched) == 2 and result.budget_met
+
+
 def test_inplace_a_layer_that_is_the_whole_model_is_refused_before_anything_is_done() -> None:
     layer = nn.Linear(32, 32)
     with pytest.raises(ValueError, match=r"inplace=True: Linear is itself the layer.*leave inplace out"):
