@@ -661,6 +661,24 @@ def test_half_precision_models_stay_so(text: Text, dtype: torch.dtype) -> None:
     assert result.model(IDS).isfinite().all()
 
 
+@pytest.fixture(params=[torch.float64, torch.bfloat16], ids=str)
+def default_dtype(request: pytest.FixtureRequest) -> Iterator[Callable[[], None]]:
+    before = torch.get_default_dtype()
+    yield lambda: torch.set_default_dtype(request.param)
+    torch.set_default_dtype(before)
+
+
+@pytest.mark.parametrize("options", [{"heal": "auto"}, {"budget": {"size_mb": "35%"}, "dtypes": ("float32", "int4")}])
+def test_torchs_default_dtype_changes_no_bit(
+    cnn: Cnn, text: Text, options: dict[str, Any], default_dtype: Callable[[], None]
+) -> None:
+    expected = [compress(model, **options) for model in (cnn, text)]
+    default_dtype()
+    for model, wanted in zip((cnn, text), expected, strict=True):
+        result = compress(model, **options)
+        assert result.plan == wanted.plan and same_bits(result.model, wanted.model)
+
+
 def test_compressed_models_can_be_compressed_no_further_but_say_so(cnn: Cnn) -> None:
     once = compress(cnn, 0.5, search="uniform").model
     left = {spec.name for spec in panther.analyze(once, IMAGES[:4]).sketchable}
