@@ -172,6 +172,11 @@ def _first_line(error: BaseException) -> str:
 def _refuse_opaque(model: nn.Module) -> None:
     if isinstance(model, torch.jit.ScriptModule):
         raise CaptureError("a TorchScript model hides its layers: pass the Python module that it was made from")
+    if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
+        raise CaptureError(
+            f"this model is in {type(model).__name__}, which spreads calls over devices: pass model.module, and wrap "
+            "the result"
+        )
     for name, module in model.named_modules():
         if hasattr(module, "_orig_mod") or module._compiled_call_impl is not None:
             where = repr(name) if name else "this model"

@@ -678,6 +678,15 @@ def test_a_torchscript_part_is_left_alone_and_the_rest_is_found():
     assert [spec.name for spec in found.sketchable] == ["0", "2"]
 
 
+@pytest.mark.parametrize("kind", [nn.DataParallel, nn.parallel.DistributedDataParallel])
+def test_a_model_spread_over_devices_is_refused_with_the_way_out(kind):
+    wrapped = kind.__new__(kind)  # without the devices and the process group that a real one wants
+    nn.Module.__init__(wrapped)
+    wrapped.module = nn.Linear(32, 32)
+    with pytest.raises(CaptureError, match=rf"in {kind.__name__}.*pass model\.module"):
+        capture(wrapped, as_call(torch.randn(1, 32)))
+
+
 def test_a_lazy_module_is_refused_by_name():
     with pytest.raises(CaptureError, match=r"'0.weight' has no shape yet .*run the model once"):
         capture(nn.Sequential(nn.LazyLinear(4)), as_call(torch.randn(1, 4)))
