@@ -130,6 +130,39 @@ def test_hooks_and_flag_are_taken_over_and_not_shared() -> None:
     assert calls == ["after", "after"]
 
 
+class Grabbing(nn.Module):
+    """Keeps what a layer gives in a hook that is its own method, and uses it later."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.kept = nn.Linear(4, 4), torch.zeros(4)
+        self.layer.register_forward_hook(self.grab)
+        self.layer.register_forward_pre_hook(self.pre, with_kwargs=True)
+        self.inputs: list[Tensor] = []
+
+    def grab(self, _layer: nn.Module, _args: object, output: Tensor) -> None:
+        self.kept = output
+
+    def pre(self, _layer: nn.Module, args: tuple[Tensor, ...], _kwargs: object) -> None:
+        self.inputs.append(args[0])
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.layer(x)
+        return self.kept * 2
+
+
+@pytest.mark.parametrize("in_place", [False, True])
+def test_hooks_that_are_methods_of_the_model_belong_to_the_one_that_runs(in_place: bool) -> None:
+    model, layer, x = Grabbing(), SKLinear(4, 4, 1, 1), torch.randn(2, 4)
+    other = copy.deepcopy(model)
+    built = other if in_place else with_layers(model, {"layer": layer})
+    if in_place:
+        put_layers(other, {"layer": layer})
+    assert torch.equal(built(x), 2 * layer(x)) and len(built.inputs) == 2  # type: ignore[arg-type]
+    assert not model.kept.any() and not model.inputs
+    assert model(x).shape == (2, 4) and len(built.inputs) == 2 and len(model.inputs) == 1  # type: ignore[arg-type]
+
+
 def test_a_full_backward_hook_stays_a_full_one() -> None:
     dense, layer = nn.Linear(4, 4), SKLinear(4, 4, 1, 1)
     shapes: list[torch.Size] = []

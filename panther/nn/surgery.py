@@ -26,22 +26,26 @@ def with_layers(model: nn.Module, layers: Mapping[str, nn.Module]) -> nn.Module:
     """A copy of the model in which the named layers are these; the replaced ones are never copied.
 
     Class, hooks, training flags, tied tensors and state-dict prefixes stay; a layer registered under several names
-    is replaced under all of them.
+    is replaced under all of them. Hooks that are methods of the model become those of the copy.
 
     Raises: AttributeError for a name that the model does not have, CaptureError for a model that cannot be copied.
     """
     memo: dict[int, object] = {}
+    hooks: list[tuple[nn.Module, dict[str, Any]]] = []
     for name, layer in layers.items():
         dense = model.get_submodule(name)
         inherit(layer, dense)
         memo[id(dense)] = layer
+        hooks.append((dense, {kind: getattr(dense, kind) for kind in _HOOKS}))
     try:
-        compressed: nn.Module = copy.deepcopy(model, memo)
+        compressed, hooks = copy.deepcopy((model, hooks), memo)
     except RuntimeError as error:
         raise CaptureError(
             f"this {type(model).__name__} cannot be copied ({str(error).splitlines()[0][:160]}). Tensors that are "
             "computed and kept on a module stop a copy: run torch.nn.utils.remove_weight_norm (or the like) first."
         ) from error
+    for layer, own in hooks:
+        vars(layer).update(own)
     keep_unfused(compressed, layers.values())
     return compressed
 
