@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -618,6 +619,18 @@ def test_layers_in_a_plain_list_are_the_registered_ones_in_every_result(tmp_path
         assert all(layer is made.get_submodule(f"layer{index}") for index, layer in enumerate(made.stack))
         assert torch.equal(made(data), result.model(data))
     assert not torch.equal(result.model(data), model(data))
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+def test_attributes_that_cannot_be_copied_are_no_obstacle(cnn: Cnn, inplace: bool, tmp_path: Path) -> None:
+    expected = compress(copy.deepcopy(cnn))
+    lock = cnn.features[0].lock = threading.Lock()  # type: ignore[union-attr]
+    result = compress(cnn, inplace=inplace)
+    assert result.plan == expected.plan and same_bits(result.model, expected.model)
+    assert result.model.features[0].lock is lock  # type: ignore[index, union-attr]
+    if not inplace:
+        loaded = panther.load(result.save(tmp_path / "compressed"), model=cnn)
+        assert torch.equal(loaded(IMAGES), result.model.eval()(IMAGES))
 
 
 @pytest.mark.parametrize("heal", ["none", "auto"])

@@ -2,11 +2,13 @@ from __future__ import annotations
 
 import copy
 import pickle
-from typing import NamedTuple
+import threading
+from typing import Any, NamedTuple
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import prune
 
 from panther.errors import CaptureError
 from panther.nn import SKConv2d, SKLinear
@@ -73,10 +75,54 @@ def test_a_name_that_the_model_does_not_have_raises() -> None:
             put(nn.Sequential(nn.Linear(4, 4)), {"nowhere": SKLinear(4, 4, 1, 1)})
 
 
-def test_a_model_that_cannot_be_copied_says_what_to_do() -> None:
+def test_what_cannot_be_copied_is_shared_and_the_rest_is_not() -> None:
+    model, lock = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)), threading.Lock()
+    model.lock, model.rows = lock, (row for row in range(3))
+    model.nested = {"locks": [lock, (lock, ["own"])], "own": ["own"], "layer": model[1]}
+    built: Any = with_layers(model, {"1": SKLinear(4, 4, 1, 1)})
+    assert built.lock is lock and built.rows is model.rows
+    assert built.nested == {"locks": [lock, (lock, ["own"])], "own": ["own"], "layer": built[1]}
+    for held in ("locks", "own"):
+        assert built.nested[held] is not model.nested[held]
+    assert built.nested["locks"][1][1] is not model.nested["locks"][1][1]
+    assert built[0] is not model[0] and torch.equal(built[0].weight, model[0].weight)
+
+
+def test_tensors_that_were_computed_and_kept_are_copied_as_numbers() -> None:
     model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
-    model[0].cached = model[0].weight * 2  # computed, and kept
-    with pytest.raises(CaptureError, match=r"Sequential cannot be copied.*remove_weight_norm"):
+    kept = model[0].weight * 2
+    model.register_buffer("also", kept)
+    model[0].kept = [kept]
+    built: Any = with_layers(model, {"1": SKLinear(4, 4, 1, 1)})
+    (copied,) = built[0].kept
+    assert copied is built.also and copied is not kept
+    assert torch.equal(copied, kept) and not copied.requires_grad
+
+
+@pytest.mark.parametrize("change", ["weight norm", "pruning", "spectral norm"])
+@pytest.mark.filterwarnings("ignore:.*weight_norm.* is deprecated:FutureWarning")  # and still in published models
+def test_layers_with_a_computed_weight_are_copied(change: str) -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    if change == "weight norm":
+        nn.utils.weight_norm(model[0])
+    elif change == "pruning":
+        prune.l1_unstructured(model[0], "weight", amount=0.5)  # type: ignore[no-untyped-call]
+    else:
+        nn.utils.spectral_norm(model[0])
+    x = torch.randn(3, 4)
+    model(x)
+    model.eval()
+    layer = full(model[1])
+    torch.testing.assert_close(with_layers(model, {"1": layer})(x), layer(model[0](x)))
+
+
+def test_a_module_that_refuses_to_be_copied_is_named() -> None:
+    class Refusing(nn.Linear):
+        def __deepcopy__(self, memo: object) -> nn.Linear:
+            raise NotImplementedError("one of a kind")
+
+    model = nn.Sequential(nn.Sequential(nn.Linear(4, 4), Refusing(4, 4)), nn.Linear(4, 4))
+    with pytest.raises(CaptureError, match=r"Sequential cannot be copied.*'0\.1' refuses \(Not.*: one of a kind\)"):
         with_layers(model, {"1": SKLinear(4, 4, 1, 1)})
 
 

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
-from torch import nn
+from torch import Tensor, nn
 
-from panther.errors import CaptureError
+from panther.errors import CaptureError, one_line
+
+T = TypeVar("T")
 
 _HOOKS = (
     "_forward_hooks",
@@ -30,24 +33,77 @@ def with_layers(model: nn.Module, layers: Mapping[str, nn.Module]) -> nn.Module:
 
     Raises: AttributeError for a name that the model does not have, CaptureError for a model that cannot be copied.
     """
-    memo: dict[int, object] = {}
+    memo: dict[int, Any] = {}
     hooks: list[tuple[nn.Module, dict[str, Any]]] = []
     for name, layer in layers.items():
         dense = model.get_submodule(name)
         inherit(layer, dense)
         memo[id(dense)] = layer
         hooks.append((dense, {kind: getattr(dense, kind) for kind in _HOOKS}))
-    try:
-        compressed, hooks = copy.deepcopy((model, hooks), memo)
-    except RuntimeError as error:
-        raise CaptureError(
-            f"this {type(model).__name__} cannot be copied ({str(error).splitlines()[0][:160]}). Tensors that are "
-            "computed and kept on a module stop a copy: run torch.nn.utils.remove_weight_norm (or the like) first."
-        ) from error
+    compressed, hooks = copied(model, memo, hooks)
     for layer, own in hooks:
         vars(layer).update(own)
     keep_unfused(compressed, layers.values())
     return compressed
+
+
+def copied(model: nn.Module, memo: Mapping[int, Any], besides: T) -> tuple[nn.Module, T]:
+    """A deep copy of a model, and of what refers to its modules; what refuses to be copied is shared with the model.
+
+    Those are locks, files, generators and the like. Tensors that were computed are copied as plain numbers.
+    memo: by id, what stands for what is not to be copied.
+
+    Raises: CaptureError where a module itself refuses.
+    """
+    with contextlib.suppress(Exception):  # few models refuse, and they may do so in any way
+        return copy.deepcopy((model, besides), dict(memo))
+    try:
+        return copy.deepcopy((model, besides), {**_uncopied(model), **memo})
+    except Exception as error:
+        raise CaptureError(
+            f"this {type(model).__name__} cannot be copied, and panther works on copies: {_refusing(model, memo)} "
+            f"refuses ({one_line(error)}); give its class a __deepcopy__ that works"
+        ) from error
+
+
+def _uncopied(model: nn.Module) -> dict[int, Any]:
+    """By id, what stands in a copy of the model for those of its attributes, and of their items, that refuse."""
+    known: dict[int, Any] = {id(part): part for part in (*model.modules(), *model.parameters())}
+    found: dict[int, Any] = {}
+    seen: set[int] = set()
+
+    def look(value: Any) -> None:
+        if id(value) in seen or not _refuses(value, {**known, **found}):
+            return
+        seen.add(id(value))
+        if isinstance(value, dict | list | tuple | set):
+            for part in value.values() if isinstance(value, dict) else value:
+                look(part)
+        if _refuses(value, {**known, **found}):
+            found[id(value)] = value.detach().clone() if isinstance(value, Tensor) else value
+
+    for module in model.modules():
+        for value in vars(module).values():
+            look(value)
+    return found
+
+
+def _refuses(value: Any, memo: dict[int, Any]) -> bool:
+    try:
+        copy.deepcopy(value, memo)
+    except Exception:  # an object's own way to be copied may raise anything
+        return True
+    return False
+
+
+def _refusing(model: nn.Module, memo: Mapping[int, Any]) -> str:
+    """The module that cannot be copied although those in it can."""
+    modules = {id(module): module for module in model.modules()}
+    others = {**modules, **_uncopied(model), **memo}
+    for name, module in model.named_modules():
+        if name and _refuses(module, {key: value for key, value in others.items() if key != id(module)}):
+            return repr(name)
+    return "it"
 
 
 def put_layers(model: nn.Module, layers: Mapping[str, nn.Module]) -> None:
