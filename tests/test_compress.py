@@ -1018,6 +1018,44 @@ def test_a_model_that_needs_what_only_the_dense_layer_has_is_refused_and_unchang
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
 
 
+def test_layers_that_a_function_keeps_stay_dense_with_that_reason() -> None:
+    class Closed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.kept, self.free = nn.Linear(64, 64), nn.Linear(64, 64)
+            self.block = lambda x: self.kept(x).relu()
+
+        def forward(self, x: Tensor) -> Tensor:
+            answer: Tensor = self.free(self.block(x))
+            return answer
+
+    data = torch.randn(256, 64)
+    for inplace in (False, True):
+        result = compress(Closed().eval(), example_inputs=data[:4], calib_data=data, inplace=inplace)
+        assert [choice.layer for choice in result.plan.choices] == ["free"]
+        assert "a copy of the model still runs the original layer" in str(result.report)
+        assert result.plan.sketched and result.budget_met
+
+
+@pytest.mark.parametrize("heal", ["none", "refit"])
+def test_a_model_that_goes_back_to_its_dense_layers_is_refused_by_their_names(heal: str) -> None:
+    class Loyal(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.Linear(64, 64), nn.Linear(64, 64)
+
+        def forward(self, x: Tensor) -> Tensor:
+            layer = self.first if type(self.first) is nn.Linear else first
+            answer: Tensor = self.second(layer(x).relu())
+            return answer
+
+    data, model = torch.randn(256, 64), Loyal().eval()
+    first = model.first
+    with pytest.raises(PantherError, match=r"still runs layers that were replaced \(first\).*exclude="):
+        compress(model, example_inputs=data[:4], calib_data=data, heal=heal, search="uniform")
+    assert not first._forward_pre_hooks
+
+
 def test_outputs_whose_shape_depends_on_values_and_integer_outputs_are_no_obstacle() -> None:
     class Chosen(nn.Module):
         def __init__(self) -> None:
