@@ -8,7 +8,7 @@ panther.nn.LAYERS and nowhere else, and one with fewer channels is the architect
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ from panther.errors import ExportError, LoadError
 from panther.nn import LAYERS
 from panther.nn.narrow import DENSE_SIZES, NARROWED, NORMS, is_narrowed, narrow_config, narrowed_to, sizes_of
 from panther.nn.quantised import StoredWeight
-from panther.nn.surgery import inherit, keep_unfused
+from panther.nn.surgery import inherit, put_layers
 from panther.spec import Plan, Report, to_data
 
 FORMAT = 1
@@ -137,8 +137,7 @@ def load(folder: Path | str, *, model: ModelSource | None = None, trust_pickle: 
         )
     built = _hollow_copy(model) if isinstance(model, nn.Module) else make_model(model, str(folder))
     device = device_of(model if isinstance(model, nn.Module) else built)
-    for name, record in manifest.layers.items():
-        built = _sketch_layer(built, name, record, folder)
+    built = _with_layers(built, manifest.layers, folder)
     tensors = safetensors.read_tensors(folder / WEIGHTS)
     _assign(built, tensors, manifest.tied, torch.device("cpu") if device.type == "meta" else device, folder)
     check_no_meta(built)
@@ -240,13 +239,23 @@ def _hollow_copy(model: nn.Module) -> nn.Module:
     return copy_of(model, memo)
 
 
+def _with_layers(model: nn.Module, records: Mapping[str, Mapping[str, Any]], folder: Path) -> nn.Module:
+    """The model with the layers that records describe at their names; it is itself that layer for the name ""."""
+    layers: dict[str, nn.Module] = {}
+    for name, record in records.items():
+        build = _narrow_layer if record["type"] == NARROWED else _sketch_layer
+        layers.update(dict.fromkeys((name, *record["aliases"]), build(model, name, record, folder)))
+    if "" in layers:
+        inherit(layers[""], model)
+        return layers[""]
+    put_layers(model, layers)
+    return model
+
+
 def _sketch_layer(model: nn.Module, name: str, record: Mapping[str, Any], folder: Path) -> nn.Module:
-    """The model with the layer that a record describes at its names; the model itself is that layer for name ""."""
-    config = {key: value for key, value in record.items() if key not in ("type", "aliases", DENSE_SIZES)}
-    if record["type"] == NARROWED:
-        return _narrow_layer(model, name, config, record["aliases"], folder)
+    """The layer that a record describes, which fits the model's dense ones at its names."""
     try:
-        layer = LAYERS[record["type"]].from_config(config)
+        layer = LAYERS[record["type"]].from_config(_config(record))
     except (ValueError, TypeError) as error:
         raise LoadError(f"{folder / MANIFEST}: layer {name!r} cannot be built: {error}") from error
     for place in (name, *record["aliases"]):
@@ -255,32 +264,26 @@ def _sketch_layer(model: nn.Module, name: str, record: Mapping[str, Any], folder
             _check_sizes(dense, layer, record[DENSE_SIZES], place, folder)
         else:
             _check_geometry(dense, layer, place, folder)
-        inherit(layer, dense)
-        if not place:
-            return layer
-        model.set_submodule(place, layer)
-    keep_unfused(model, [layer])
-    return model
+    return layer
 
 
-def _narrow_layer(
-    model: nn.Module, name: str, config: Mapping[str, Any], aliases: Sequence[str], folder: Path
-) -> nn.Module:
-    """The model with fewer channels in its own layer of this name."""
-    places = (name, *aliases)
+def _narrow_layer(model: nn.Module, name: str, record: Mapping[str, Any], folder: Path) -> nn.Module:
+    """The model's own layer of this name with fewer channels."""
+    places = (name, *record["aliases"])
     dense = _layer_at(model, name, folder)
     try:
-        layer = narrowed_to(dense, config)
+        layer = narrowed_to(dense, _config(record))
     except (ValueError, TypeError) as error:
         raise LoadError(f"{folder / MANIFEST}: layer {name!r} cannot be cut: {error}") from error
     if not all(_layer_at(model, place, folder) is dense for place in places) or not name:
         raise LoadError(
             f"{folder / MANIFEST}: the names {', '.join(map(repr, places))} are not of one layer in this model"
         )
-    for place in places:
-        model.set_submodule(place, layer)
-    keep_unfused(model, [layer])
-    return model
+    return layer
+
+
+def _config(record: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in record.items() if key not in ("type", "aliases", DENSE_SIZES)}
 
 
 def _layer_at(model: nn.Module, name: str, folder: Path) -> nn.Module:

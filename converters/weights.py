@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeAlias
 
@@ -10,7 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from panther.errors import LoadError
+from panther.errors import CaptureError, LoadError
+from panther.nn.surgery import copied
 
 # An architecture to load weights into: a module, or a function (or class) that makes one when called with nothing.
 ModelSource: TypeAlias = nn.Module | Callable[[], nn.Module]
@@ -49,11 +49,9 @@ def copy_of(model: nn.Module, memo: dict[int, Any] | None = None) -> nn.Module:
     Raises: LoadError when the module cannot be copied.
     """
     try:
-        return copy.deepcopy(model, memo)
-    except Exception as error:  # a module's attributes may refuse in any way
-        raise LoadError(
-            f"{type(model).__name__} cannot be copied ({error}): give a function that makes it instead of the instance"
-        ) from error
+        return copied(model, memo or {}, None)[0]
+    except CaptureError as error:
+        raise LoadError(f"{error}, or a function that makes the model instead of the instance") from error
 
 
 def fit(model: nn.Module, tensors: Mapping[str, Any], source: str) -> nn.Module:

@@ -16,7 +16,7 @@ import math
 import re
 import warnings
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Self, TypeVar
 
@@ -30,7 +30,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from panther import chains
 from panther.batches import Call, device_of, inference, run, unchanged
-from panther.errors import CaptureError
+from panther.errors import CaptureError, one_line
 from panther.followers import (
     ELEMENTWISE,
     ELEMENTWISE_MODULES,
@@ -46,6 +46,7 @@ from panther.followers import (
     rectified,
 )
 from panther.nn.narrow import NORMS, is_depthwise
+from panther.nn.surgery import put_layers, with_layers
 from panther.sizes import file_bytes, model_params
 from panther.spec import Capture, LayerSpec
 from panther.subclasses import plain_subclasses
@@ -57,6 +58,8 @@ DENSE: dict[type[nn.Module], str] = {
     nn.Conv3d: "conv3d",
 }
 T = TypeVar("T")
+
+LEFT_BEHIND = "a copy of the model still runs the original layer: a function or an object that keeps it is not copied"
 
 _OPS = ("linear", "conv1d", "conv2d", "conv3d")
 _PRODUCTS = ("addmm", "mm", "matmul", "rmatmul", "bmm", "baddbmm", "einsum")
@@ -151,17 +154,68 @@ def capture(model: nn.Module, example: Call) -> Capture:
         way, reading, notes = _first_way_that_works(model, example)
         with unchanged(model):
             plain = plain_subclasses(model, example, tuple(DENSE))
-    layers = tuple(_specs(model, reading.uses, plain))
-    dims = {use.inside: len(use.output_shape) for use in reading.uses}
+        layers = tuple(_specs(model, reading.uses, plain))
+        dims = {use.inside: len(use.output_shape) for use in reading.uses}
+        neighbours = tuple(followers(model, reading.pairs, layers, dims))
+        offered = [spec.name for spec in layers if not spec.blockers]
+        left = left_behind(model, example, [*offered, *(name for pair in neighbours for name in pair.between)])
+    layers = tuple(replace(s, blockers=(*s.blockers, LEFT_BEHIND)) if s.name in left else s for s in layers)
     return Capture(
         way=way,
         layers=layers,
         model_params=model_params(model),
         model_bytes=file_bytes(model),
         notes=tuple(notes),
-        followers=tuple(followers(model, reading.pairs, layers, dims)),
+        followers=tuple(p for p in neighbours if left.isdisjoint((p.producer, p.consumer, *p.between))),
         rectified=tuple(before_relu(model, reading.rectified, layers, dims)),
     )
+
+
+def left_behind(model: nn.Module, example: Call, names: Iterable[str]) -> frozenset[str]:
+    """Modules that a copy of the model runs less often in its own: what refers to the others is not copied.
+
+    A function that keeps the model is such a thing, and so is an object that only the model's own attributes lead to.
+    They are exchanged as compress does it, by modules that compute the same: while the model is copied, then in place.
+
+    Raises: CaptureError when the copy cannot be made, or does not run.
+    """
+    own = {name: model.get_submodule(name) for name in names if name}
+    if not own:
+        return frozenset()
+    with unchanged(model):
+        wanted = _runs(model, example, own)
+        first = {name: _twin(module) for name, module in own.items()}
+        other = with_layers(model, first)
+        try:
+            found = _runs(other, example, first)
+            second = {name: _twin(module) for name, module in first.items()}
+            put_layers(other, second)
+            again = _runs(other, example, second)
+        except Exception as error:
+            raise CaptureError(
+                f"a copy of this {type(model).__name__} does not run ({one_line(error)}), and panther works on copies"
+            ) from error
+    return frozenset(name for name in own if min(found[name], again[name]) < wanted[name])
+
+
+def _runs(model: nn.Module, example: Call, modules: Mapping[str, nn.Module]) -> Counter[str]:
+    """How often each of these modules runs in one call of the model, which is as before afterwards."""
+    runs: Counter[str] = Counter()
+    hooks = [m.register_forward_pre_hook(lambda *_, name=name: runs.update([name])) for name, m in modules.items()]
+    try:
+        with unchanged(model), _same_random_numbers(model):
+            run(model, example)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return runs
+
+
+def _twin(module: nn.Module) -> nn.Module:
+    """Another module of this class with the same attributes, and the same numbers."""
+    twin = type(module).__new__(type(module))
+    vars(twin).update(vars(module))
+    return twin
 
 
 def _first_line(error: BaseException) -> str:
@@ -172,6 +226,11 @@ def _first_line(error: BaseException) -> str:
 def _refuse_opaque(model: nn.Module) -> None:
     if isinstance(model, torch.jit.ScriptModule):
         raise CaptureError("a TorchScript model hides its layers: pass the Python module that it was made from")
+    if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
+        raise CaptureError(
+            f"this model is in {type(model).__name__}, which spreads calls over devices: pass model.module, and wrap "
+            "the result"
+        )
     for name, module in model.named_modules():
         if hasattr(module, "_orig_mod") or module._compiled_call_impl is not None:
             where = repr(name) if name else "this model"

@@ -37,7 +37,7 @@ def channels_of(weight: Tensor, inputs: Moments, sensitivity: Tensor | None) -> 
 
     def links(dense: Tensor, count: Sequence[int]) -> tuple[Tensor, Tensor]:
         index, solved = kept.solve(dense.flatten(1), count[0])
-        chosen = torch.zeros(count[0], dense.shape[1])
+        chosen = torch.zeros(count[0], dense.shape[1], dtype=torch.float32)
         chosen[torch.arange(count[0]), index] = 1.0
         return chosen.reshape(*chosen.shape, *ones), solved.reshape(*solved.shape, *ones)
 

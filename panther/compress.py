@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import itertools
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -26,7 +25,7 @@ from panther.gradients import chunk_size
 from panther.healers.checkpoint import saved_plan
 from panther.importance import affordable_samples, reference
 from panther.measure import check_batches, measure, passes
-from panther.nn.surgery import put_layers
+from panther.nn.surgery import copied, put_layers
 from panther.prepared import Dense, Prepared, timed
 from panther.progress import Progress
 from panther.replace import changed_layers
@@ -163,7 +162,7 @@ def compress(
         stored = dict.fromkeys(choice.dtype for choice in plan.choices if choice.grid is not None)
         dtypes = tuple(dict.fromkeys((*dtypes, *stored)))
     request = Request(
-        model=model if device is None else copy.deepcopy(model).to(device),
+        model=model if device is None else copied(model, {}, None)[0].to(device),
         budget=wanted,
         example=as_call(example_inputs),
         calib_data=calib_data,

@@ -167,7 +167,7 @@ def mean_patch(spec: LayerSpec, module: Any, samples: Tensor) -> Tensor:
 
     The mean output is linear in the weight, so it is the gradient of one output channel's mean.
     """
-    probe = torch.zeros(1, spec.in_features, *spec.kernel_size, requires_grad=True)
+    probe = torch.zeros(1, spec.in_features, *spec.kernel_size, dtype=torch.float32, requires_grad=True)
     with torch.enable_grad():
         mean = convolve(spec, module, samples, probe).mean()
     return torch.autograd.grad(mean, probe)[0].flatten()

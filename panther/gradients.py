@@ -76,7 +76,7 @@ class Reactions:
             spec.name: _Sum(spec, dense_weight(model.get_submodule(spec.name)), torch.Generator().manual_seed(seed))
             for spec in specs
         }
-        self._zero = torch.zeros((), requires_grad=True, device=device_of(model))
+        self._zero = torch.zeros((), dtype=torch.float32, requires_grad=True, device=device_of(model))
         self._tensors = {name: t.detach() for name, t in (*model.named_parameters(), *model.named_buffers())}
         self._is_recurrent = any(isinstance(module, nn.RNNBase) for module in model.modules())
         self._hooks: list[RemovableHandle] = []
@@ -142,9 +142,9 @@ def _project(outputs: Sequence[Tensor], call: Call, generator: torch.Generator) 
     floats = [output for output in outputs if output.requires_grad]
     if not floats:
         raise ValueError("the model returns no floating-point output that depends on its layers")
-    total = torch.zeros((), device=floats[0].device)
+    total = torch.zeros((), dtype=torch.float32, device=floats[0].device)
     for output in floats:
-        noise = torch.randn(output.shape, generator=generator).to(output.device)
+        noise = torch.randn(output.shape, generator=generator, dtype=torch.float32).to(output.device)
         for shape, mask in call.masks().items():
             if tuple(output.shape[: len(shape)]) == shape:
                 noise = noise * mask.reshape(*shape, *(1,) * (output.dim() - len(shape)))

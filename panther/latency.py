@@ -104,7 +104,7 @@ def _spread(group: Sequence[Choice]) -> Iterator[Choice]:
 
 def _random_input(factors: Factors) -> Tensor:
     weight = dense_weight(factors.module)
-    numbers = torch.randn(factors.spec.input_shape, generator=torch.Generator().manual_seed(0))
+    numbers = torch.randn(factors.spec.input_shape, generator=torch.Generator().manual_seed(0), dtype=torch.float32)
     return numbers.to(weight)
 
 

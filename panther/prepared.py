@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from dataclasses import replace as changed
@@ -179,7 +179,7 @@ class Prepared:
         compressed = replace(self.request.model, self.factors, plan)
         if self.request.heal.mode == "none" or self.data is None or not plan.sketched:
             return self._packed(compressed, plan, notes), None
-        self._refuse_broken(compressed)
+        self._refuse_broken(compressed, self._dense_layers(plan))
         if all(choice.grid is None for choice in plan.sketched):
             healing = self.healed(compressed, plan)
         else:
@@ -188,9 +188,14 @@ class Prepared:
         return self._packed(compressed, plan, notes), healing
 
     def _packed(self, compressed: nn.Module, plan: Plan, notes: list[str] | None) -> nn.Module:
+        before = {choice.layer: compressed.get_submodule(choice.layer) for choice in plan.sketched}
         compressed = pack(compressed, plan, self.found.followers, notes=notes)
-        self._refuse_broken(compressed)
+        gone = [(name, layer) for name, layer in before.items() if compressed.get_submodule(name) is not layer]
+        self._refuse_broken(compressed, [*self._dense_layers(plan), *gone])
         return compressed
+
+    def _dense_layers(self, plan: Plan) -> list[tuple[str, nn.Module]]:
+        return [(choice.layer, self.request.model.get_submodule(choice.layer)) for choice in plan.sketched]
 
     def _healed_on_grids(self, compressed: nn.Module, plan: Plan, notes: list[str]) -> Healed:
         """Refitted, then rounded, then trained as it will be stored; in place.
@@ -267,8 +272,13 @@ class Prepared:
             latency = after * self.dense.latency_ms / before
         return Measured(latency, None if budget.peak_memory_mb is None else peak_memory(model, example))
 
-    def _refuse_broken(self, compressed: nn.Module) -> None:
-        """Raise PantherError when the model around the sketched layers needs what only the dense ones have."""
+    def _refuse_broken(self, compressed: nn.Module, replaced: Iterable[tuple[str, nn.Module]]) -> None:
+        """Raise PantherError when the model around the sketched layers needs what only the dense ones have.
+
+        So it does where it runs layers that were `replaced`: capture has looked for that on the dense model.
+        """
+        ran: set[str] = set()
+        hooks = [m.register_forward_pre_hook(lambda *_, name=name: ran.add(name)) for name, m in replaced]
         try:
             with inference(compressed):
                 run(compressed, self.request.example)
@@ -277,6 +287,14 @@ class Prepared:
                 f"the compressed model does not run ({one_line(error)}): it uses something that a sketched layer does "
                 "not have. Leave that layer out with exclude=[...]; the dense model is unchanged."
             ) from error
+        finally:
+            for hook in hooks:
+                hook.remove()
+        if ran:
+            raise PantherError(
+                f"the compressed model still runs layers that were replaced ({', '.join(sorted(ran)[:5])}): a function "
+                "or an object in it keeps them. Leave them out with exclude=[...]; the dense model is unchanged."
+            )
 
 
 def _unmeasured(plan: Plan) -> Plan:

@@ -13,7 +13,7 @@ from torch.fx.experimental.proxy_tensor import is_fake
 from torch.nn.utils import parametrizations, prune
 
 from panther.batches import Call, as_call
-from panther.capture import WAYS, capture
+from panther.capture import LEFT_BEHIND, WAYS, capture, left_behind
 from panther.errors import CaptureError
 from panther.nn import SKETCHED
 from panther.nn.surgery import put_layers, with_layers
@@ -678,6 +678,15 @@ def test_a_torchscript_part_is_left_alone_and_the_rest_is_found():
     assert [spec.name for spec in found.sketchable] == ["0", "2"]
 
 
+@pytest.mark.parametrize("kind", [nn.DataParallel, nn.parallel.DistributedDataParallel])
+def test_a_model_spread_over_devices_is_refused_with_the_way_out(kind):
+    wrapped = kind.__new__(kind)  # without the devices and the process group that a real one wants
+    nn.Module.__init__(wrapped)
+    wrapped.module = nn.Linear(32, 32)
+    with pytest.raises(CaptureError, match=rf"in {kind.__name__}.*pass model\.module"):
+        capture(wrapped, as_call(torch.randn(1, 32)))
+
+
 def test_a_lazy_module_is_refused_by_name():
     with pytest.raises(CaptureError, match=r"'0.weight' has no shape yet .*run the model once"):
         capture(nn.Sequential(nn.LazyLinear(4)), as_call(torch.randn(1, 4)))
@@ -706,6 +715,117 @@ def test_when_all_ways_fail_the_error_tells_each_reason(monkeypatch):
         monkeypatch.setitem(WAYS, way, broken)
     with pytest.raises(CaptureError, match=r"torch.export did not work \(RuntimeError: broken\).*observation did not"):
         capture(nn.Linear(4, 4), as_call(torch.randn(1, 4)))
+
+
+# --- what a copy would not run ---------------------------------------------------------------------------------------
+
+
+class Kept(nn.Module):
+    """Layers that run from wherever `keep` puts them, and one that is called as ever."""
+
+    def __init__(self, keep):
+        super().__init__()
+        self.a, self.b = nn.Linear(32, 32), nn.Linear(32, 32)
+        self.held = keep(self)
+
+    def forward(self, x):
+        layers = self.held() if callable(self.held) else self.held
+        return self.b(layers[0](x).relu())
+
+
+class Holder:
+    """An object of its own kind, which a copy copies and panther does not look into."""
+
+    def __init__(self, layer):
+        self.layer = layer
+
+    def __getitem__(self, index):
+        return self.layer
+
+
+@pytest.mark.parametrize(
+    ("keep", "stays"),
+    [
+        (lambda model: lambda: [model.a], True),
+        (lambda model: Holder(model.a), True),
+        (lambda model: [model.a], False),
+        (lambda model: (model.a,), False),
+        (lambda model: {0: model.a}, False),
+    ],
+    ids=["function", "object", "list", "tuple", "dict"],
+)
+@pytest.mark.parametrize("way", ["torch.export", "observation"])
+def test_a_layer_that_a_copy_would_not_run_stays_dense_with_that_reason(way, keep, stays):
+    found = specs_by(way, Kept(keep), as_call(torch.randn(4, 32)))
+    assert found["a"].blockers == ((LEFT_BEHIND,) if stays else ())
+    assert found["b"].blockers == ()
+
+
+@pytest.mark.parametrize("kept", [False, True])
+def test_layers_around_a_norm_that_a_copy_would_not_run_are_no_neighbours(kept):
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.norm, self.second = nn.Linear(32, 32), nn.BatchNorm1d(32), nn.Linear(32, 32)
+            self.held = (lambda x: -self.norm(x)) if kept else None
+
+        def forward(self, x):
+            y = self.first(x)
+            return self.second((self.held(y) if kept else self.norm(y)).relu())
+
+    found = capture(Net().eval(), as_call(torch.randn(4, 32)))
+    assert [pair.between for pair in found.followers] == ([] if kept else [("norm",)])
+    assert len(found.sketchable) == 2
+
+
+def test_a_model_that_remembers_its_first_call_is_not_taken_for_one_that_keeps_layers():
+    class Once(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer, self.seen, self.cache = nn.Linear(32, 32), 0, {}
+
+        def forward(self, x):
+            self.seen += 1
+            if "y" not in self.cache:
+                self.cache["y"] = self.layer(x)
+            return self.cache["y"]
+
+    assert capture(Once(), as_call(torch.randn(4, 32))).sketchable
+
+
+def test_looking_for_what_a_copy_would_not_run_changes_nothing():
+    model = Kept(lambda model: lambda: [model.a])
+    hooks = model.a.register_forward_hook(lambda module, args, output: None)
+    before = {name: dict(vars(module)) for name, module in model.named_modules()}
+    left_behind(model, as_call(torch.randn(4, 32)), ["a", "b"])
+    for name, module in model.named_modules():
+        assert vars(module) == before[name] and not module._forward_pre_hooks
+    assert list(model.a._forward_hooks) == [hooks.id]
+
+
+def test_a_model_that_cannot_be_copied_or_whose_copy_does_not_run_is_refused():
+    class Refusing(nn.Linear):
+        def __deepcopy__(self, memo):
+            raise NotImplementedError("one of a kind")
+
+    class Forgetful(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer, self.scale = nn.Linear(32, 32), 2.0
+
+        def __deepcopy__(self, memo):
+            made = Forgetful()
+            del made.scale
+            return made
+
+        def forward(self, x):
+            return self.layer(x) * self.scale
+
+    example = as_call(torch.randn(4, 32))
+    with pytest.raises(CaptureError, match=r"'1' refuses \(NotImplementedError: one of a kind\)"):
+        capture(nn.Sequential(nn.Linear(32, 32), Refusing(32, 1)), example)
+    with pytest.raises(CaptureError, match=r"a copy of this Forgetful does not run \(AttributeError"):
+        capture(Forgetful(), example)
 
 
 # --- replacing what was offered --------------------------------------------------------------------------------------

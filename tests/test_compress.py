@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -592,6 +593,63 @@ def test_inplace_changes_the_model_itself_to_the_same_numbers(cnn: Cnn) -> None:
         result.resolve(0.3)
 
 
+class Listed(nn.Module):
+    """Runs its layers from a plain list, and registers them besides."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stack = [nn.Linear(64, 64) for _ in range(3)]
+        for index, layer in enumerate(self.stack):
+            self.add_module(f"layer{index}", layer)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.stack:
+            x = layer(x).relu()
+        return x
+
+
+def test_layers_in_a_plain_list_are_the_registered_ones_in_every_result(tmp_path: Path) -> None:
+    model, data = decaying_(Listed()).eval(), torch.randn(256, 64)
+    options = {"example_inputs": data[:4], "calib_data": data, "heal": "none"}
+    result = compress(model, 0.8, **options)
+    folder = result.save(tmp_path / "compressed")
+    loaded = [panther.load(folder, model=architecture) for architecture in (Listed, model)]
+    placed = compress(copy.deepcopy(model), 0.8, inplace=True, **options).model
+    for made in (result.model, placed, *loaded):
+        assert any(isinstance(layer, SKPivotedLinear) for layer in made.stack)
+        assert all(layer is made.get_submodule(f"layer{index}") for index, layer in enumerate(made.stack))
+        assert torch.equal(made(data), result.model(data))
+    assert not torch.equal(result.model(data), model(data))
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+def test_attributes_that_cannot_be_copied_are_no_obstacle(cnn: Cnn, inplace: bool, tmp_path: Path) -> None:
+    expected = compress(copy.deepcopy(cnn))
+    lock = cnn.features[0].lock = threading.Lock()  # type: ignore[union-attr]
+    result = compress(cnn, inplace=inplace)
+    assert result.plan == expected.plan and same_bits(result.model, expected.model)
+    assert result.model.features[0].lock is lock  # type: ignore[index, union-attr]
+    if not inplace:
+        loaded = panther.load(result.save(tmp_path / "compressed"), model=cnn)
+        assert torch.equal(loaded(IMAGES), result.model.eval()(IMAGES))
+
+
+@pytest.mark.parametrize("heal", ["none", "auto"])
+def test_layers_may_be_called_by_keyword(heal: str) -> None:
+    class Named(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.fc = nn.Conv2d(8, 16, 3), nn.Linear(16, 16)
+
+        def forward(self, x: Tensor) -> Tensor:
+            answer: Tensor = self.fc(input=self.conv(input=x).relu().mean((2, 3)))
+            return answer
+
+    data = torch.randn(64, 8, 6, 6)
+    result = compress(Named().eval(), example_inputs=data[:4], calib_data=data, heal=heal)
+    assert len(result.plan.sketched) == 2 and result.budget_met
+
+
 def test_inplace_a_layer_that_is_the_whole_model_is_refused_before_anything_is_done() -> None:
     layer = nn.Linear(32, 32)
     with pytest.raises(ValueError, match=r"inplace=True: Linear is itself the layer.*leave inplace out"):
@@ -615,6 +673,24 @@ def test_half_precision_models_stay_so(text: Text, dtype: torch.dtype) -> None:
     result = compress(text.to(dtype))
     assert result.budget_met and {p.dtype for p in result.model.parameters()} == {dtype}
     assert result.model(IDS).isfinite().all()
+
+
+@pytest.fixture(params=[torch.float64, torch.bfloat16], ids=str)
+def default_dtype(request: pytest.FixtureRequest) -> Iterator[Callable[[], None]]:
+    before = torch.get_default_dtype()
+    yield lambda: torch.set_default_dtype(request.param)
+    torch.set_default_dtype(before)
+
+
+@pytest.mark.parametrize("options", [{"heal": "auto"}, {"budget": {"size_mb": "35%"}, "dtypes": ("float32", "int4")}])
+def test_torchs_default_dtype_changes_no_bit(
+    cnn: Cnn, text: Text, options: dict[str, Any], default_dtype: Callable[[], None]
+) -> None:
+    expected = [compress(model, **options) for model in (cnn, text)]
+    default_dtype()
+    for model, wanted in zip((cnn, text), expected, strict=True):
+        result = compress(model, **options)
+        assert result.plan == wanted.plan and same_bits(result.model, wanted.model)
 
 
 def test_compressed_models_can_be_compressed_no_further_but_say_so(cnn: Cnn) -> None:
@@ -941,6 +1017,44 @@ def test_a_model_that_needs_what_only_the_dense_layer_has_is_refused_and_unchang
     with pytest.raises(PantherError, match=r"does not run .* exclude="):
         compress(model, 0.5, example_inputs=data[:2], calib_data=data, progress=False)
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+
+
+def test_layers_that_a_function_keeps_stay_dense_with_that_reason() -> None:
+    class Closed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.kept, self.free = nn.Linear(64, 64), nn.Linear(64, 64)
+            self.block = lambda x: self.kept(x).relu()
+
+        def forward(self, x: Tensor) -> Tensor:
+            answer: Tensor = self.free(self.block(x))
+            return answer
+
+    data = torch.randn(256, 64)
+    for inplace in (False, True):
+        result = compress(Closed().eval(), example_inputs=data[:4], calib_data=data, inplace=inplace)
+        assert [choice.layer for choice in result.plan.choices] == ["free"]
+        assert "a copy of the model still runs the original layer" in str(result.report)
+        assert result.plan.sketched and result.budget_met
+
+
+@pytest.mark.parametrize("heal", ["none", "refit"])
+def test_a_model_that_goes_back_to_its_dense_layers_is_refused_by_their_names(heal: str) -> None:
+    class Loyal(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.Linear(64, 64), nn.Linear(64, 64)
+
+        def forward(self, x: Tensor) -> Tensor:
+            layer = self.first if type(self.first) is nn.Linear else first
+            answer: Tensor = self.second(layer(x).relu())
+            return answer
+
+    data, model = torch.randn(256, 64), Loyal().eval()
+    first = model.first
+    with pytest.raises(PantherError, match=r"still runs layers that were replaced \(first\).*exclude="):
+        compress(model, example_inputs=data[:4], calib_data=data, heal=heal, search="uniform")
+    assert not first._forward_pre_hooks
 
 
 def test_outputs_whose_shape_depends_on_values_and_integer_outputs_are_no_obstacle() -> None:

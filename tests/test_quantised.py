@@ -284,6 +284,30 @@ def test_a_correction_is_a_choice_and_helps(scheme: str) -> None:
         assert row.kept > 1 and row.after.size_bytes < row.before.size_bytes / 4
 
 
+def test_layers_whose_input_is_named_are_rounded_by_their_data() -> None:
+    class Named(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(64, 64), nn.Linear(64, 64)
+
+        def forward(self, x: Tensor) -> Tensor:
+            answer: Tensor = self.b(input=self.a(input=x).relu())
+            return answer
+
+    torch.manual_seed(0)
+    model, data = Named().eval(), rows(8)
+    plan = Plan(
+        (
+            Choice("a", chains.CORRECTED, (8,), chains.QUANTISED, "int4"),
+            Choice("b", chains.WHOLE, (), chains.QUANTISED, "int4"),
+        )
+    )
+    given: dict[str, Any] = {"example_inputs": data[0], "calib_data": data, "progress": False, "verify": False}
+    result = panther.compress(model, 1.0, dtypes=("int4",), plan=plan, heal="refit", **given)
+    assert not any("without looking at data" in note for note in result.report.notes)
+    assert set(quantised_layers(result.model)) == {"a", "b"}
+
+
 def test_batches_that_part_ways_are_rounded_all_the_same() -> None:
     class Parts(nn.Module):
         def __init__(self) -> None:

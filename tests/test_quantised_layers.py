@@ -109,6 +109,20 @@ def test_a_correction_is_added_to_the_whole_weight() -> None:
     assert [part.grid.bits for part in small.stored] == [4, 8, 8] and small.ranks == (2,)
 
 
+@pytest.mark.parametrize("name", DENSE)
+def test_the_input_may_be_named_as_that_of_the_dense_layer(name: str) -> None:
+    _, small, x = quantised(name)
+    assert torch.equal(small(input=x), small(x))
+
+
+def test_the_input_of_a_float_layer_with_a_correction_may_be_named_too() -> None:
+    float_layer, _, x = corrected_linear()
+    plain = float_layer.to_dense()
+    plain.register_forward_hook(float_layer.add_to, with_kwargs=True)
+    close(float_layer(input=x), float_layer(x))
+    close(plain(input=x), float_layer(x))
+
+
 @pytest.mark.parametrize("rank", [1, 4, 8])
 def test_a_correction_brings_the_weight_nearer(rank: int) -> None:
     layer, _ = dense("linear")

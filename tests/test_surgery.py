@@ -2,10 +2,13 @@ from __future__ import annotations
 
 import copy
 import pickle
+import threading
+from typing import Any, NamedTuple
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import prune
 
 from panther.errors import CaptureError
 from panther.nn import SKConv2d, SKLinear
@@ -72,10 +75,54 @@ def test_a_name_that_the_model_does_not_have_raises() -> None:
             put(nn.Sequential(nn.Linear(4, 4)), {"nowhere": SKLinear(4, 4, 1, 1)})
 
 
-def test_a_model_that_cannot_be_copied_says_what_to_do() -> None:
+def test_what_cannot_be_copied_is_shared_and_the_rest_is_not() -> None:
+    model, lock = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)), threading.Lock()
+    model.lock, model.rows = lock, (row for row in range(3))
+    model.nested = {"locks": [lock, (lock, ["own"])], "own": ["own"], "layer": model[1]}
+    built: Any = with_layers(model, {"1": SKLinear(4, 4, 1, 1)})
+    assert built.lock is lock and built.rows is model.rows
+    assert built.nested == {"locks": [lock, (lock, ["own"])], "own": ["own"], "layer": built[1]}
+    for held in ("locks", "own"):
+        assert built.nested[held] is not model.nested[held]
+    assert built.nested["locks"][1][1] is not model.nested["locks"][1][1]
+    assert built[0] is not model[0] and torch.equal(built[0].weight, model[0].weight)
+
+
+def test_tensors_that_were_computed_and_kept_are_copied_as_numbers() -> None:
     model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
-    model[0].cached = model[0].weight * 2  # computed, and kept
-    with pytest.raises(CaptureError, match=r"Sequential cannot be copied.*remove_weight_norm"):
+    kept = model[0].weight * 2
+    model.register_buffer("also", kept)
+    model[0].kept = [kept]
+    built: Any = with_layers(model, {"1": SKLinear(4, 4, 1, 1)})
+    (copied,) = built[0].kept
+    assert copied is built.also and copied is not kept
+    assert torch.equal(copied, kept) and not copied.requires_grad
+
+
+@pytest.mark.parametrize("change", ["weight norm", "pruning", "spectral norm"])
+@pytest.mark.filterwarnings("ignore:.*weight_norm.* is deprecated:FutureWarning")  # and still in published models
+def test_layers_with_a_computed_weight_are_copied(change: str) -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    if change == "weight norm":
+        nn.utils.weight_norm(model[0])
+    elif change == "pruning":
+        prune.l1_unstructured(model[0], "weight", amount=0.5)  # type: ignore[no-untyped-call]
+    else:
+        nn.utils.spectral_norm(model[0])
+    x = torch.randn(3, 4)
+    model(x)
+    model.eval()
+    layer = full(model[1])
+    torch.testing.assert_close(with_layers(model, {"1": layer})(x), layer(model[0](x)))
+
+
+def test_a_module_that_refuses_to_be_copied_is_named() -> None:
+    class Refusing(nn.Linear):
+        def __deepcopy__(self, memo: object) -> nn.Linear:
+            raise NotImplementedError("one of a kind")
+
+    model = nn.Sequential(nn.Sequential(nn.Linear(4, 4), Refusing(4, 4)), nn.Linear(4, 4))
+    with pytest.raises(CaptureError, match=r"Sequential cannot be copied.*'0\.1' refuses \(Not.*: one of a kind\)"):
         with_layers(model, {"1": SKLinear(4, 4, 1, 1)})
 
 
@@ -88,6 +135,29 @@ def test_in_place_the_model_stays_the_same_object_and_computes_with_the_new_laye
     x = torch.randn(3, 4)
     put_layers(model, {"0": layer})
     assert model[0] is layer and torch.equal(model(x), layer(x).relu())
+
+
+def test_in_place_references_from_other_attributes_follow_through_containers() -> None:
+    class Pair(NamedTuple):
+        first: nn.Module
+        number: int
+
+    model, dense, layer = nn.Sequential(nn.Linear(4, 4)), nn.Linear(4, 4), SKLinear(4, 4, 1, 1)
+    model.append(dense)
+    kept, loop = (1, 2), [dense]
+    loop.append(loop)
+    vars(model)["bare"] = dense
+    model.nested = {"a": [dense, (dense, {"b": dense})], "pair": Pair(dense, 3)}
+    model.members, model.kept, model.loop = {dense}, kept, loop
+    vars(model)["unregistered"] = [nn.Sequential(dense)]
+    nested, members = model.nested, model.members
+    put_layers(model, {"1": layer})
+    assert model[1] is model.bare is layer
+    assert model.nested is nested and nested["a"] == [layer, (layer, {"b": layer})]
+    assert nested["pair"] == Pair(layer, 3) and type(nested["pair"]) is Pair
+    assert model.members is members and members == {layer}
+    assert model.kept is kept and model.loop is loop and loop[0] is layer and loop[1] is loop
+    assert model.unregistered[0][0] is layer
 
 
 # What the new layer takes over
@@ -104,6 +174,39 @@ def test_hooks_and_flag_are_taken_over_and_not_shared() -> None:
     handle.remove()
     layer(torch.randn(2, 4))
     assert calls == ["after", "after"]
+
+
+class Grabbing(nn.Module):
+    """Keeps what a layer gives in a hook that is its own method, and uses it later."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.kept = nn.Linear(4, 4), torch.zeros(4)
+        self.layer.register_forward_hook(self.grab)
+        self.layer.register_forward_pre_hook(self.pre, with_kwargs=True)
+        self.inputs: list[Tensor] = []
+
+    def grab(self, _layer: nn.Module, _args: object, output: Tensor) -> None:
+        self.kept = output
+
+    def pre(self, _layer: nn.Module, args: tuple[Tensor, ...], _kwargs: object) -> None:
+        self.inputs.append(args[0])
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.layer(x)
+        return self.kept * 2
+
+
+@pytest.mark.parametrize("in_place", [False, True])
+def test_hooks_that_are_methods_of_the_model_belong_to_the_one_that_runs(in_place: bool) -> None:
+    model, layer, x = Grabbing(), SKLinear(4, 4, 1, 1), torch.randn(2, 4)
+    other = copy.deepcopy(model)
+    built = other if in_place else with_layers(model, {"layer": layer})
+    if in_place:
+        put_layers(other, {"layer": layer})
+    assert torch.equal(built(x), 2 * layer(x)) and len(built.inputs) == 2  # type: ignore[arg-type]
+    assert not model.kept.any() and not model.inputs
+    assert model(x).shape == (2, 4) and len(built.inputs) == 2 and len(model.inputs) == 1  # type: ignore[arg-type]
 
 
 def test_a_full_backward_hook_stays_a_full_one() -> None:

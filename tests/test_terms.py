@@ -88,6 +88,20 @@ def test_the_layer_computes_the_same(case: str) -> None:
             assert float((layer(*call.args) - before(*call.args)).abs().max()) <= rounding(before, call)
 
 
+def test_layers_whose_input_is_named_are_put_in_order_too() -> None:
+    class Named(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = layer
+
+        def forward(self, x: Tensor) -> Tensor:
+            answer: Tensor = self.layer(input=x)
+            return answer
+
+    layer, calls = made("linear")
+    assert reorder(Named(), calls) == ["layer"]
+
+
 @every_case
 def test_each_rank_carries_less_of_the_output_than_the_one_before(case: str) -> None:
     layer, calls = made(case)

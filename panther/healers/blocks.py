@@ -124,7 +124,7 @@ class Block:
             for got, wanted in zip(answers, self.targets[index], strict=False)
             if got.shape == wanted.shape
         ]
-        return torch.stack(parts).mean() if parts else torch.zeros((), requires_grad=True)
+        return torch.stack(parts).mean() if parts else torch.zeros((), dtype=torch.float32, requires_grad=True)
 
     @torch.no_grad()
     def held_out(self, indices: Sequence[int]) -> float:

@@ -30,7 +30,7 @@ def answer_loss(answer: Any, target: Any, call: Call, *, classifies: bool) -> Te
     scores = named_logits(target)
     if scores is None and classifies:
         scores = targets[0]
-    total = torch.zeros((), device=targets[0].device if targets else None)
+    total = torch.zeros((), dtype=torch.float32, device=targets[0].device if targets else None)
     for index, wanted in enumerate(targets):
         if index >= len(answers) or answers[index].shape != wanted.shape:
             total = total + 1.0

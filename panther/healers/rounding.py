@@ -138,7 +138,7 @@ def _walk(
             layer, given = student.get_submodule(name), list(zip(held, dense.arrivals, own.arrivals, strict=True))
             found = _round(student, layer, by_name[name], specs[name], teacher.get_submodule(name), given, seed)
             if isinstance(found.layer, CorrectedLinear):  # the calls that have stopped here still run the old layer
-                stack.callback(layer.register_forward_hook(found.layer.add_to).remove)
+                stack.callback(layer.register_forward_hook(found.layer.add_to, with_kwargs=True).remove)
             yield found
 
 

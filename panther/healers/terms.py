@@ -40,8 +40,8 @@ def reorder(student: nn.Module, calls: Sequence[Call]) -> list[str]:
 
     def see(name: str) -> Callable[..., None]:
         def hook(layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any], _output: Any) -> None:
-            rows = _inner_rows(layer, args[0] if args else kwargs["x"], masks)
-            sums[name] = sums.get(name, torch.zeros(())) + gram(rows)
+            rows = _inner_rows(layer, args[0] if args else kwargs["input"], masks)
+            sums[name] = sums.get(name, torch.zeros((), dtype=torch.float32)) + gram(rows)
 
         return hook
 

@@ -40,7 +40,7 @@ class SketchedConv(SketchedLayer):
 
     Warns when the dense layer would be smaller.
 
-    Shapes: x (batch, in_channels, *size) or (in_channels, *size) -> as the dense layer.
+    Shapes: input (batch, in_channels, *size) or (in_channels, *size) -> as the dense layer.
     Raises: TypeError for a size that is not an integer; ValueError for one out of range, or an unknown word.
     """
 
@@ -127,8 +127,8 @@ class SketchedConv(SketchedLayer):
     def _padded(self, x: Tensor) -> Tensor:
         return F.pad(x, self._padded_first, mode=self.padding_mode) if self._padded_first else x
 
-    def forward(self, x: Tensor) -> Tensor:
-        x, last = self._padded(x), self._links[-1]
+    def forward(self, input: Tensor) -> Tensor:
+        x, last = self._padded(input), self._links[-1]
         for link, weight in zip(self._links, self.active_weights(), strict=True):
             bias = self.bias if link is last else None
             x = self.CONVOLVE(x, weight, bias, link.stride, link.padding, link.dilation)

@@ -33,7 +33,7 @@ class SKLinear(SketchedLayer):
 
     Warns when nn.Linear would be smaller.
 
-    Shapes: x (..., in_features) -> (..., out_features).
+    Shapes: input (..., in_features) -> (..., out_features).
     Raises: TypeError for a size that is not an integer, ValueError for one below 1 or an unknown basis.
     Source of basis="random": Panther, arXiv 2601.15473.
     """
@@ -136,9 +136,9 @@ class SKLinear(SketchedLayer):
     def _first_weight(self) -> Tensor:
         return self.down if self.basis == "learned" else self.s1
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         down, up = self.active_weights()
-        return low_rank_linear(x, down, up, self.bias)
+        return low_rank_linear(input, down, up, self.bias)
 
     def to_dense(self) -> nn.Linear:
         """The nn.Linear that computes the same (with the active terms), up to rounding."""

@@ -55,12 +55,13 @@ class CorrectedLinear(nn.Module):
         dense.weight, dense.bias = self.weight, self.bias
         return dense.train(self.training)
 
-    def add_to(self, _layer: nn.Module, given: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        """As a forward hook of the linear layer that this one is made of: its output with the correction."""
-        return output + F.linear(F.linear(given[0], self.down), self.up)
+    def add_to(self, _layer: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor], output: Tensor) -> Tensor:
+        """As a forward hook, with kwargs, of the layer that this one is made of: its output with the correction."""
+        given = args[0] if args else kwargs["input"]
+        return output + F.linear(F.linear(given, self.down), self.up)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight, self.bias) + F.linear(F.linear(x, self.down), self.up)
+    def forward(self, input: Tensor) -> Tensor:
+        return F.linear(input, self.weight, self.bias) + F.linear(F.linear(input, self.down), self.up)
 
 
 def corrected(layer: nn.Linear, left: Tensor, rank: int, lower: Tensor | None = None) -> CorrectedLinear:

@@ -175,8 +175,8 @@ class PivotedLayer(SketchedLayer):
         """The channels' axis, also of inputs without a batch."""
         return -1 - len(self._shape.kernel_size)
 
-    def forward(self, x: Tensor) -> Tensor:
-        first, last = 0, len(self._links) - 1
+    def forward(self, input: Tensor) -> Tensor:
+        x, first, last = input, 0, len(self._links) - 1
         parts = zip(self._weight_names, self._biases(), self._links, strict=True)
         for index, (name, bias, link) in enumerate(parts):
             weight = getattr(self, name)
@@ -365,7 +365,7 @@ class SKPivotedLinear(PivotedLayer):
 
     side: "rows" gathers the outputs, "columns" the inputs; the numbers are equally many, so take the smaller side.
 
-    Shapes: x (..., in_features) -> (..., out_features).
+    Shapes: input (..., in_features) -> (..., out_features).
     """
 
     DENSE = nn.Linear
@@ -422,13 +422,13 @@ class SKPivotedLinear(PivotedLayer):
         chain = self._chain(self.scheme, shape, (rank,))
         self._allocate(shape, chain, low_rank=rank, bias=bias, device=device, dtype=dtype)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         size, order = (
             (self.out_features, self.row_order) if self.side == chains.ROWS else (self.in_features, self.column_order)
         )
         if self.ranks[0] == size:  # there are no others beside the pivots
-            return super().forward(x)
-        return pivoted_linear(x, self.down, self.up, self.offset, order)
+            return super().forward(input)
+        return pivoted_linear(input, self.down, self.up, self.offset, order)
 
     def _product(self, x: Tensor, weight: Tensor, bias: Tensor | None, link: chains.Link) -> Tensor:
         return F.linear(x, weight, bias)
@@ -462,7 +462,7 @@ class PivotedConv(PivotedLayer, SketchedConv):
     "output_channel" has pivots among its outputs, "input_channel" among its inputs, "tucker2" among both; "spatial" has
     no 1 x 1 link and stays as it is.
 
-    Shapes: x (batch, in_channels, *size) or (in_channels, *size) -> as the dense layer.
+    Shapes: input (batch, in_channels, *size) or (in_channels, *size) -> as the dense layer.
     """
 
     def _follow(self, layer: Any, ranks: Sequence[int]) -> None:
@@ -481,8 +481,8 @@ class PivotedConv(PivotedLayer, SketchedConv):
     def _product(self, x: Tensor, weight: Tensor, bias: Tensor | None, link: chains.Link) -> Tensor:
         return self.CONVOLVE(x, weight, bias, link.stride, link.padding, link.dilation)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return super().forward(self._padded(x))
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(self._padded(input))
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> Self:

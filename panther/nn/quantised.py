@@ -253,7 +253,7 @@ class QuantisedLinear(QuantisedLayer):
 
     On a CPU the weight is widened as it is read, a few rows of inputs at a time, and never as a whole.
 
-    Shapes: x (..., in_features) -> (..., out_features).
+    Shapes: input (..., in_features) -> (..., out_features).
     """
 
     DENSE = nn.Linear
@@ -279,18 +279,18 @@ class QuantisedLinear(QuantisedLayer):
         chain = self._chain(scheme, shape, ranks)
         self._allocate(shape, chain, low_rank=max(ranks, default=1), bias=bias, device=device, dtype=dtype)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         parts = self.stored
         if self.scheme == chains.WHOLE:
-            whole: Tensor = parts[0](x, self.bias)
+            whole: Tensor = parts[0](input, self.bias)
             return whole
         down, up = parts[-2:]
         bias = self.bias if self.scheme == chains.LINEAR else None
         if down.grid.bits == 8:
-            y = low_rank_linear_int8(x, down.values, down.scales, up.values, up.scales, bias)
+            y = low_rank_linear_int8(input, down.values, down.scales, up.values, up.scales, bias)
         else:
-            y = up(down(x, None), bias)
-        return y if self.scheme == chains.LINEAR else y + parts[0](x, self.bias)
+            y = up(down(input, None), bias)
+        return y if self.scheme == chains.LINEAR else y + parts[0](input, self.bias)
 
     def to_dense(self) -> nn.Linear:
         """The nn.Linear that computes the same, up to rounding."""
@@ -324,7 +324,7 @@ class QuantisedLinear(QuantisedLayer):
 class QuantisedConv(QuantisedLayer, SketchedConv):
     """A convolution, or a chain of them, in 8 or 4 bits a weight; each link is widened when it runs.
 
-    Shapes: x (batch, in_channels, *size) or (in_channels, *size) -> as the dense layer.
+    Shapes: input (batch, in_channels, *size) or (in_channels, *size) -> as the dense layer.
     """
 
     def _follow_dense(self, layer: nn.Module, scheme: str, ranks: Sequence[int], bias: bool) -> None:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from collections.abc import Iterable, Mapping
+from typing import Any, TypeVar
 
-from torch import nn
+from torch import Tensor, nn
 
-from panther.errors import CaptureError
+from panther.errors import CaptureError, one_line
+
+T = TypeVar("T")
 
 _HOOKS = (
     "_forward_hooks",
@@ -25,36 +29,114 @@ def with_layers(model: nn.Module, layers: Mapping[str, nn.Module]) -> nn.Module:
     """A copy of the model in which the named layers are these; the replaced ones are never copied.
 
     Class, hooks, training flags, tied tensors and state-dict prefixes stay; a layer registered under several names
-    is replaced under all of them.
+    is replaced under all of them. Hooks that are methods of the model become those of the copy.
 
     Raises: AttributeError for a name that the model does not have, CaptureError for a model that cannot be copied.
     """
-    memo: dict[int, object] = {}
+    memo: dict[int, Any] = {}
+    hooks: list[tuple[nn.Module, dict[str, Any]]] = []
     for name, layer in layers.items():
         dense = model.get_submodule(name)
         inherit(layer, dense)
         memo[id(dense)] = layer
-    try:
-        compressed: nn.Module = copy.deepcopy(model, memo)
-    except RuntimeError as error:
-        raise CaptureError(
-            f"this {type(model).__name__} cannot be copied ({str(error).splitlines()[0][:160]}). Tensors that are "
-            "computed and kept on a module stop a copy: run torch.nn.utils.remove_weight_norm (or the like) first."
-        ) from error
+        hooks.append((dense, {kind: getattr(dense, kind) for kind in _HOOKS}))
+    compressed, hooks = copied(model, memo, hooks)
+    for layer, own in hooks:
+        vars(layer).update(own)
     keep_unfused(compressed, layers.values())
     return compressed
 
 
+def copied(model: nn.Module, memo: Mapping[int, Any], besides: T) -> tuple[nn.Module, T]:
+    """A deep copy of a model, and of what refers to its modules; what refuses to be copied is shared with the model.
+
+    Those are locks, files, generators and the like. Tensors that were computed are copied as plain numbers.
+    memo: by id, what stands for what is not to be copied.
+
+    Raises: CaptureError where a module itself refuses.
+    """
+    with contextlib.suppress(Exception):  # few models refuse, and they may do so in any way
+        return copy.deepcopy((model, besides), dict(memo))
+    try:
+        return copy.deepcopy((model, besides), {**_uncopied(model), **memo})
+    except Exception as error:
+        raise CaptureError(
+            f"this {type(model).__name__} cannot be copied, and panther works on copies: {_refusing(model, memo)} "
+            f"refuses ({one_line(error)}); give its class a __deepcopy__ that works"
+        ) from error
+
+
+def _uncopied(model: nn.Module) -> dict[int, Any]:
+    """By id, what stands in a copy of the model for those of its attributes, and of their items, that refuse."""
+    known: dict[int, Any] = {id(part): part for part in (*model.modules(), *model.parameters())}
+    found: dict[int, Any] = {}
+    seen: set[int] = set()
+
+    def look(value: Any) -> None:
+        if id(value) in seen or not _refuses(value, {**known, **found}):
+            return
+        seen.add(id(value))
+        if isinstance(value, dict | list | tuple | set):
+            for part in value.values() if isinstance(value, dict) else value:
+                look(part)
+        if _refuses(value, {**known, **found}):
+            found[id(value)] = value.detach().clone() if isinstance(value, Tensor) else value
+
+    for module in model.modules():
+        for value in vars(module).values():
+            look(value)
+    return found
+
+
+def _refuses(value: Any, memo: dict[int, Any]) -> bool:
+    try:
+        copy.deepcopy(value, memo)
+    except Exception:  # an object's own way to be copied may raise anything
+        return True
+    return False
+
+
+def _refusing(model: nn.Module, memo: Mapping[int, Any]) -> str:
+    """The module that cannot be copied although those in it can."""
+    modules = {id(module): module for module in model.modules()}
+    others = {**modules, **_uncopied(model), **memo}
+    for name, module in model.named_modules():
+        if name and _refuses(module, {key: value for key, value in others.items() if key != id(module)}):
+            return repr(name)
+    return "it"
+
+
 def put_layers(model: nn.Module, layers: Mapping[str, nn.Module]) -> None:
-    """The same in place."""
+    """The same in place, wherever a module's attributes hold a replaced layer: in lists, tuples, sets and dicts too."""
+    dense = {name: model.get_submodule(name) for name in layers}
     for name, layer in layers.items():
-        dense = model.get_submodule(name)
-        inherit(layer, dense)
-        for parent in list(model.modules()):
-            for child, module in list(parent._modules.items()):
-                if module is dense:
-                    parent._modules[child] = layer
+        inherit(layer, dense[name])
+    _exchange(model, {id(dense[name]): layer for name, layer in layers.items()}, set())
     keep_unfused(model, layers.values())
+
+
+def _exchange(value: Any, new: Mapping[int, nn.Module], seen: set[int]) -> Any:
+    """The value with the modules of these ids exchanged; all that can be changed is changed in place, once."""
+    value = new.get(id(value), value)
+    if isinstance(value, tuple):
+        parts = [_exchange(part, new, seen) for part in value]
+        if all(part is old for part, old in zip(parts, value, strict=True)):
+            return value
+        return type(value)(*parts) if hasattr(value, "_fields") else type(value)(parts)
+    if not isinstance(value, nn.Module | list | dict | set) or id(value) in seen:
+        return value
+    seen.add(id(value))
+    if isinstance(value, set):
+        for part in [part for part in value if id(part) in new]:
+            value.remove(part)
+            value.add(new[id(part)])
+        return value
+    held = vars(value) if isinstance(value, nn.Module) else value
+    for key, part in list(held.items() if isinstance(held, dict) else enumerate(held)):
+        exchanged = _exchange(part, new, seen)
+        if exchanged is not part:
+            held[key] = exchanged
+    return value
 
 
 def inherit(layer: nn.Module, dense: nn.Module) -> None:

@@ -53,7 +53,7 @@ class LowRank:
         matrix, lift, drop = weight.float(), self.lift[:, :rank], self.drop[:rank]
         up, down = (lift, drop @ matrix) if self.on_the_left else (matrix @ lift, drop)
         norms = up.norm(), down.norm()
-        scale = (norms[1] / norms[0]).sqrt() if min(norms) > 0 else torch.ones(())
+        scale = (norms[1] / norms[0]).sqrt() if min(norms) > 0 else norms[0].new_ones(())
         return up * scale, down / scale
 
 

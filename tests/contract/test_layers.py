@@ -170,6 +170,12 @@ def test_full_rank_reproduces_the_dense_layer(case: Case) -> None:
     close(case.sketch(dense)(case.inputs()), dense(case.inputs()))
 
 
+@cases(is_typical)
+def test_the_input_may_be_named_as_that_of_the_dense_layer(case: Case) -> None:
+    sketched = case.sketch(rank=2)
+    assert torch.equal(sketched(input=case.inputs()), sketched(case.inputs()))
+
+
 @cases(lambda _: True)
 def test_to_dense_computes_the_same_at_any_rank(case: Case) -> None:
     sketched = case.sketch(rank=2)
