@@ -28,8 +28,8 @@ class Found(NamedTuple):
     tuning: Tuning | None = None  # of search="tuned"
 
 
-def search_plan(prepared: Prepared, budget: Budget, target: Target, notes: list[str]) -> Found:
-    """The plan for a budget.
+def search_plan(prepared: Prepared, budget: Budget, target: Target, notes: list[str], *, tunes: bool = True) -> Found:
+    """The plan for a budget; without `tunes` the one that a tuned search begins with.
 
     What only the whole model tells is measured on unhealed models: healing changes neither sizes nor times, and is
     undone where eval_fn falls further with it than is allowed (`finished_model`).
@@ -40,7 +40,7 @@ def search_plan(prepared: Prepared, budget: Budget, target: Target, notes: list[
     search = "sensitivity" if request.search == "tuned" else request.search
 
     def found(plan: Plan, target: Target) -> Found:
-        if request.search != "tuned":
+        if request.search != "tuned" or not tunes:
             return Found(plan, target, seconds)
         tuned = tuned_plan(prepared, budget, target, plan, known=known, notes=notes, seconds=seconds)
         return Found(tuned[0], target, seconds, tuned[1])

@@ -15,7 +15,6 @@ from torch import nn
 
 from panther.allocate import resolve
 from panther.allocators.base import total
-from panther.allocators.sensitivity import sensitivity
 from panther.allocators.tuned import (
     BEYOND,
     TRIALS,
@@ -35,6 +34,7 @@ from panther.errors import PantherError
 from panther.prepared import Prepared
 from panther.progress import Progress
 from panther.request import Request, check_arguments, parse_budget
+from panther.solve import search_plan
 from panther.spec import Budget, Choice, Heal, Plan
 from panther.trials import as_plan, can_score, identity, problem_for, student_of
 from panther.tuner.trial import Params, Trial
@@ -108,8 +108,9 @@ def from_model(
 ) -> ModelTuner:
     """A tuner whose points are plans for this model, scored by eval_fn on their models, neither healed nor packed.
 
-    The model is measured and decomposed here, once. The first points are the sensitivity plan and the uniform one. The
-    arguments up to `heal` are those of panther.compress; `heal` and `verify` are for `result`.
+    The model is measured and decomposed here, once. The first points are the sensitivity plan and one of even ranks;
+    where that plan has layers with fewer channels, all plans have them. The arguments up to `heal` are those of
+    panther.compress; `heal` and `verify` are for `result`.
     eval_fn: takes a model and answers a number, higher is better, or with `objectives=` a number for each by name.
         Without it the negative divergence from the dense model's answers is the score.
     finer: with knobs for roles of layers ("encoder.*.query"), or for single layers where names tell none.
@@ -144,15 +145,10 @@ def from_model(
     if not can_score(prepared):
         raise ValueError("the model gives no numbers to compare: pass eval_fn=your_function to score it")
     target = resolve(wanted, prepared.found, prepared.dtype_bytes, prepared.dense.measured(wanted))
-    problem = problem_for(prepared, wanted, target)
+    start = search_plan(prepared, wanted, target, [], tunes=False).plan
+    problem = problem_for(prepared, wanted, target, start)
     if finer:
         problem = with_groups(problem, roles_of(problem))
-    start = sensitivity(
-        problem.options,
-        target,
-        divergence=problem.divergence,
-        evaluate=prepared.divergence if prepared.reference.is_comparable else None,
-    )
     tuner = ModelTuner(
         space_of(problem).parameters,
         Scorer(prepared, problem),
@@ -163,7 +159,7 @@ def from_model(
         **options,
     )
     tuner.prepared, tuner.problem, tuner.budget = prepared, problem, wanted
-    tuner.try_first(*(params for params, _ in starting_points(problem, start)))
+    tuner.try_first(*(params for params, _ in starting_points(problem, start.choices)))
     return tuner
 
 

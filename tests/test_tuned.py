@@ -808,10 +808,21 @@ def test_its_first_point_is_the_sensitivity_plan(net: Net) -> None:
     assert tuner.plan(tuner.trials[0].params).choices == plain.plan.choices
 
 
+def dense(tuner: Any) -> list[Choice]:
+    """Every layer as large as it can be in the plans of a tuner."""
+    return [options[-1] for options in tuner.problem.options.values()]
+
+
 def test_any_parameters_have_a_result(net: Net) -> None:
     tuner = driven(net)
     even = tuner.result({"floor": 1.0})
-    assert even.plan.choices == compressed(net, search="uniform", n_trials=None).plan.choices
+    plain = compressed(net, search="sensitivity", n_trials=None)
+    assert [choice.channels for choice in even.plan.choices] == [choice.channels for choice in plain.plan.choices]
+    assert even.budget_met and even.plan.choices != plain.plan.choices
+    shares = [
+        choice.cost.params / full.cost.params for choice, full in zip(even.plan.choices, dense(tuner), strict=True)
+    ]
+    assert max(shares) - min(shares) < 0.25  # of what its channels leave of each layer: ranks come in steps
     with pytest.raises(ValueError, match=r"'flor' is no knob of this model, which has floor, power.*mean 'floor'"):
         tuner.plan({"flor": 1.0})
     with pytest.raises(panther.errors.TunerError):
