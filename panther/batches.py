@@ -10,11 +10,12 @@ from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
-from weakref import WeakKeyDictionary
+from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
+from torch.utils._pytree import tree_leaves
 from torch.utils.data import DataLoader, Dataset, IterableDataset, SequentialSampler
 
 from panther.errors import CalibrationError
@@ -61,8 +62,12 @@ class Call:
     @property
     def seed(self) -> int:
         """A number that depends on a few of the numbers in this call."""
-        found = [(t.shape, t.detach().flatten()) for t in self.tensors() if t.layout is torch.strided and not t.is_meta]
-        return zlib.crc32(repr([(*shape, t[:: max(1, t.numel() // 8)].tolist()) for shape, t in found]).encode())
+        return zlib.crc32(repr([_some_numbers(tensor) for tensor in self.leaves()]).encode())
+
+    def leaves(self) -> list[Tensor]:
+        """Its tensors, in whatever they are."""
+        found = tree_leaves((self.args, dict(self.kwargs)))
+        return [part for leaf in found for part in _parts(leaf) if isinstance(part, Tensor)]
 
     def tensors(self) -> list[Tensor]:
         return [v for v in (*self.args, *self.kwargs.values()) if isinstance(v, Tensor)]
@@ -93,21 +98,37 @@ class Call:
         return Call(tuple(cut(a) for a in self.args), {k: cut(v) for k, v in self.kwargs.items()})
 
 
+def _parts(leaf: Any) -> tuple[Any, ...]:
+    return tuple(leaf) if isinstance(leaf, PackedSequence) else (leaf,)
+
+
+def _some_numbers(tensor: Tensor) -> list[Any]:
+    """The shape of a tensor and a few of its numbers, where they can be read one by one."""
+    try:
+        places = torch.linspace(0, tensor.numel() - 1, 8).long()
+        return [*tensor.shape, *tensor.detach()[torch.unravel_index(places, tensor.shape)].tolist()]
+    except (RuntimeError, IndexError, ValueError, NotImplementedError):  # sparse, nested, quantised or empty
+        return []
+
+
 def _copied(value: Any) -> Any:
-    return value.clone() if isinstance(value, Tensor) else value
+    return _mapped(value, lambda t: t._replace(data=t.data.clone()) if isinstance(t, PackedSequence) else t.clone())
 
 
 def _move(value: Any, device: torch.device | str) -> Any:
-    if isinstance(value, Tensor):
-        return value.to(device)
-    if isinstance(value, PackedSequence):
-        return value.to(device)  # type: ignore[arg-type]  # its annotation knows dtypes only
+    return _mapped(value, lambda tensor: tensor.to(device))
+
+
+def _mapped(value: Any, function: Callable[[Any], Any]) -> Any:
+    """The same with every tensor and every packed sequence in it replaced."""
+    if isinstance(value, Tensor | PackedSequence):
+        return function(value)
     if isinstance(value, tuple) and hasattr(value, "_fields"):  # a named tuple takes its parts one by one
-        return type(value)(*(_move(v, device) for v in value))
+        return type(value)(*(_mapped(v, function) for v in value))
     if isinstance(value, tuple | list):
-        return type(value)(_move(v, device) for v in value)
+        return type(value)(_mapped(v, function) for v in value)
     if isinstance(value, Mapping):
-        return {k: _move(v, device) for k, v in value.items()}
+        return {k: _mapped(v, function) for k, v in value.items()}
     return value
 
 
@@ -476,25 +497,27 @@ def device_of(model: nn.Module) -> torch.device:
     return torch.device("cpu")
 
 
-# Models that were run, and whether one changes its inputs in place.
-_SPOILING: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
+# Classes of models that were seen to change their inputs in place.
+_SPOILING: WeakSet[type[nn.Module]] = WeakSet()
 
 
-def run(model: nn.Module, call: Call) -> Any:
-    """model(*args, **kwargs) on the model's own device.
+def run(model: nn.Module, call: Call, *, shares: bool = False) -> Any:
+    """model(*args, **kwargs) on the model's own device and on copies of the inputs, which it may change in place.
 
     What a model draws at random follows from the call alone, so that two models draw the same, and the generators of
-    the process are left as they were. A model that changes its inputs in place gets copies: the first run tells.
+    the process are left as they were.
+
+    shares: where many calls are held at once, the inputs themselves, unless such a model was seen to change them.
     """
     device = device_of(model)
     moved = call.to(device)
-    if _SPOILING.get(model, True):
+    if not shares or type(model) in _SPOILING:
         moved = moved.copied()
-    given = [(tensor, tensor._version) for tensor in moved.tensors() if not tensor.is_inference()]
+    given = [(tensor, tensor._version) for tensor in moved.leaves() if not tensor.is_inference()]
     with drawing(call.seed, device):
         output = model(*moved.args, **moved.kwargs)
-    if not _SPOILING.get(model, False):
-        _SPOILING[model] = any(tensor._version != version for tensor, version in given)
+    if any(tensor._version != version for tensor, version in given):
+        _SPOILING.add(type(model))
     return output
 
 

@@ -221,7 +221,7 @@ def _is_watched(module: nn.Module) -> bool:
 
 
 def _layers_in(module: nn.Module) -> int:
-    """Dense layers in a module that can be called; a list of modules cannot."""
-    if isinstance(module, nn.ModuleList | nn.ModuleDict):
+    """Dense layers in a module that can be called; torch's lists of modules cannot."""
+    if type(module).forward is nn.Module.forward:
         return 0
     return sum(isinstance(m, nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d) for m in module.modules())

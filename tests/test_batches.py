@@ -644,6 +644,21 @@ def test_a_model_that_changes_its_inputs_in_place_gets_copies() -> None:
     assert torch.equal(x, torch.ones(3, 4)) and torch.equal(mask, torch.ones(3, 4))
 
 
+def test_a_model_that_changes_only_some_inputs_or_nested_ones_gets_copies_too() -> None:
+    class Pads(nn.Module):
+        def forward(self, x, mask):
+            return x if mask["all"].all() else x.masked_fill_(~mask["all"], 0).add(mask["all"].logical_not_())
+
+    x, model = torch.ones(3, 4), Pads()
+    masks = [torch.ones(3, 4).bool(), torch.ones(3, 4).bool().tril()]
+    for mask in (*masks, masks[1]):
+        kept = mask.clone()
+        run(model, Call((x, {"all": mask})))
+        assert torch.equal(x, torch.ones(3, 4)) and torch.equal(mask, kept)
+    run(model, Call((x, {"all": masks[1]})), shares=True)  # known by now
+    assert torch.equal(x, torch.ones(3, 4))
+
+
 def test_what_is_drawn_follows_from_the_inputs_and_the_users_generator_stays() -> None:
     class Noisy(nn.Module):
         def forward(self, x):

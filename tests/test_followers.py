@@ -268,6 +268,18 @@ class Listed(nn.Module):
 
 
 @every_way
+def test_channels_do_not_leave_a_list_that_can_be_called(way: str) -> None:
+    class Part(nn.ModuleList):
+        def forward(self, x: Tensor) -> Tensor:
+            for layer in self:
+                x = torch.relu(layer(x))
+            return x
+
+    two = nn.Sequential(Part([nn.Linear(12, 24), nn.Linear(24, 16)]), Part([nn.Linear(16, 20), nn.Linear(20, 4)]))
+    assert found(two, X, way) == (Pair("0.0", "0.1"), Pair("1.0", "1.1"))
+
+
+@every_way
 def test_channels_may_leave_a_list_of_layers_which_nobody_can_call(way: str) -> None:
     assert found(Listed(), X, way) == (Pair("layers.0", "layers.1"), Pair("layers.1", "head"))
 

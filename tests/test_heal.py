@@ -715,6 +715,14 @@ def test_torchs_own_transformer_encoder_is_healed_with_padding(nested: bool) -> 
     assert not any("failed" in note or "early" in note or "4 of 4" in note for note in done.notes)
 
 
+def test_a_fingerprint_tells_sparse_tensors_apart() -> None:
+    dense = torch.eye(6)
+    other = dense.clone()
+    other[2, 2] = 3
+    found = {module_of_heal.fingerprint([tensor.to_sparse()]) for tensor in (dense, other, dense.clone())}
+    assert len(found) == 2
+
+
 # Through compress
 
 

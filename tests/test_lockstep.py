@@ -339,6 +339,66 @@ def test_a_module_that_runs_alone_draws_what_it_would_inside_the_model() -> None
         assert all(torch.equal(y, run(model, call)) for y, call in zip(alone, given, strict=True))
 
 
+class Told(nn.Module):
+    """Its forward tells a block what to do, which a block that runs alone has to know too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.block = nn.Linear(8, 8), Scaled()
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.block.scale = x.std()
+        answer: Tensor = self.block(self.first(x))
+        return answer
+
+
+class Scaled(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(8, 8)
+        self.scale: Tensor | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        assert self.scale is not None
+        answer: Tensor = self.linear(x) * self.scale
+        self.last = answer
+        return answer
+
+
+def test_a_module_that_runs_alone_finds_what_the_call_left_on_it() -> None:
+    model, given = Told(), calls()
+    with Lockstep(model, given, ["block", "block.linear"]) as steps, torch.no_grad():
+        steps.advance()
+        alone = [arrival.run(model.block) for arrival in steps.arrivals]
+        assert model.block.scale is None
+        steps.advance()
+        assert not hasattr(model.block, "last")
+        wanted = [run(model, call) for call in given]
+        assert all(torch.equal(y, z) for y, z in zip(alone, wanted, strict=True))
+
+
+def test_a_model_that_holds_a_lock_is_not_walked() -> None:
+    class Locked(nn.Sequential):
+        lock = None
+
+        def forward(self, x: Tensor) -> Tensor:
+            with self.lock:  # type: ignore[attr-defined]
+                return super().forward(x)
+
+    model = Locked(nn.Linear(8, 8), nn.Linear(8, 8))
+    model.lock = threading.Lock()  # type: ignore[assignment]
+    with pytest.raises(LeftStepError, match="the model holds a lock"), Lockstep(model, calls(), ["1"]):
+        pass
+
+
+def test_an_abandoned_walk_leaves_the_generator_alone() -> None:
+    steps = Lockstep(Noisy(nn.Linear(8, 8), nn.Linear(8, 8)), calls(), ["1"])
+    with steps:
+        steps.advance()
+        first = torch.rand(1)
+    assert not torch.equal(first, torch.rand(1))
+
+
 # How many calls to hold where
 
 

@@ -15,7 +15,7 @@ import math
 import threading
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Self
 
 import torch
@@ -33,6 +33,10 @@ LIBRARIES = ("torch.nn.", "panther.nn.")  # whose modules keep nothing of a forw
 CONTAINERS = (list, dict, set)
 MACHINERY = ("_hooks", "_hooks_with_kwargs", "_hooks_always_called", "_parameters", "_modules")
 ABSENT = object()
+LOCKS = (type(threading.Lock()), type(threading.RLock()), threading.Condition, threading.Semaphore)
+
+# What modules hold under which name, and what is in it where that is a list, a dict or a set.
+Held = dict[nn.Module, dict[str, tuple[Any, Any]]]
 
 Precision = Mapping[str, torch.dtype | None]  # by type of device: what autocast computes in, None where it is off
 
@@ -69,6 +73,7 @@ class Arrival:
     kwargs: Mapping[str, Any]
     precision: Precision = field(default_factory=precision)
     noise: Tensor = field(default_factory=torch.get_rng_state)  # what is drawn from here on
+    left: Held = field(default_factory=dict)  # what this call has left on the modules so far
 
     @property
     def first(self) -> Any:
@@ -78,10 +83,15 @@ class Arrival:
     def run(self, module: nn.Module) -> Any:
         """What a module makes of it, in the model's autocast mode; it may change its inputs, which are copies.
 
-        It draws the random numbers that it would draw inside the model.
+        It draws the random numbers that it would draw inside the model, and finds on the modules what the call left.
         """
-        with in_precision(self.precision), drawing(self.noise, CPU):
-            return module(*_own(self.args), **_own(self.kwargs))
+        now = {m: {name: _entry(m.__dict__.get(name, ABSENT)) for name in names} for m, names in self.left.items()}
+        put(self.left)
+        try:
+            with in_precision(self.precision), drawing(self.noise, CPU):
+                return module(*_own(self.args), **_own(self.kwargs))
+        finally:
+            put(now)
 
 
 def _own(value: Any) -> Any:
@@ -102,12 +112,11 @@ def _own(value: Any) -> Any:
         return value
 
 
-# What modules hold under which name, and what is in it where that is a list, a dict or a set.
-Held = dict[nn.Module, dict[str, tuple[Any, Any]]]
-
-
 def held(model: nn.Module) -> Held:
-    """What a forward may leave on the modules that others wrote: all but parameters, parts and hooks."""
+    """What a forward may leave on the modules that others wrote: all but parameters, parts and hooks.
+
+    What is changed in place (a buffer that counts the calls) is the same for all calls.
+    """
     own = [module for module in model.modules() if not type(module).__module__.startswith(LIBRARIES)]
     return {module: {name: _entry(value) for name, value in _kept(module)} for module in own}
 
@@ -158,6 +167,10 @@ def _same(value: Any, inside: Any) -> bool:
     return list(map(id, value)) == list(map(id, inside))
 
 
+def _holds_a_lock(entries: Held) -> bool:
+    return any(isinstance(value, LOCKS) for names in entries.values() for value, _ in names.values())
+
+
 class _Runner:
     """One call in a thread that runs only while it is told to."""
 
@@ -168,7 +181,7 @@ class _Runner:
         self._abandoned = False
         self._precision = precision()
         self._noise: Tensor | None = None
-        self.state: Held = {}  # what this call has left on the modules so far
+        self.state: Held = {}  # as Arrival.left
         self._go, self._done = threading.Semaphore(0), threading.Semaphore(0)
         self.thread = threading.Thread(target=self._run, daemon=True)
         self.thread.start()
@@ -178,7 +191,7 @@ class _Runner:
         try:
             if not self._abandoned:
                 with torch.no_grad(), in_precision(self._precision):  # a thread has modes of its own
-                    run(self.model, self.call)
+                    run(self.model, self.call, shares=True)
         except BaseException as error:
             self.error = error
         self.at = None
@@ -206,8 +219,9 @@ class _Runner:
     def abandon(self) -> None:
         if self.thread.is_alive():
             self._abandoned = True
-            self._go.release()
-            self.thread.join()
+            with drawing(torch.get_rng_state(), CPU):  # the thread puts back what it found
+                self._go.release()
+                self.thread.join()
 
 
 class Lockstep:
@@ -223,6 +237,7 @@ class Lockstep:
         self._runners: list[_Runner] = []
         self._hooks: list[RemovableHandle] = []
         self._before: Held = {}
+        self._touched: Held = {}  # of these, the modules on which the first call left something
         self._inference = inference(model)
 
     def __enter__(self) -> Self:
@@ -232,6 +247,8 @@ class Lockstep:
                 module = self.model.get_submodule(name)
                 self._hooks.append(module.register_forward_pre_hook(self._stop(name), with_kwargs=True, prepend=True))
             self._before = held(self.model)
+            if _holds_a_lock(self._before):
+                raise LeftStepError("the model holds a lock, for which calls in step would wait for each other")
             for call in self.calls:
                 self._runners.append(_Runner(self.model, call))
         except BaseException:  # a name that is not there, no more threads, Ctrl-C
@@ -257,13 +274,17 @@ class Lockstep:
 
     def advance(self) -> str | None:
         """Take every call to its next stop: the stop's name, or None when all have ended."""
-        for runner in self._runners:
+        put(_as_in(self._before, changed(self._before)))  # what the caller's own runs of a module left
+        for place, runner in enumerate(self._runners):
             put(runner.state)
             try:
                 runner.advance()
-            finally:
-                runner.state = changed(self._before)
+            finally:  # looking at all modules for every call would take longer than a small model
+                runner.state = changed(self._touched if place else self._before)
                 put(_as_in(self._before, runner.state))
+                self._touched |= {module: self._before[module] for module in runner.state}
+            if runner.at is not None:
+                runner.at = runner.at[0], replace(runner.at[1], left=runner.state)
         names = {None if runner.at is None else runner.at[0] for runner in self._runners}
         if len(names) > 1:
             raise LeftStepError(f"the batches run through different layers ({', '.join(map(str, names))})")
@@ -380,12 +401,8 @@ def _measured(model: nn.Module, call: Call, stops: Sequence[str]) -> list[_Stop]
         for name in stops:
             module = model.get_submodule(name)
             hooks += [module.register_forward_pre_hook(before(name)), module.register_forward_hook(after(name))]
-        with inference(model):
-            run(model, call)  # the first run of a model copies its inputs
-            held.clear()
-            found.clear()
-            with living:
-                run(model, call)
+        with inference(model), living:
+            run(model, call, shares=True)
     finally:
         for hook in hooks:
             hook.remove()
