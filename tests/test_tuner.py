@@ -575,9 +575,10 @@ def test_a_dask_cluster_of_two_processes_gives_the_study_of_one():
     here = study(batch_size=2, initial=2, iterations=2)
     here.optimize()
     with (
-        distributed.LocalCluster(2, threads_per_worker=1, processes=True, dashboard_address=None) as cluster,
+        distributed.LocalCluster(n_workers=2, threads_per_worker=1, processes=True, dashboard_address=None) as cluster,
         distributed.Client(cluster) as client,
     ):
+        client.wait_for_workers(2)
         for executor in (client, client.get_executor()):
             there = study(executor=executor, initial=2, iterations=2)
             there.optimize()
