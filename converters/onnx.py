@@ -175,7 +175,7 @@ def _without_gathers(model: nn.Module) -> nn.Module:
 
 
 def _run_model(model: nn.Module, inputs: Inputs) -> dict[str, Tensor]:
-    args, kwargs = inputs.call(inputs.tensors)
+    args, kwargs = inputs.call([tensor.clone() for tensor in inputs.tensors])  # a model may change them in place
     outputs = named_outputs(model(*args, **kwargs))
     if not outputs:
         raise ExportError(

@@ -416,6 +416,18 @@ class Alike(nn.Module):
         }
 
 
+def test_a_model_that_changes_its_input_in_place_is_compared_on_the_same_input(tmp_path):
+    class Spoils(nn.Module):
+        def forward(self, x):
+            x -= 0.5
+            return x * 2
+
+    x = torch.randn(2, 3)
+    kept = x.clone()
+    assert write(Spoils(), tmp_path / "m.onnx", x).ok
+    assert torch.equal(x, kept)
+
+
 def test_names_that_are_spelt_alike_stay_apart(tmp_path):
     given = {"output": torch.randn(2, 3), "more": {"k-1": torch.randn(2, 3), "k_1": torch.randn(2, 3)}}
     result = write(Alike(), tmp_path / "m.onnx", given)
