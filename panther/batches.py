@@ -14,6 +14,7 @@ from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 from torch.nn.utils.rnn import PackedSequence
 from torch.utils._pytree import tree_leaves
 from torch.utils.data import DataLoader, Dataset, IterableDataset, SequentialSampler
@@ -501,13 +502,14 @@ def device_of(model: nn.Module) -> torch.device:
 _SPOILING: WeakSet[type[nn.Module]] = WeakSet()
 
 
-def run(model: nn.Module, call: Call, *, shares: bool = False) -> Any:
+def run(model: nn.Module, call: Call, *, shares: bool = False, tensors: Mapping[str, Tensor] | None = None) -> Any:
     """model(*args, **kwargs) on the model's own device and on copies of the inputs, which it may change in place.
 
     What a model draws at random follows from the call alone, so that two models draw the same, and the generators of
     the process are left as they were.
 
     shares: where many calls are held at once, the inputs themselves, unless such a model was seen to change them.
+    tensors: what stands for parameters of these names, as in torch.func.functional_call.
     """
     device = device_of(model)
     moved = call.to(device)
@@ -515,7 +517,10 @@ def run(model: nn.Module, call: Call, *, shares: bool = False) -> Any:
         moved = moved.copied()
     given = [(tensor, tensor._version) for tensor in moved.leaves() if not tensor.is_inference()]
     with drawing(call.seed, device):
-        output = model(*moved.args, **moved.kwargs)
+        if tensors is None:
+            output = model(*moved.args, **moved.kwargs)
+        else:
+            output = functional_call(model, dict(tensors), moved.args, dict(moved.kwargs))
     if any(tensor._version != version for tensor, version in given):
         _SPOILING.add(type(model))
     return output

@@ -203,7 +203,7 @@ def _runs(model: nn.Module, example: Call, modules: Mapping[str, nn.Module]) -> 
     runs: Counter[str] = Counter()
     hooks = [m.register_forward_pre_hook(lambda *_, name=name: runs.update([name])) for name, m in modules.items()]
     try:
-        with unchanged(model), _same_random_numbers(model):
+        with unchanged(model):
             run(model, example)
     finally:
         for hook in hooks:

@@ -12,10 +12,9 @@ from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 from torch.utils.hooks import RemovableHandle
 
-from panther.batches import Call, device_of, drawing, float_outputs, scale_of
+from panther.batches import Call, device_of, float_outputs, run, scale_of
 from panther.factors import dense_weight
 from panther.products import gram
 from panther.spec import LayerSpec
@@ -106,13 +105,10 @@ class Reactions:
 
         Raises: whatever a model raises that cannot be differentiated.
         """
-        device = device_of(self.model)
-        moved = call.copied().to(device)
         # cuDNN's recurrent layers refuse a backward pass in evaluation mode; torch's own do not.
-        flags = torch.backends.cudnn.flags(enabled=not self._is_recurrent)
-        with torch.enable_grad(), flags, drawing(call.seed, device):
-            outputs = float_outputs(functional_call(self.model, self._tensors, moved.args, dict(moved.kwargs)))
-            _project(outputs, moved, self.generator).backward()
+        with torch.enable_grad(), torch.backends.cudnn.flags(enabled=not self._is_recurrent):
+            outputs = float_outputs(run(self.model, call, tensors=self._tensors))
+            _project(outputs, call.to(device_of(self.model)), self.generator).backward()
 
     def chunks(self, call: Call) -> Iterator[Call]:
         """The call, as many samples at a time as memory allows."""

@@ -13,9 +13,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor, nn
-from torch.func import functional_call
 
-from panther.batches import Call, device_of, drawing, float_outputs, inference, run, runs, squared_error
+from panther.batches import Call, float_outputs, inference, run, runs, squared_error
 from panther.factors import Factors
 from panther.progress import Progress
 from panther.spec import Capture, Choice
@@ -70,10 +69,7 @@ class Reference:
         lost, count = 0.0, 0
         with inference(self.model), _with_biases(gained):
             for call, answers in zip(self.calls, self.outputs, strict=True):
-                device = device_of(self.model)
-                moved = call.copied().to(device)
-                with drawing(call.seed, device):
-                    output = functional_call(self.model, tensors, moved.args, dict(moved.kwargs))
+                output = run(self.model, call, tensors=tensors)
                 for answer, got in itertools.zip_longest(answers, float_outputs(output)[: len(answers)]):
                     lost += squared_error(answer, got, call)
                     count += answer.numel()
