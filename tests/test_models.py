@@ -16,7 +16,7 @@ import torch
 
 import models
 from benchmarks import fetch_data
-from models import crepe, ct2, data, demo, efficientnet, minilm, photos, prompts, text, whisper
+from models import crepe, ct2, data, demo, efficientnet, minilm, photos, prompts, speech, text, whisper
 from models.data import MissingDataError
 from models.recipe import Recipe
 from panther.spec import Figures
@@ -388,6 +388,20 @@ def test_the_prompts_are_enough_and_their_sides_apart() -> None:
     assert prompts.split_prompts(8, 128, seed=0)[1] == held_out
     with pytest.raises(ValueError, match="prompts were asked for, and there are"):
         prompts.split_prompts(500, 500, seed=0)
+
+
+def test_sentences_are_read_aloud_once_and_at_the_bandwidth_of_a_telephone(tmp_path: Path) -> None:
+    said = or_skip(lambda: speech.read_aloud(3, seed=0, folder=tmp_path))
+    assert [prompt.name.split("-")[0] for prompt in said] == ["flite/slt", "flite/rms", "flite/awb"]
+    assert not list(tmp_path.glob("read_aloud/*.[0-9]*"))
+    written = {prompt.path: prompt.path.stat().st_mtime_ns for prompt in said}
+    assert speech.read_aloud(3, seed=0, folder=tmp_path) == said
+    assert {path: path.stat().st_mtime_ns for path in written} == written
+    samples = said[0].samples()
+    power = np.abs(np.fft.rfft(samples)) ** 2
+    assert len(samples) > prompts.RATE and power[len(power) // 2 :].sum() < 0.01 * power.sum()
+    with pytest.raises(ValueError, match="sentences were asked for, and there are"):
+        speech.read_aloud(10**6, seed=0, folder=tmp_path)
 
 
 def test_decoder_inputs_are_cut_to_the_shortest_of_their_batch() -> None:
