@@ -14,6 +14,7 @@ from torch import Tensor, nn
 import panther
 from benchmarks import bytes as stored
 from benchmarks import (
+    calibration,
     common,
     crepe,
     decomposition,
@@ -413,14 +414,26 @@ def test_a_shape_that_is_none_is_refused(monkeypatch: pytest.MonkeyPatch, capsys
     assert "'4096' is not rows x columns" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("script", [minilm, crepe, whisper, onnx_speed, end_to_end])
+def test_the_cost_of_statistics_is_printed_beside_the_forward_pass(
+    encoder: Recipe, tracker: Recipe, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(calibration, "BUILD", {"minilm": lambda _: encoder, "crepe": lambda _: tracker})
+    assert start(calibration, monkeypatch, "--seconds", "0", "--threads", str(torch.get_num_threads())) == 0
+    columns, _, *rows = printed_table(capsys.readouterr().out)
+    assert tuple(columns) == calibration.COLUMNS and [row[0] for row in rows] == [encoder.name, tracker.name]
+    for row in rows:
+        assert int(row[2]) >= 2 and float(row[4]) > 0
+        assert all(share[0] in "+-" and float(share.removesuffix(" %")) > -100 for share in row[5:])
+
+
+@pytest.mark.parametrize("script", [minilm, crepe, whisper, onnx_speed, end_to_end, calibration])
 def test_missing_data_ends_a_script_with_what_to_type(
     script: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def missing(*_: object, **__: object) -> Recipe:
         raise MissingDataError("type: python -m benchmarks.fetch_data")
 
-    takes_threads = script in (onnx_speed, end_to_end)
+    takes_threads = script in (onnx_speed, end_to_end, calibration)
     monkeypatch.setattr(script.minilm if takes_threads else script, "build", missing)
     threads = ["--threads", str(torch.get_num_threads())] if takes_threads else []
     assert start(script, monkeypatch, *threads) == 1
