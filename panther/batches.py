@@ -290,7 +290,7 @@ def calibration(data: Any, example: Call, model: nn.Module) -> Calibration:
         return Calibration(source, count - len(held), held, True, example, model, note)
     only = held[0]
     size = only.batch_size
-    cut = size - max(1, round(size * HELD_OUT_SHARE))
+    cut = size - _held_out_of(size)
     parts = only.rows(0, cut), only.rows(cut, size)
     # Some models are written for one size, and the rows of a graph are no samples.
     if size < 4 or not all(runs(model, part) for part in parts):
@@ -345,15 +345,32 @@ def _walkable(data: Any, example: Call, model: nn.Module) -> tuple[Any, str | No
 
 
 def _chunks(whole: Call, example: Call, model: nn.Module) -> tuple[list[Call], str | None]:
-    """A call as batches of CHUNK samples, or of the example's size where the model takes no other."""
+    """A call as batches of CHUNK samples, or of the example's size where the model takes no other.
+
+    Batches of CHUNK end where what is held out begins, which is less than a batch of a small call.
+    """
     count, size = whole.batch_size, CHUNK
     if count > 1 and example.batch_size != size and not runs(model, whole.rows(0, size)):
         size = max(1, example.batch_size)
-    parts = [whole.rows(i, i + size) for i in range(0, count, size)]
+    if size == CHUNK < count:
+        end = count - _held_out_of(count)
+        parts = [*_cut(whole, 0, end, size), *_cut(whole, end, count, size)]
+        if all(runs(model, part) for part in parts if part.batch_size != size):
+            return parts, None
+    parts = _cut(whole, 0, count, size)
     rest = count % size
     if size == CHUNK or not rest or len(parts) == 1 or runs(model, parts[-1]):
         return parts, None
     return parts[:-1], f"the last {rest} of {count} samples were left out: the model takes {size} at a time"
+
+
+def _cut(whole: Call, start: int, stop: int, size: int) -> list[Call]:
+    return [whole.rows(i, min(i + size, stop)) for i in range(start, stop, size)]
+
+
+def _held_out_of(samples: int) -> int:
+    """How many of so many samples are held out where they can be cut anywhere."""
+    return min(HELD_OUT_SAMPLES, max(1, round(samples * HELD_OUT_SHARE)))
 
 
 def _first_samples(batches: Iterator[Any], example: Call, model: nn.Module) -> tuple[list[Any], str | None]:

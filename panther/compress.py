@@ -18,7 +18,7 @@ from panther.allocators import Allocator
 from panther.batches import Calibration, Call, as_call, calibration
 from panther.capture import capture
 from panther.channels import counted_by_nobody, counts_of, narrowable, with_counts
-from panther.decompose import candidates, decompose, refuse_non_finite
+from panther.decompose import candidates, decompose, refuse_non_finite, with_pair
 from panther.errors import CaptureError, LoadError, PlanError
 from panther.factors import Factors, Profile
 from panther.gradients import chunk_size
@@ -32,7 +32,7 @@ from panther.replace import changed_layers
 from panther.request import Request, check_arguments, parse_budget
 from panther.selection import selected
 from panther.solve import Found, finished_model, search_plan
-from panther.spec import DTYPES, Budget, Capture, Heal, Plan, Report, Target
+from panther.spec import DTYPES, Budget, Capture, Choice, Heal, Plan, Report, Target
 from panther.trials import earlier_tuning, trials_file
 from panther.verify import verify as check
 
@@ -395,7 +395,7 @@ def _completed(plan: Plan, prepared: Prepared) -> Plan:
         if choice is None or choice.is_dense:
             choices.append(changed(options[-1], reason=choice.reason if choice else "the plan leaves it dense"))
             continue
-        fits = [option for option in options if option.kind == choice.kind]
+        fits = [option for option in _with_its_ranks(options, choice, prepared) if option.kind == choice.kind]
         if not fits:
             known = ", ".join(dict.fromkeys(o.scheme for o in options[:-1]))
             raise PlanError(
@@ -405,6 +405,14 @@ def _completed(plan: Plan, prepared: Prepared) -> Plan:
             )
         choices.append(changed(fits[0], reason=choice.reason))
     return changed(plan, choices=tuple(choices), fingerprint=prepared.found.fingerprint)
+
+
+def _with_its_ranks(options: Sequence[Choice], choice: Choice, prepared: Prepared) -> Sequence[Choice]:
+    """The options of a layer; those of a choice's own ranks as well, where tucker2 does not offer them by itself."""
+    if choice.scheme != "tucker2" or choice.kind in {option.kind for option in options}:
+        return options
+    factors = with_pair(prepared.factors[choice.layer], choice.ranks)
+    return candidates(factors, prepared.dtype_bytes[choice.layer], dtypes=prepared.request.dtypes)
 
 
 def _nothing_to_sketch(model: nn.Module, found: Capture) -> str:

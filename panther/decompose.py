@@ -228,26 +228,56 @@ def _tucker2(of: _Decomposer) -> Decomposed:
         core = core.reshape(last, -1, first).transpose(1, 2).reshape(last, first, *kernel)
         return down.reshape(first, c, *ones), core.contiguous(), up.reshape(m, last, *ones)
 
-    return Decomposed("tucker2", links, *_tucker_path(of.spec, inn, out))
+    def estimate(ranks: Sequence[int]) -> float:
+        """The two projections lose nearly independent parts, so that what they keep multiplies."""
+        first, last = ranks
+        if first > inn.max_rank or last > out.max_rank:
+            return math.inf
+        return 1 - (1 - float(inn.errors[first])) * (1 - float(out.errors[last]))
+
+    path = _tucker_path(of.spec, inn.max_rank, out.max_rank, estimate)
+    return Decomposed("tucker2", links, tuple(path), tuple(path.values()), estimate=estimate)
 
 
-def _tucker_path(spec: LayerSpec, inn: LowRank, out: LowRank) -> tuple[tuple[tuple[int, ...], ...], tuple[float, ...]]:
-    """Pairs of ranks that no other pair beats in both numbers and estimated error, in rising size.
-
-    The two projections lose nearly independent parts, so that what they keep multiplies.
-    """
+def _tucker_path(
+    spec: LayerSpec, most_first: int, most_last: int, estimate: Callable[[Sequence[int]], float]
+) -> dict[tuple[int, ...], float]:
+    """Pairs of ranks that no other pair beats in both numbers and estimated error, in rising size, with that error."""
     step = chains.rank_step(spec)
     pairs = []
-    for first, last in itertools.product(_geometric(step, inn.max_rank), _geometric(step, out.max_rank)):
-        size = chains.smallest_params("tucker2", spec, (first, last))
+    for ranks in itertools.product(_geometric(step, most_first), _geometric(step, most_last)):
+        size = chains.smallest_params("tucker2", spec, ranks)
         if size < spec.params:
-            kept = (1 - float(inn.errors[first])) * (1 - float(out.errors[last]))
-            pairs.append((size, 1 - kept, (first, last)))
-    best: list[tuple[int, float, tuple[int, int]]] = []
-    for pair in sorted(pairs):
-        if not best or pair[1] < best[-1][1]:
-            best.append(pair)
-    return tuple(p[2] for p in best), tuple(p[1] for p in best)
+            pairs.append((size, estimate(ranks), ranks))
+    best: dict[tuple[int, ...], float] = {}
+    least = math.inf
+    for _size, error, ranks in sorted(pairs):
+        if error < least:
+            best[ranks] = least = error
+    return best
+
+
+def with_pair(factors: Factors, ranks: tuple[int, ...]) -> Factors:
+    """The same factors with this pair of ranks among those that tucker2 offers, if the layer can have it.
+
+    Which pairs it offers depends on the data; whether a plan can be used again should not.
+    """
+    known, step = factors.schemes.get("tucker2"), chains.rank_step(factors.spec)
+    is_pair = len(ranks) == 2 and all(rank > 0 and rank % step == 0 for rank in ranks)
+    if known is None or known.estimate is None or not is_pair or known.estimate(ranks) == math.inf:
+        return factors
+    error = min(1.0, known.estimate(ranks) * _measured_share(known, known.estimate(ranks)))
+    more = changed(known, ranks=(*known.ranks, ranks), errors=(*known.errors, error))
+    return changed(factors, schemes={**factors.schemes, "tucker2": more})
+
+
+def _measured_share(known: Decomposed, estimate: float) -> float:
+    """Error by its estimate, at the ranks on offer of the nearest one."""
+    if known.estimate is None:
+        return 1.0
+    offered = [(known.estimate(ranks), error) for ranks, error in zip(known.ranks, known.errors, strict=True)]
+    nearest, error = min(offered, key=lambda pair: abs(pair[0] - estimate), default=(1.0, 1.0))
+    return error / nearest if nearest > 0 else 1.0
 
 
 def _geometric(step: int, top: int) -> list[int]:

@@ -45,8 +45,10 @@ class Decomposed:
 
     scheme: str
     links: Callable[[Tensor, Sequence[int]], tuple[Tensor, ...]]  # dense weight, ranks -> link weights
-    ranks: tuple[tuple[int, ...], ...]  # what can be asked for, in rising cost
+    ranks: tuple[tuple[int, ...], ...]  # what is offered, in rising cost
     errors: tuple[float, ...]  # share of the output energy lost at each of them
+    # The same at any ranks before it is measured, infinite where there are no links; None where all ranks are offered.
+    estimate: Callable[[Sequence[int]], float] | None = field(default=None, kw_only=True)
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """How much each layer's error hurts the model's output, measured without labels.
 
-A layer is truncated at two sizes, the model runs on a few samples, and the divergence D of its outputs is fitted as
-D = a E^b, where E is the share of the layer's own output that was lost.
+A layer is truncated at two sizes (one where its shape allows no more), the model runs on a few samples, and the
+divergence D of its outputs is fitted as D = a E^b, where E is the share of the layer's own output that was lost.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ SAMPLES = 32  # at most
 LEAST_SAMPLES = 4
 FLOPS = 2e12  # of all truncations together, which fewer samples keep to: 10 to 30 seconds on two cores
 KEPT = (0.5, 0.25)  # sizes at which a layer is truncated, as a share of its weights
+LEAST_ERROR = 1e-6  # of a truncation that tells anything: what is below is rounding, in the error and in the output
 B_RANGE = (0.5, 2.0)  # a slope outside of this comes from noise: divergence is about linear in the lost energy
 
 
@@ -120,16 +121,22 @@ def importance(
     *,
     progress: Progress | None = None,
 ) -> dict[str, Importance]:
-    """D = a E^b for every layer, from two truncations and one run of the model each."""
+    """D = a E^b for every layer, from at most two truncations and one run of the model each."""
     found = {}
     for name in (progress or Progress(False)).track(options, "importance", len(options)):
-        points = []
-        for kept in KEPT:
-            choice = best_within(options[name], kept)
-            if choice is not None and choice.error > 0:
-                points.append((choice.error, against.divergence(factors, [choice])))
-        found[name] = fit(points)
+        probes = _probes(options[name])
+        found[name] = fit([(choice.error, against.divergence(factors, [choice])) for choice in probes])
     return found
+
+
+def _probes(options: Sequence[Choice]) -> list[Choice]:
+    """The options at which a layer is judged: the best within KEPT, else the one that loses most.
+
+    Else: where the best lose nothing, or there are none; a layer of two outputs keeps half of its numbers at rank 1.
+    """
+    best = [choice for kept in KEPT if (choice := best_within(options, kept)) and choice.error > LEAST_ERROR]
+    worst = max(options, key=lambda choice: choice.error)
+    return best or ([worst] if worst.error > 0 else [])
 
 
 def best_within(options: Sequence[Choice], kept: float) -> Choice | None:
@@ -140,10 +147,13 @@ def best_within(options: Sequence[Choice], kept: float) -> Choice | None:
 
 
 def fit(points: Sequence[tuple[float, float]]) -> Importance:
-    """a and b of D = a E^b through one or two points (error, divergence); b is 1 where the data cannot tell."""
+    """a and b of D = a E^b through one or two points (error, divergence); b is 1 where the data cannot tell.
+
+    Of a layer that no point judges, any error counts without limit.
+    """
     usable = [(e, d) for e, d in points if e > 0 and 0 < d < math.inf]
     if not usable:
-        return Importance(math.inf if points and points[0][1] == math.inf else 0.0, 1.0)
+        return Importance(0.0 if points and all(d == 0 for _, d in points) else math.inf, 1.0)
     (e_low, d_low), (e_high, d_high) = usable[0], usable[-1]
     b = 1.0
     if e_high > e_low * 1.05 and d_high > d_low:

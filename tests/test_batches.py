@@ -363,17 +363,40 @@ def test_a_loader_in_fixed_order_is_not_stored():
     assert calibration(loader, ONE, nn.Identity()).source is loader
 
 
-def test_one_tensor_is_cut_into_batches():
-    data = calibration(torch.arange(3 * CHUNK + 8)[:, None].float(), ONE, nn.Identity())
-    assert [call.batch_size for call in data] == [CHUNK] * 3
-    assert [call.batch_size for call in data.held_out] == [8]
+@pytest.mark.parametrize(
+    ("count", "fitted", "held"),
+    [
+        (CHUNK + 1, [30], [3]),
+        (2 * CHUNK, [32, 26], [6]),
+        (3 * CHUNK + 8, [32, 32, 30], [10]),
+        (1000, [*[32] * 28, 4], [32, 32, 32, 4]),
+        (5000, [*[32] * 148, 8], [32] * 8),
+    ],
+)
+def test_one_tensor_is_cut_into_batches_where_what_is_held_out_begins(count, fitted, held):
+    data = calibration(torch.arange(count)[:, None].float(), ONE, nn.Identity())
+    assert [call.batch_size for call in data] == fitted
+    assert [call.batch_size for call in data.held_out] == held
+    assert [row for rows in all_rows(data) for row in rows] == list(range(count))
 
 
 def test_one_mapping_of_tensors_is_cut_into_batches():
     whole = {"input_ids": torch.arange(2 * CHUNK)[:, None].expand(-1, 4), "labels": torch.zeros(2 * CHUNK)}
     data = calibration(whole, BY_NAME, Tokens())
-    assert [set(call.kwargs) for call in data] == [{"input_ids"}]
-    assert data.held_out[0].kwargs["input_ids"][0, 0] == CHUNK
+    assert [set(call.kwargs) for call in data] == [{"input_ids"}, {"input_ids"}]
+    assert data.held_out[0].kwargs["input_ids"][:, 0].tolist() == list(range(58, 64))
+
+
+class OfChunks(nn.Module):
+    """Is written for as many samples as one tensor is cut into."""
+
+    def forward(self, x):
+        return x.view(CHUNK, 3)
+
+
+def test_one_tensor_is_cut_into_whole_batches_where_the_model_takes_no_others():
+    data = calibration(torch.randn(2 * CHUNK, 3), as_call(torch.zeros(CHUNK, 3)), OfChunks())
+    assert [call.batch_size for call in (*data, *data.held_out)] == [CHUNK] * 2
 
 
 @pytest.mark.parametrize(("size", "held"), [(4, 1), (9, 1), (20, 2), (256, 26)])
@@ -427,7 +450,7 @@ def test_one_tensor_is_cut_as_the_example_where_the_model_takes_no_other_size(co
 @pytest.mark.parametrize("size", [1, 2, CHUNK])
 def test_one_tensor_is_cut_alike_whatever_the_example_where_the_model_takes_any_size(size):
     data = calibration(torch.randn(3 * CHUNK, 3), as_call(torch.zeros(size, 3)), nn.Linear(3, 2))
-    assert [call.batch_size for call in (*data, *data.held_out)] == [CHUNK] * 3
+    assert [call.batch_size for call in (*data, *data.held_out)] == [CHUNK, CHUNK, 22, 10]
 
 
 @pytest.mark.parametrize(

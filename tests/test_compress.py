@@ -20,7 +20,7 @@ from panther import compress as compress_function
 from panther.allocators import Options
 from panther.allocators.base import total
 from panther.batches import as_call
-from panther.errors import PantherError
+from panther.errors import PantherError, PlanError
 from panther.nn import SketchedLayer, SKPivotedLinear
 from panther.spec import Choice, Plan, Target
 
@@ -721,6 +721,34 @@ def test_costs_and_errors_of_a_plan_are_worked_out_again_and_not_believed(cnn: C
     (kept, *_) = compress(cnn, 0.3).plan.sketched
     lie = Choice(kept.layer, kept.scheme, kept.ranks, kept.packing, error=0.0)
     assert compress(cnn, plan=Plan((lie,))).plan[kept.layer] == kept
+
+
+class Softmaxed(Cnn):
+    def forward(self, image: Tensor) -> Tensor:
+        return super().forward(image).softmax(-1)
+
+
+@pytest.mark.filterwarnings("ignore:no calibration data")
+@pytest.mark.parametrize("data", [None, [IMAGES[:40].flip(-1)], images()], ids=["none", "other", "same"])
+@pytest.mark.parametrize("ranks", [(8, 8), (8, 24), (16, 8)])
+def test_a_plan_for_tucker2_is_used_again_whatever_the_data(
+    cnn: Cnn, ranks: tuple[int, int], data: list[Tensor] | None
+) -> None:
+    """Only some of these pairs lose least of their size, and which depends on the data."""
+    plan = Plan((Choice("features.3", "tucker2", ranks),))
+    softmaxed = Softmaxed().eval()
+    softmaxed.load_state_dict(cnn.state_dict())
+    for model in (cnn, softmaxed):
+        result = compress(model, plan=plan, calib_data=data, example_inputs=IMAGES[:4], heal="none")
+        (choice,) = result.plan.sketched
+        assert choice.kind == plan.choices[0].kind and 0 < choice.error < 1
+        assert result.model.get_submodule("features.3").ranks == ranks
+
+
+def test_a_plan_for_tucker2_whose_ranks_are_no_multiple_of_the_step_or_not_smaller_is_refused(cnn: Cnn) -> None:
+    for ranks in ((8, 9), (16, 32), (8,)):
+        with pytest.raises(PlanError, match="would not make it smaller or is not a multiple of its step"):
+            compress(cnn, plan=Plan((Choice("features.3", "tucker2", ranks),)))
 
 
 @pytest.mark.parametrize("search", ["uniform", "sensitivity"])

@@ -15,7 +15,7 @@ from panther import decompose as stage
 from panther.batches import Call
 from panther.capture import capture
 from panther.chains import COLUMNS, PIVOTED, ROWS, TWO_GEMM, smallest_params
-from panther.decompose import candidates, decompose
+from panther.decompose import candidates, decompose, with_pair
 from panther.factors import Factors, Profile
 from panther.measure import measure
 from panther.nn.factor import compose, factorise
@@ -222,6 +222,30 @@ def test_tucker2_that_knows_the_data_loses_less_than_the_nearest_weight() -> Non
     for ranks in tucker.ranks[1::3]:
         plain = [part.float() for part in factorise("tucker2", studied.factors.spec, weight.double(), ranks)]
         assert lost(tucker.links(weight, ranks)) < 0.9 * lost(tuple(plain)), ranks
+
+
+def test_a_pair_of_tucker2_that_is_not_offered_has_about_the_error_that_is_measured() -> None:
+    torch.manual_seed(3)
+    layer = decaying_(nn.Conv2d(32, 32, 3, padding=1))
+    inputs = spread_inputs((4, 32, 10, 10))
+    studied, seen, weight = study(layer, inputs), torch.cat(inputs), layer.weight.detach()
+    offered = studied.factors.schemes["tucker2"]
+    others = [(a, b) for a in (8, 16, 24) for b in (8, 16, 24) if (a, b) not in offered.ranks]
+    assert len(others) >= 3
+    for ranks in others:
+        known = with_pair(studied.factors, ranks).schemes["tucker2"]
+        assert known.ranks == (*offered.ranks, ranks) and known.errors[:-1] == offered.errors
+        rest, whole = (
+            nn.functional.conv2d(seen, w, padding=1) for w in (weight - compose(known.links(weight, ranks)), weight)
+        )
+        measured = float(rest.var((0, 2, 3)).sum() / whole.var((0, 2, 3)).sum())
+        assert known.errors[-1] == pytest.approx(measured, rel=0.3)
+
+
+@pytest.mark.parametrize("ranks", [(), (8,), (8, 8, 8), (0, 8), (8, -8), (9, 8), (40, 8), (8, 40)])
+def test_no_other_ranks_of_tucker2_can_be_asked_for(ranks: tuple[int, ...]) -> None:
+    factors = study(nn.Conv2d(32, 32, 3, padding=1), spread_inputs((4, 32, 10, 10))).factors
+    assert with_pair(factors, ranks) is factors
 
 
 # Linear layers

@@ -71,12 +71,16 @@ def test_fit_does_not_trust_slopes_that_only_noise_gives() -> None:
 
 
 def test_a_layer_whose_truncation_changes_nothing_has_no_importance() -> None:
-    assert fit([]).divergence(0.5) == fit([(0.1, 0.0), (0.2, 0.0)]).divergence(0.5) == 0.0
+    assert fit([(0.1, 0.0), (0.2, 0.0)]).divergence(0.5) == 0.0
 
 
 def test_a_layer_whose_truncation_breaks_the_model_only_counts_nothing_when_dense() -> None:
-    broken = fit([(0.1, math.inf), (0.2, math.inf)])
-    assert broken.divergence(0.05) == math.inf and broken.divergence(0.0) == 0.0
+    for points in ([(0.1, math.inf), (0.2, math.inf)], [(0.1, 0.0), (0.2, math.inf)]):
+        assert fit(points).divergence(0.05) == math.inf and fit(points).divergence(0.0) == 0.0
+
+
+def test_a_layer_that_nothing_judges_only_counts_nothing_when_dense() -> None:
+    assert fit([]).divergence(0.05) == math.inf and fit([]).divergence(0.0) == 0.0
 
 
 # The reference
@@ -202,10 +206,39 @@ def test_a_layer_that_matters_ten_times_as_much_is_found_to() -> None:
     assert found["much"].divergence(0.3) > 20 * found["little"].divergence(0.3)
 
 
-def test_a_layer_with_no_option_but_dense_has_no_importance() -> None:
+def test_a_layer_with_no_option_but_dense_is_free_as_that_only() -> None:
     prepared = Prepared(Net(), calls_for())
     options = {"first": prepared.options["first"][-1:]}
-    assert importance(prepared.reference, prepared.factors, options)["first"].divergence(1.0) == 0.0
+    found = importance(prepared.reference, prepared.factors, options)["first"]
+    assert found.divergence(0.0) == 0.0 and found.divergence(1.0) == math.inf
+
+
+@pytest.mark.parametrize("kind", ["linear", "1 x 1", "3 x 3"])
+@pytest.mark.parametrize("outputs", [2, 3])
+def test_a_layer_of_two_outputs_matters_although_no_rank_is_half_of_it(kind: str, outputs: int) -> None:
+    """Rank 1 of 16 -> 2 has 18 of 32 numbers."""
+    last: nn.Module
+    if kind == "linear":
+        last, calls = nn.Linear(16, outputs), calls_for(1, 24)
+    else:
+        size = int(kind[0])
+        last, calls = nn.Conv2d(16, outputs, size), [Call((torch.randn(6, 16, 4, 4) + 1.0,))]
+    prepared = Prepared(nn.Sequential(last), calls)
+    smallest = prepared.options["0"][0]
+    assert not smallest.is_dense
+    found = importance(prepared.reference, prepared.factors, prepared.options)["0"]
+    measured = prepared.reference.divergence(prepared.factors, [smallest])
+    assert found.divergence(smallest.error) == pytest.approx(measured, rel=0.3) and measured > 0.05
+
+
+def test_a_layer_of_low_rank_is_judged_where_it_loses_more_than_rounding() -> None:
+    """At half and a quarter of its weights nothing is lost, and at rank 1 much."""
+    model = nn.Sequential(nn.Linear(128, 128))
+    with torch.no_grad():
+        model[0].weight.copy_(torch.randn(128, 8) @ torch.randn(8, 128) / 8)
+    prepared = Prepared(model, [Call((torch.randn(2048, 128),))])
+    found = importance(prepared.reference, prepared.factors, prepared.options)["0"]
+    assert 0.5 < found.a < 2.0
 
 
 def test_the_best_within_a_share_loses_least_and_is_never_dense() -> None:

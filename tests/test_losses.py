@@ -77,10 +77,59 @@ def test_class_scores_count_by_their_probabilities() -> None:
     """Adding a number to all scores of a row changes no probability."""
     y = torch.randn(20, 5)
     shifted = y + torch.arange(20.0)[:, None]
-    assert float(answer_loss(shifted, y, CALL, classifies=True)) == pytest.approx(0.0, abs=1e-5)
+    assert float(answer_loss({"logits": shifted}, {"logits": y}, CALL, classifies=True)) == pytest.approx(0, abs=1e-5)
     assert float(answer_loss(shifted, y, CALL, classifies=False)) > 1
     mean = y.softmax(-1).mean(0).log().expand_as(y)
-    assert float(answer_loss(mean, y, CALL, classifies=True)) == pytest.approx(1.0, rel=1e-4)
+    assert float(answer_loss({"logits": mean}, {"logits": y}, CALL, classifies=True)) == pytest.approx(1.0, rel=1e-4)
+
+
+def test_scores_that_nothing_names_count_as_numbers_too_the_more_the_less_sure_they_are() -> None:
+    """They may be what a regressor answers whose last layer is called `head`."""
+    y = torch.randn(200, 5) + 1
+    lost = [float(answer_loss(scale * y + 1, scale * y, CALL, classifies=True)) for scale in (1.0, 3.0, 30.0)]
+    assert lost[0] > 0.5 and 0.1 > lost[1] > 0.001 > lost[2]
+    assert float(answer_loss(y.mean(0).expand_as(y), y, CALL, classifies=True)) == pytest.approx(1.0, rel=0.1)
+
+
+def test_the_output_of_a_softmax_counts_by_its_divergence_and_is_not_squashed_again() -> None:
+    scores, other = torch.randn(2, 20, 5)
+    wanted = float(answer_loss({"logits": other}, {"logits": scores}, CALL, classifies=True))
+    for squash in (lambda s: s.softmax(-1), lambda s: s.log_softmax(-1)):
+        lost = float(answer_loss(squash(other), squash(scores), CALL, classifies=True))
+        assert lost == pytest.approx(wanted, rel=1e-4)
+        mean = scores.softmax(-1).mean(0).expand_as(scores)
+        mean = mean if float(squash(scores).max()) > 0 else mean.log()
+        assert float(answer_loss(mean, squash(scores), CALL, classifies=True)) == pytest.approx(1.0, rel=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_probabilities_that_underflow_stay_finite(dtype: torch.dtype) -> None:
+    scores = 300 * torch.randn(20, 5)
+    got = (-scores).clone().requires_grad_()
+    loss = answer_loss(got.to(dtype).softmax(-1), scores.softmax(-1).to(dtype), CALL, classifies=True)
+    loss.backward()
+    assert bool(loss.isfinite()) and got.grad is not None and bool(got.grad.isfinite().all())
+
+
+def test_sigmoids_count_as_numbers() -> None:
+    """A softmax over 360 values between 0 and 1 makes nearly the same of any."""
+    y = (8 * torch.randn(40, 360) - 20).sigmoid()
+    got = y.roll(1, 0)
+    assert float(answer_loss(got, y, CALL, classifies=True)) == float(tensor_loss(got, y, {})) > 1
+
+
+def test_the_unit_of_scores_that_hardly_differ_is_their_own_divergence() -> None:
+    y = 0.1 * torch.randn(128, 20)
+    mean = y.softmax(-1).mean(0).log().expand_as(y)
+    assert float(answer_loss({"logits": mean}, {"logits": y}, CALL, classifies=True)) == pytest.approx(1.0, rel=1e-3)
+
+
+@pytest.mark.parametrize("rows", [1, 4, 32])
+def test_rows_that_agree_do_not_blow_the_loss_up(rows: int) -> None:
+    """An error in them counts no more than in rows with two answers in turn, up to their own unit."""
+    y = torch.tensor([9.0, 0.0]).expand(rows, 2) + 0.1 * torch.randn(rows, 2)
+    wrong = {"logits": y - torch.tensor([6.0, 0.0])}
+    assert float(answer_loss(wrong, {"logits": y}, CALL, classifies=True)) < 2.0
 
 
 def test_logits_are_known_by_their_name_and_other_outputs_count_as_numbers() -> None:
