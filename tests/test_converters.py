@@ -10,12 +10,13 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from panther.converters import READERS, UnsupportedFormat, compressed, format_of, pickles, read
 from panther.converters.compressed import MANIFEST, WEIGHTS, describe_layers, load, save
 from panther.converters.huggingface import example_inputs_for
 from panther.errors import ExportError, LoadError
-from panther.nn import SKConv2d, SKLinear
+from panther.nn import QuantisedLinear, SKConv2d, SKLinear, SKPivotedLinear
 from panther.spec import Figures, Plan, Report
 
 
@@ -651,6 +652,40 @@ def test_a_panther_json_that_was_changed_ends_in_a_load_error(saved, change, rea
     (folder / MANIFEST).write_text(json.dumps(manifest))
     with pytest.raises(LoadError, match=reason):
         load(folder, model=Net)
+
+
+class Largest(TorchDispatchMode):
+    """How many numbers the largest tensor has that was made inside."""
+
+    numbers = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        made = func(*args, **(kwargs or {}))
+        if isinstance(made, torch.Tensor) and not made.is_meta:
+            self.numbers = max(self.numbers, made.numel())
+        return made
+
+
+@pytest.mark.parametrize(
+    ("layer", "claims"),
+    [
+        (QuantisedLinear.from_dense(nn.Linear(8, 8)), {"out_features": 3_000_000}),
+        (
+            SKPivotedLinear.from_sketched(SKLinear.from_dense(nn.Linear(8, 8), rank=2)),
+            {"out_features": 3_000_000, "row_order": True},
+        ),
+        (SKLinear(8, 8, 1, 1, basis="random"), {"ranks": [3_000_000]}),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_sizes_that_only_panther_json_claims_take_no_memory(saved, layer, claims):
+    folder, _ = saved
+    manifest = json.loads((folder / MANIFEST).read_text())
+    manifest["layers"]["fc"] = {"type": type(layer).__name__, "aliases": [], **layer.config(), **claims}
+    (folder / MANIFEST).write_text(json.dumps(manifest))
+    with Largest() as made, pytest.raises(LoadError, match=r"the architecture given has 8|tensors missing"):
+        load(folder, model=Net)
+    assert made.numbers < 1000
 
 
 @pytest.mark.parametrize("text", ["", "[1]", "{", "[" * 200_000, "\xff"])
