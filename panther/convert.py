@@ -41,7 +41,7 @@ from panther.converters.compressed import check_can_be_saved
 from panther.converters.files import staging
 from panther.converters.inputs import dynamic_axes, flatten, resized, sizes
 from panther.converters.onnx import check_ready
-from panther.errors import CaptureError, PantherError
+from panther.errors import CaptureError, PantherError, one_line
 from panther.nn import SketchedLayer
 from panther.report import RENDERERS, html
 from panther.spec import BITS, DTYPES, MODES, TIME_LIMIT, Budget, Choice, Heal, Plan, to_data
@@ -274,8 +274,8 @@ def _recipe_flags(path: Path, known: Mapping[str, Any]) -> list[str]:
     yaml = _yaml()
     try:
         recipe = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        raise UsageError(f"--config {path} cannot be read: {error}") from error
+    except Exception as error:  # PyYAML lets an IndexError, KeyError or AttributeError of a strange value through
+        raise UsageError(f"--config {path} cannot be read: {type(error).__name__}: {error}") from error
     if not isinstance(recipe, dict):
         raise UsageError(f"--config {path} holds {type(recipe).__name__}: expected lines such as budget: 0.5")
     allowed = sorted(name.replace("_", "-") for name in known if name not in ("config", "save_config"))
@@ -496,10 +496,11 @@ def _from_npz(path: Path, model: nn.Module) -> Any:
     import numpy as np
 
     try:
-        with np.load(path, allow_pickle=False) as file:
+        # Opened here, for NumPy does not close what it finds damaged.
+        with path.open("rb") as opened, np.load(opened, allow_pickle=False) as file:
             arrays = {name: torch.from_numpy(file[name]) for name in file.files}
-    except (OSError, ValueError, TypeError) as error:
-        raise UsageError(f"--calib {path} cannot be read as arrays of numbers: {error}") from error
+    except Exception as error:  # NumPy, zipfile and zlib have kinds of their own for damage
+        raise UsageError(f"--calib {path} cannot be read as arrays of numbers: {one_line(error)}") from error
     if not arrays or len({array.shape[:1] for array in arrays.values()}) != 1 or next(iter(arrays.values())).dim() == 0:
         found = ", ".join(f"{name} {tuple(array.shape)}" for name, array in arrays.items()) or "nothing"
         raise UsageError(f"--calib {path} holds {found}: expected arrays with one sample a row, as many rows in each")

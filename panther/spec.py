@@ -486,6 +486,8 @@ class Plan:
             if data.pop("panther_plan") != PLAN_VERSION:
                 raise PlanError(f"this plan is of another version (this panther reads version {PLAN_VERSION})")
             read = {"choices": tuple(map(_choice_from, data["choices"])), "knobs": dict(data.get("knobs", {}))}
+            if not all(isinstance(data.get(name, ""), str) for name in ("fingerprint", "allocator", "budget")):
+                raise TypeError("fingerprint, allocator and budget are texts")
             return cls(**{**data, **read})
         except (KeyError, TypeError, AttributeError, ValueError, RecursionError) as error:
             raise PlanError(f"not a panther plan: {error!r}; write one with plan.to_json()") from error

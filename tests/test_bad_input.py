@@ -334,7 +334,13 @@ def test_a_plan_that_asks_for_a_rank_that_does_not_pay(watched: Watched) -> None
         compress(watched.model, plan=json.dumps(data))
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", '{"panther_plan": 1}', '{"panther_plan": 99, "choices": []}', "null"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("", "{", "[]", "null", '{"panther_plan": 1}', '{"panther_plan": 99, "choices": []}'),
+        '{"panther_plan": 1, "choices": [], "budget": 3}',
+    ],
+)
 def test_a_plan_that_is_none(watched: Watched, text: str) -> None:
     with pytest.raises(PlanError, match=r"plan"):
         compress(watched.model, plan=text)

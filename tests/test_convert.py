@@ -3,6 +3,7 @@ import io
 import json
 import sys
 import textwrap
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -728,6 +729,7 @@ def test_a_saved_recipe_gives_the_same_run(run, quick: dict[str, Any], here: Pat
         ("zzz: 1", "unknown key 'zzz'; known: "),
         ("- 1", "holds list: expected lines such as budget: 0.5"),
         ("a: [", "cannot be read"),
+        ('seed: !!int ""', "cannot be read"),
         ("trials: 5", "--trials belongs to --search tuned"),
     ],
 )
@@ -859,6 +861,15 @@ def test_arrays_that_do_not_belong_together_are_refused(run, here: Path) -> None
     assert "as many rows in each" in refusal(run(*MLP, "--calib", "uneven.npz")[2])
     np.savez("objects.npz", np.array([{}], dtype=object))
     assert "cannot be read as arrays of numbers" in refusal(run(*MLP, "--calib", "objects.npz")[2])
+
+
+@pytest.mark.parametrize("write", [np.savez, np.savez_compressed])
+@pytest.mark.parametrize("damage", [lambda data: data[:90], lambda data: data[:90] + b"????" + data[94:]])
+def test_damaged_arrays_are_refused_as_such(run, here: Path, write: Any, damage: Callable[[bytes], bytes]) -> None:
+    write("data.npz", np.ones((3, 16)))
+    Path("data.npz").write_bytes(damage(Path("data.npz").read_bytes()))
+    code, _, err = run(*MLP, "--calib", "data.npz")
+    assert code == cli.USAGE and "--calib data.npz cannot be read as arrays of numbers" in refusal(err)
 
 
 def test_a_trusted_pickle_is_read(run, here: Path, quick: dict[str, Any]) -> None:
