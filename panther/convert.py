@@ -737,11 +737,14 @@ def _plan_text(result: Result, *, as_json: bool) -> str:
 
 
 def _choice_text(choice: Choice) -> str:
+    """ "linear, rank 24, int4, groups of 32, 96 channels"."""
     if choice.is_dense:
         return f"dense: {choice.reason}"
     fewer = f"{choice.channels} channels" if choice.channels else ""
-    ranks = f"{choice.scheme}, rank {' x '.join(map(str, choice.ranks))}, {choice.packing}"
-    return fewer if choice.scheme == CHANNELS else ", ".join(filter(None, [ranks, fewer]))
+    if choice.scheme == CHANNELS:
+        return fewer
+    rank = f"rank {' x '.join(map(str, choice.ranks))}" if choice.ranks else ""
+    return ", ".join(filter(None, [choice.scheme, rank, str(choice.grid or choice.packing), fewer]))
 
 
 def _over_budget(arguments: argparse.Namespace, result: Result, where: str) -> int:

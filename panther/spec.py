@@ -168,6 +168,10 @@ class Grid:
     bits: int
     group_size: int | None = None
 
+    def __str__(self) -> str:
+        """ "int4, groups of 32"."""
+        return f"int{self.bits}" + ("" if self.group_size is None else f", groups of {self.group_size}")
+
     def groups(self, columns: int) -> int:
         """Scales a row."""
         return 1 if self.group_size is None else max(1, -(-columns // self.group_size))

@@ -18,7 +18,7 @@ from panther.compress import Result
 from panther.converters import ExportReport
 from panther.errors import ExportError
 from panther.nn import SKConv2d, SKLinear
-from panther.spec import Heal, Plan
+from panther.spec import Choice, Heal, Plan
 
 NETS = """
     import torch
@@ -398,6 +398,20 @@ def test_a_dry_run_prints_the_target_and_the_plan_and_writes_nothing(run, here: 
     assert lines[0].startswith("target: keep ")
     assert [line.split()[0] for line in lines[1:]] == ["first", "second"]
     assert sorted(here.rglob("*")) == before
+
+
+@pytest.mark.parametrize(
+    ("choice", "words"),
+    [
+        (Choice("a", "linear", (24,)), "linear, rank 24, two_gemm"),
+        (Choice("a", "tucker2", (4, 6), "pivoted", channels=9), "tucker2, rank 4 x 6, pivoted, 9 channels"),
+        (Choice("a", "whole", (), "quantised", "int8"), "whole, int8"),
+        (Choice("a", "linear", (8,), "quantised", "int4", group_size=32), "linear, rank 8, int4, groups of 32"),
+        (Choice("a", "channels", (9,), channels=9), "9 channels"),
+    ],
+)
+def test_a_dry_run_says_what_each_layer_is_stored_in(choice: Choice, words: str) -> None:
+    assert cli._choice_text(choice) == words
 
 
 def test_a_dry_run_tells_when_the_budget_is_out_of_reach(run) -> None:
