@@ -29,7 +29,7 @@ from panther.nn.surgery import copied, put_layers
 from panther.prepared import Dense, Prepared, timed
 from panther.progress import Progress
 from panther.replace import changed_layers
-from panther.request import Request, check_arguments, parse_budget
+from panther.request import Request, check_arguments, parse_budget, parse_seed
 from panther.selection import selected
 from panther.solve import Found, finished_model, search_plan
 from panther.spec import DTYPES, Budget, Capture, Heal, Plan, Report, Target
@@ -144,7 +144,7 @@ def compress(
     sketch, CalibrationError for unusable data, PlanError for a plan of another architecture. The model is unchanged
     after any error, and after Ctrl-C.
     """
-    wanted = parse_budget(budget, eval_fn)
+    wanted, seed = parse_budget(budget, eval_fn), parse_seed(seed)
     check_arguments(
         model=model,
         search=search,

@@ -44,6 +44,7 @@ from panther.converters.onnx import check_ready
 from panther.errors import CaptureError, PantherError, one_line
 from panther.nn import SketchedLayer
 from panther.report import RENDERERS, html
+from panther.request import MAX_SEED
 from panther.spec import BITS, DTYPES, MODES, TIME_LIMIT, Budget, Choice, Heal, Plan, to_data
 from panther.trials import trials_file
 from panther.verify import medians_in_turn
@@ -234,6 +235,8 @@ def _check(arguments: argparse.Namespace) -> None:
     if arguments.path is None:
         raise UsageError("no model given: python -m panther.convert model.pt; see python -m panther.convert --help")
     _check_search(arguments)
+    if not 0 <= arguments.seed <= MAX_SEED:
+        raise UsageError(f"--seed {arguments.seed}: expected an integer from 0 to 2**63 - 1")
     if arguments.report and Path(arguments.report).suffix not in REPORT_FORMS:
         raise UsageError(f"--report {arguments.report}: expected a name ending in {', '.join(REPORT_FORMS)}")
 

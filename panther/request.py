@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,8 @@ from panther.spec import BITS, DTYPES, Budget, Grid, Heal, Plan
 
 # Numbers that share a scale, by bits. With eight bits one scale a row loses next to nothing.
 GROUPS: dict[int, tuple[int | None, ...]] = {8: (None,), 4: (None, 128, 32)}
+
+MAX_SEED = 2**63 - 1  # of torch's generators, NumPy's and those of this package's kernels
 
 
 @dataclass(frozen=True)
@@ -94,6 +97,18 @@ def check_arguments(
             f"inplace=True: {type(model).__name__} is itself the layer, and cannot be another in its own place: "
             "leave inplace out and use the model of the result"
         )
+
+
+def parse_seed(seed: Any) -> int:
+    """The seed that the argument means.
+
+    Raises: TypeError unless it is an integer, ValueError unless random number generators take it.
+    """
+    if isinstance(seed, bool) or not hasattr(seed, "__index__"):
+        raise TypeError(f"seed={seed!r} ({type(seed).__name__}): expected an integer from 0 to 2**63 - 1")
+    if not 0 <= operator.index(seed) <= MAX_SEED:
+        raise ValueError(f"seed={seed!r}: expected an integer from 0 to 2**63 - 1")
+    return operator.index(seed)
 
 
 def parse_budget(budget: Any, eval_fn: Callable[[nn.Module], Any] | None) -> Budget:

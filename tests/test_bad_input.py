@@ -119,6 +119,19 @@ def test_budgets_that_mean_nothing_or_two_things(
         compress(watched.model, budget)
 
 
+@pytest.mark.parametrize(
+    ("seed", "error"), [(-1, ValueError), (2**63, ValueError), (1.5, TypeError), (True, TypeError), ("3", TypeError)]
+)
+def test_a_seed_that_no_generator_takes_is_refused_before_any_work(
+    watched: Watched, seed: Any, error: type[Exception]
+) -> None:
+    words = r"expected an integer from 0 to 2\*\*63 - 1"
+    with pytest.raises(error, match=words):
+        compress(watched.model, seed=seed, example_inputs=None)
+    with pytest.raises(error, match=words):
+        panther.heal(watched.model, Net(), batches(), X, seed=seed)
+
+
 # Calibration data
 
 

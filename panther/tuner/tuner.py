@@ -121,7 +121,7 @@ class SkAutoTuner:
             raise ValueError("n_initial_points + n_iterations is 0: there would be nothing to evaluate")
         Strategy(strategy, self.n_initial_points, self.n_iterations)
         self.strategy = strategy
-        self.seed = whole("seed", seed, least=0)
+        self.seed = whole("seed", seed, least=0, most=2**63 - 1)
         self.n_jobs = jobs_of(n_jobs)
         self.executor = executor_of(executor)
         self.batch_size = batch_size_of(batch_size, self.n_jobs, self.executor)
