@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -87,7 +87,8 @@ def check_arguments(
         raise ValueError(f"n_trials={n_trials!r}: expected a number of plans to evaluate, 1 or more")
     if timeout is not None and (isinstance(timeout, bool) or not isinstance(timeout, int | float) or not timeout > 0):
         raise ValueError(f"timeout={timeout!r}: expected seconds, above 0")
-    if isinstance(dtypes, str) or not dtypes or set(dtypes) - set(DTYPES):
+    is_list = isinstance(dtypes, Collection) and not isinstance(dtypes, str)
+    if not is_list or not dtypes or not all(isinstance(name, str) and name in DTYPES for name in dtypes):
         raise ValueError(
             f"dtypes={dtypes!r}: expected a sequence of {', '.join(map(repr, DTYPES))}, in which weights may be stored "
             f"({DTYPES[0]!r} stands for each layer's own dtype)"

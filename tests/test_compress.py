@@ -957,6 +957,8 @@ def test_saved_and_loaded_it_gives_equal_outputs(name: str, tmp_path: Path, requ
         ),
         ({"dtypes": "int8"}, ValueError, r"dtypes='int8': expected a sequence"),
         ({"dtypes": ()}, ValueError, r"dtypes=\(\): expected a sequence"),
+        ({"dtypes": ["int8", ["int4"]]}, ValueError, r"dtypes=\[.int8., \[.int4.\]\]: expected a sequence"),
+        ({"dtypes": 8}, ValueError, r"dtypes=8: expected a sequence"),
         ({"heal": "magic"}, ValueError, r"heal='magic': expected one of none, refit, blocks, distill, auto"),
         ({"heal": 3}, TypeError, r"heal=3: expected one of none, refit"),
         ({"budget": {"latency_ms": 0}}, ValueError, r"latency_ms=0\): expected milliseconds of one run"),
