@@ -32,7 +32,7 @@ from panther.tuner.arguments import (
     whole,
 )
 from panther.tuner.backends import Question
-from panther.tuner.executors import Here, Workers, workers_for
+from panther.tuner.executors import Workers, workers_for
 from panther.tuner.journal import Batch, Record, opened
 from panther.tuner.objective import Job, Objective, scores_of, takes_keywords
 from panther.tuner.pruning import Pruner
@@ -295,8 +295,7 @@ class SkAutoTuner:
                 self._tell_the_rest()
         finally:
             workers.close(abandon=self.stopped_by not in ("trials", "exhausted", "patience"))
-        if isinstance(workers, Here):
-            self._first_error = self._first_error or workers.first_error
+        self._first_error = self._first_error or workers.first_error
         if interrupt is not None and self.best_trial is None:
             raise interrupt
         return self._result(workers.stopped)
