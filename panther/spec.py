@@ -655,6 +655,7 @@ class LayerReport:
     packing: str = "dense"  # how its factors are stored: see Choice
     channels: int = 0  # that are left between it and its neighbour; 0: all
     stored: str = ""  # of a quantised layer: "int8", "int4, groups of 32"
+    in_sample: bool = False  # the error is of fewer rows than there are inputs: those that were fitted to
 
 
 @dataclass(frozen=True)
