@@ -253,9 +253,13 @@ def _with_layers(model: nn.Module, records: Mapping[str, Mapping[str, Any]], fol
 
 
 def _sketch_layer(model: nn.Module, name: str, record: Mapping[str, Any], folder: Path) -> nn.Module:
-    """The layer that a record describes, which fits the model's dense ones at its names."""
+    """The layer that a record describes, which fits the model's dense ones at its names; on the meta device.
+
+    It takes no memory, whatever sizes the record claims, until tensors of these sizes were found in the file.
+    """
     try:
-        layer = LAYERS[record["type"]].from_config(_config(record))
+        with torch.device("meta"):
+            layer = LAYERS[record["type"]].from_config(_config(record))
     except (ValueError, TypeError) as error:
         raise LoadError(f"{folder / MANIFEST}: layer {name!r} cannot be built: {error}") from error
     for place in (name, *record["aliases"]):

@@ -94,10 +94,12 @@ def _content_format(path: Path, head: bytes) -> str | None:
 
 
 def _zip_format(path: Path) -> str:
-    names = [entry.filename.partition("/")[2] for entry in zip_entries(path)]
+    paths = [entry.filename for entry in zip_entries(path)]
+    names = [path.partition("/")[2] for path in paths]
     if "constants.pkl" in names or any(name.startswith("code/") for name in names):
         return "torchscript"
-    if "archive_format" in names or any(name.startswith("models/") for name in names):
+    is_program = "archive_format" in names or any(name.startswith("models/") for name in names)
+    if is_program or "serialized_exported_program.json" in paths:  # before torch 2.8
         return "pt2"
     if "data.pkl" in names:
         return "state_dict"

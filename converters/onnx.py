@@ -309,7 +309,9 @@ def _check_file(file: Path, opset: int | None) -> int:
     try:
         onnx.checker.check_model(str(file), full_check=True)
     except Exception as error:  # the checker has several error types, none of them stable API
-        raise ExportError(f"the exported file is not valid ONNX: {_reason(error)}. Try another opset.") from error
+        halves = any(tensor.data_type == onnx.TensorProto.BFLOAT16 for tensor in proto.graph.initializer)
+        advice = "Export model.float(): many operators take no bfloat16" if halves else "Try another opset"
+        raise ExportError(f"the exported file is not valid ONNX: {_reason(error)}. {advice}.") from error
     found = next(entry.version for entry in proto.opset_import if entry.domain in _STANDARD_DOMAINS)
     if opset is not None and found != opset:
         raise ExportError(

@@ -96,26 +96,42 @@ def put_numbers(program: Any, parts: Parts) -> list[str]:
     """
     graph = program.model.graph
     opset = int(program.model.opset_imports.get("", 0))
-    too_old, lost = 0, 0
+    older: list[int] = []  # the opsets that would be needed
+    doubles = lost = widened = 0
     for name, part in parts.items():
-        numbers = _numbers(part, opset)
-        if numbers is None:
-            too_old += 1
-        elif not _put(graph, name, part, numbers):
+        needed = _written_from(part)
+        if needed is None:
+            doubles += 1
+        elif needed > opset:
+            older.append(needed)
+        elif not _put(graph, name, part, _numbers(part, opset)):
             lost += 1
-    notes = []
-    if too_old:
-        notes.append(
-            f"{too_old} of {len(parts)} quantised weights are float numbers in the file: opset {opset} cannot say "
-            f"their blocks or the type of their scales, use {BLOCKS_FROM} or later, and float32"
-        )
-    if lost:
-        notes.append(
-            f"{lost} of {len(parts)} quantised weights are float numbers in the file: the exporter changed them"
-        )
-    if opset < BLOCKS_FROM and any(part.grid.bits == 4 for part in parts.values()):
+        else:
+            widened += part.grid.bits == 4 and opset < BLOCKS_FROM
+    reasons = {
+        "ONNX has no scales of float64, use float32": doubles,
+        f"opset {opset} cannot say their blocks or the type of their scales, use {max(older or [0])} or later": len(
+            older
+        ),
+        "the exporter changed them": lost,
+    }
+    notes = [
+        f"{count} of {len(parts)} quantised weights are float numbers in the file: {reason}"
+        for reason, count in reasons.items()
+        if count
+    ]
+    if widened:
         notes.append(f"weights of 4 bits take 8 in the file: opset {opset} has no int4, use {BLOCKS_FROM} or later")
     return notes
+
+
+def _written_from(part: StoredWeight) -> int | None:
+    """The opset from which a weight can be whole numbers, of eight bits where need be; None: in none of them."""
+    if part.scales.dtype == torch.float64:
+        return None
+    if part.grid.group_size is not None:
+        return BLOCKS_FROM
+    return 0 if part.scales.dtype == torch.float32 else HALF_SCALES_FROM
 
 
 def _put(graph: Any, name: str, part: StoredWeight, numbers: _Numbers) -> bool:
@@ -153,15 +169,11 @@ def _with_factors(numbers: _Numbers, wanted: np.ndarray[Any, Any], got: np.ndarr
     return _Numbers(numbers.values, scales.astype(numbers.scales.dtype), numbers.axis, numbers.block, numbers.shape)
 
 
-def _numbers(part: StoredWeight, opset: int) -> _Numbers | None:
-    """A stored weight for ONNX; None where this opset cannot say it."""
+def _numbers(part: StoredWeight, opset: int) -> _Numbers:
+    """A stored weight for ONNX, of an opset that can say it."""
     import ml_dtypes  # comes with onnx
 
-    grid, dtype = part.grid, part.scales.dtype
-    if grid.group_size is not None and opset < BLOCKS_FROM:
-        return None
-    if dtype == torch.float64 or (dtype != torch.float32 and opset < HALF_SCALES_FROM):
-        return None
+    grid = part.grid
     whole = part.values if grid.bits == 8 else unpacked_int4(part.values, part.columns)
     values, scales = _array(whole), _array(part.scales)
     if grid.bits == 4 and opset >= BLOCKS_FROM:

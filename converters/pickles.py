@@ -83,17 +83,25 @@ def contents(path: Path) -> Contents:
 
 
 def zip_entries(path: Path) -> list[zipfile.ZipInfo]:
-    """The entries of a torch.save archive.
+    """The entries of an archive, of which nothing is unpacked.
 
-    Raises: LoadError when the archive is damaged, or its entries are compressed or overlap (torch.save stores them
-        as they are, so together they are never larger than the file).
+    Raises: LoadError when the archive is damaged.
     """
     try:
         with zipfile.ZipFile(path) as archive:
-            entries = archive.infolist()
+            return archive.infolist()
     # Besides BadZipFile, damaged directories end in these.
     except (zipfile.BadZipFile, OSError, ValueError, IndexError, NotImplementedError, struct.error) as error:
         raise LoadError(f"{path} is a truncated or damaged zip archive ({error}): copy or download it again") from error
+
+
+def _stored_entries(path: Path) -> list[zipfile.ZipInfo]:
+    """The entries of a torch.save archive.
+
+    Raises: LoadError when it is damaged, or its entries are compressed or overlap (torch.save stores them as they are,
+        so together they are never larger than the file).
+    """
+    entries = zip_entries(path)
     total, size = sum(entry.file_size for entry in entries), path.stat().st_size
     if total > size or any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
         raise LoadError(
@@ -105,7 +113,7 @@ def zip_entries(path: Path) -> list[zipfile.ZipInfo]:
 
 def _zip_pickle(path: Path) -> bytes:
     """The bytes of data.pkl, read past its checksum: torch.save may be told not to compute one."""
-    entry = next((e for e in zip_entries(path) if e.filename.partition("/")[2] == "data.pkl"), None)
+    entry = next((e for e in _stored_entries(path) if e.filename.partition("/")[2] == "data.pkl"), None)
     if entry is None:
         raise ValueError("a zip archive without data.pkl")
     if entry.file_size > PICKLE_BYTES:

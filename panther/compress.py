@@ -29,10 +29,10 @@ from panther.nn.surgery import copied, put_layers
 from panther.prepared import Dense, Prepared, timed
 from panther.progress import Progress
 from panther.replace import changed_layers
-from panther.request import Request, check_arguments, parse_budget
+from panther.request import Request, check_arguments, parse_budget, parse_seed
 from panther.selection import selected
 from panther.solve import Found, finished_model, search_plan
-from panther.spec import DTYPES, Budget, Capture, Choice, Heal, Plan, Report, Target
+from panther.spec import DTYPES, Budget, Capture, Choice, Heal, LayerReport, Plan, Report, Target
 from panther.trials import earlier_tuning, trials_file
 from panther.verify import verify as check
 
@@ -144,7 +144,7 @@ def compress(
     sketch, CalibrationError for unusable data, PlanError for a plan of another architecture. The model is unchanged
     after any error, and after Ctrl-C.
     """
-    wanted = parse_budget(budget, eval_fn)
+    wanted, seed = parse_budget(budget, eval_fn), parse_seed(seed)
     check_arguments(
         model=model,
         search=search,
@@ -370,7 +370,16 @@ def solved(prepared: Prepared, budget: Budget, plan: Plan | None) -> Result:
     )
     if request.checkpoint is not None and not request.checkpoint.exists():  # it stays when Ctrl-C ended the healing
         trials_file(request.checkpoint).unlink(missing_ok=True)
-    return Result(compressed, changed(report, tuning=tuning), plan, target, prepared, request.example)
+    report = changed(report, tuning=tuning, layers=tuple(_marked(row, prepared.factors) for row in report.layers))
+    return Result(compressed, report, plan, target, prepared, request.example)
+
+
+def _marked(row: LayerReport, factors: Mapping[str, Factors]) -> LayerReport:
+    """A row of the report that says whether its error is of fewer rows than the layer has inputs."""
+    known = factors.get(row.name)
+    if known is None or row.scheme == "dense":
+        return row
+    return changed(row, in_sample=0 < known.profile.rows < known.spec.fan_in)
 
 
 def _completed(plan: Plan, prepared: Prepared) -> Plan:

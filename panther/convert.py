@@ -41,9 +41,10 @@ from panther.converters.compressed import check_can_be_saved
 from panther.converters.files import staging
 from panther.converters.inputs import dynamic_axes, flatten, resized, sizes
 from panther.converters.onnx import check_ready
-from panther.errors import CaptureError, PantherError
+from panther.errors import CaptureError, PantherError, one_line
 from panther.nn import SketchedLayer
 from panther.report import RENDERERS, html
+from panther.request import MAX_SEED
 from panther.spec import BITS, DTYPES, MODES, TIME_LIMIT, Budget, Choice, Heal, Plan, to_data
 from panther.trials import trials_file
 from panther.verify import medians_in_turn
@@ -234,6 +235,8 @@ def _check(arguments: argparse.Namespace) -> None:
     if arguments.path is None:
         raise UsageError("no model given: python -m panther.convert model.pt; see python -m panther.convert --help")
     _check_search(arguments)
+    if not 0 <= arguments.seed <= MAX_SEED:
+        raise UsageError(f"--seed {arguments.seed}: expected an integer from 0 to 2**63 - 1")
     if arguments.report and Path(arguments.report).suffix not in REPORT_FORMS:
         raise UsageError(f"--report {arguments.report}: expected a name ending in {', '.join(REPORT_FORMS)}")
 
@@ -274,8 +277,8 @@ def _recipe_flags(path: Path, known: Mapping[str, Any]) -> list[str]:
     yaml = _yaml()
     try:
         recipe = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        raise UsageError(f"--config {path} cannot be read: {error}") from error
+    except Exception as error:  # PyYAML lets an IndexError, KeyError or AttributeError of a strange value through
+        raise UsageError(f"--config {path} cannot be read: {type(error).__name__}: {error}") from error
     if not isinstance(recipe, dict):
         raise UsageError(f"--config {path} holds {type(recipe).__name__}: expected lines such as budget: 0.5")
     allowed = sorted(name.replace("_", "-") for name in known if name not in ("config", "save_config"))
@@ -496,10 +499,11 @@ def _from_npz(path: Path, model: nn.Module) -> Any:
     import numpy as np
 
     try:
-        with np.load(path, allow_pickle=False) as file:
+        # Opened here, for NumPy does not close what it finds damaged.
+        with path.open("rb") as opened, np.load(opened, allow_pickle=False) as file:
             arrays = {name: torch.from_numpy(file[name]) for name in file.files}
-    except (OSError, ValueError, TypeError) as error:
-        raise UsageError(f"--calib {path} cannot be read as arrays of numbers: {error}") from error
+    except Exception as error:  # NumPy, zipfile and zlib have kinds of their own for damage
+        raise UsageError(f"--calib {path} cannot be read as arrays of numbers: {one_line(error)}") from error
     if not arrays or len({array.shape[:1] for array in arrays.values()}) != 1 or next(iter(arrays.values())).dim() == 0:
         found = ", ".join(f"{name} {tuple(array.shape)}" for name, array in arrays.items()) or "nothing"
         raise UsageError(f"--calib {path} holds {found}: expected arrays with one sample a row, as many rows in each")
@@ -736,11 +740,14 @@ def _plan_text(result: Result, *, as_json: bool) -> str:
 
 
 def _choice_text(choice: Choice) -> str:
+    """ "linear, rank 24, int4, groups of 32, 96 channels"."""
     if choice.is_dense:
         return f"dense: {choice.reason}"
     fewer = f"{choice.channels} channels" if choice.channels else ""
-    ranks = f"{choice.scheme}, rank {' x '.join(map(str, choice.ranks))}, {choice.packing}"
-    return fewer if choice.scheme == CHANNELS else ", ".join(filter(None, [ranks, fewer]))
+    if choice.scheme == CHANNELS:
+        return fewer
+    rank = f"rank {' x '.join(map(str, choice.ranks))}" if choice.ranks else ""
+    return ", ".join(filter(None, [choice.scheme, rank, str(choice.grid or choice.packing), fewer]))
 
 
 def _over_budget(arguments: argparse.Namespace, result: Result, where: str) -> int:

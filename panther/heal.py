@@ -31,6 +31,7 @@ from panther.healers.losses import held_out_loss
 from panther.healers.terms import reorder
 from panther.healers.training import Progressed
 from panther.progress import Progress
+from panther.request import parse_seed
 from panther.spec import Heal, Healed, LayerSpec
 
 CORRECTED_CALLS = 64  # batches for statistics of which more change nothing
@@ -74,7 +75,7 @@ def heal(
     another run. Ctrl-C ends the healing and keeps the best state so far, as well as the checkpoint; what else goes
     wrong on the way is undone, and said in the notes.
     """
-    wanted = Heal.parse(settings)
+    wanted, seed = Heal.parse(settings), parse_seed(seed)
     data = (
         calib_data if isinstance(calib_data, Calibration) else calibration(calib_data, as_call(example_inputs), teacher)
     )

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import operator
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,8 @@ from panther.spec import BITS, DTYPES, Budget, Grid, Heal, Plan
 
 # Numbers that share a scale, by bits. With eight bits one scale a row loses next to nothing.
 GROUPS: dict[int, tuple[int | None, ...]] = {8: (None,), 4: (None, 128, 32)}
+
+MAX_SEED = 2**63 - 1  # of torch's generators, NumPy's and those of this package's kernels
 
 
 @dataclass(frozen=True)
@@ -84,7 +87,8 @@ def check_arguments(
         raise ValueError(f"n_trials={n_trials!r}: expected a number of plans to evaluate, 1 or more")
     if timeout is not None and (isinstance(timeout, bool) or not isinstance(timeout, int | float) or not timeout > 0):
         raise ValueError(f"timeout={timeout!r}: expected seconds, above 0")
-    if isinstance(dtypes, str) or not dtypes or set(dtypes) - set(DTYPES):
+    is_list = isinstance(dtypes, Collection) and not isinstance(dtypes, str)
+    if not is_list or not dtypes or not all(isinstance(name, str) and name in DTYPES for name in dtypes):
         raise ValueError(
             f"dtypes={dtypes!r}: expected a sequence of {', '.join(map(repr, DTYPES))}, in which weights may be stored "
             f"({DTYPES[0]!r} stands for each layer's own dtype)"
@@ -94,6 +98,18 @@ def check_arguments(
             f"inplace=True: {type(model).__name__} is itself the layer, and cannot be another in its own place: "
             "leave inplace out and use the model of the result"
         )
+
+
+def parse_seed(seed: Any) -> int:
+    """The seed that the argument means.
+
+    Raises: TypeError unless it is an integer, ValueError unless random number generators take it.
+    """
+    if isinstance(seed, bool) or not hasattr(seed, "__index__"):
+        raise TypeError(f"seed={seed!r} ({type(seed).__name__}): expected an integer from 0 to 2**63 - 1")
+    if not 0 <= operator.index(seed) <= MAX_SEED:
+        raise ValueError(f"seed={seed!r}: expected an integer from 0 to 2**63 - 1")
+    return operator.index(seed)
 
 
 def parse_budget(budget: Any, eval_fn: Callable[[nn.Module], Any] | None) -> Budget:

@@ -168,6 +168,10 @@ class Grid:
     bits: int
     group_size: int | None = None
 
+    def __str__(self) -> str:
+        """ "int4, groups of 32"."""
+        return f"int{self.bits}" + ("" if self.group_size is None else f", groups of {self.group_size}")
+
     def groups(self, columns: int) -> int:
         """Scales a row."""
         return 1 if self.group_size is None else max(1, -(-columns // self.group_size))
@@ -486,6 +490,8 @@ class Plan:
             if data.pop("panther_plan") != PLAN_VERSION:
                 raise PlanError(f"this plan is of another version (this panther reads version {PLAN_VERSION})")
             read = {"choices": tuple(map(_choice_from, data["choices"])), "knobs": dict(data.get("knobs", {}))}
+            if not all(isinstance(data.get(name, ""), str) for name in ("fingerprint", "allocator", "budget")):
+                raise TypeError("fingerprint, allocator and budget are texts")
             return cls(**{**data, **read})
         except (KeyError, TypeError, AttributeError, ValueError, RecursionError) as error:
             raise PlanError(f"not a panther plan: {error!r}; write one with plan.to_json()") from error
@@ -649,6 +655,7 @@ class LayerReport:
     packing: str = "dense"  # how its factors are stored: see Choice
     channels: int = 0  # that are left between it and its neighbour; 0: all
     stored: str = ""  # of a quantised layer: "int8", "int4, groups of 32"
+    in_sample: bool = False  # the error is of fewer rows than there are inputs: those that were fitted to
 
 
 @dataclass(frozen=True)

@@ -33,7 +33,7 @@ from panther.compress import Result, prepared_for, solved
 from panther.errors import PantherError
 from panther.prepared import Prepared
 from panther.progress import Progress
-from panther.request import Request, check_arguments, parse_budget
+from panther.request import Request, check_arguments, parse_budget, parse_seed
 from panther.solve import search_plan
 from panther.spec import Budget, Choice, Heal, Plan
 from panther.trials import as_plan, can_score, identity, problem_for, student_of
@@ -118,7 +118,7 @@ def from_model(
 
     Raises: as panther.compress; ValueError for a budget of max_drop alone, which fixes no size.
     """
-    wanted = parse_budget(budget, eval_fn)
+    wanted, seed = parse_budget(budget, eval_fn), parse_seed(seed)
     check_arguments(model=model, search="tuned", n_trials=None, timeout=None, dtypes=("float32",), inplace=False)
     if not wanted.limits_size or wanted.latency_ms is not None or wanted.peak_memory_mb is not None:
         raise ValueError(

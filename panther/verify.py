@@ -305,16 +305,8 @@ def layer_report(spec: LayerSpec, choice: Choice | None, compressed: nn.Module) 
         after=after,
         packing=layer.PACKING,
         channels=_channels(spec, layer),
-        stored=_stored_as(layer),
+        stored=str(layer.grid) if isinstance(layer, QuantisedLayer) else "",
     )
-
-
-def _stored_as(layer: SketchedLayer) -> str:
-    """ "int4, groups of 32": what the numbers of a quantised layer are; nothing of others."""
-    if not isinstance(layer, QuantisedLayer):
-        return ""
-    size = layer.grid.group_size
-    return f"int{layer.grid.bits}" + ("" if size is None else f", groups of {size}")
 
 
 def _narrowed_report(spec: LayerSpec, choice: Choice | None, layer: nn.Module, before: Cost) -> LayerReport:

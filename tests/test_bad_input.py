@@ -119,6 +119,19 @@ def test_budgets_that_mean_nothing_or_two_things(
         compress(watched.model, budget)
 
 
+@pytest.mark.parametrize(
+    ("seed", "error"), [(-1, ValueError), (2**63, ValueError), (1.5, TypeError), (True, TypeError), ("3", TypeError)]
+)
+def test_a_seed_that_no_generator_takes_is_refused_before_any_work(
+    watched: Watched, seed: Any, error: type[Exception]
+) -> None:
+    words = r"expected an integer from 0 to 2\*\*63 - 1"
+    with pytest.raises(error, match=words):
+        compress(watched.model, seed=seed, example_inputs=None)
+    with pytest.raises(error, match=words):
+        panther.heal(watched.model, Net(), batches(), X, seed=seed)
+
+
 # Calibration data
 
 
@@ -334,7 +347,13 @@ def test_a_plan_that_asks_for_a_rank_that_does_not_pay(watched: Watched) -> None
         compress(watched.model, plan=json.dumps(data))
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", '{"panther_plan": 1}', '{"panther_plan": 99, "choices": []}', "null"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("", "{", "[]", "null", '{"panther_plan": 1}', '{"panther_plan": 99, "choices": []}'),
+        '{"panther_plan": 1, "choices": [], "budget": 3}',
+    ],
+)
 def test_a_plan_that_is_none(watched: Watched, text: str) -> None:
     with pytest.raises(PlanError, match=r"plan"):
         compress(watched.model, plan=text)

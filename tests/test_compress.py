@@ -939,7 +939,10 @@ def test_the_target_is_the_first_thing_said_and_silence_is_silent(cnn: Cnn, capf
 
 def test_few_rows_are_noted(cnn: Cnn) -> None:
     few = [IMAGES[:1], IMAGES[1:2]]
-    assert any("fewer than 10 rows" in note for note in compress(cnn, calib_data=few).report.notes)
+    report = compress(cnn, calib_data=few).report
+    assert any("fewer than 10 rows" in note for note in report.notes)
+    marked = {row.name for row in report.layers if row.in_sample}
+    assert marked and not any(row.in_sample for row in compress(cnn).report.layers if row.name in marked)
 
 
 def test_a_model_that_cannot_be_differentiated_is_compressed_all_the_same_and_noted(cnn: Cnn) -> None:
@@ -985,6 +988,8 @@ def test_saved_and_loaded_it_gives_equal_outputs(name: str, tmp_path: Path, requ
         ),
         ({"dtypes": "int8"}, ValueError, r"dtypes='int8': expected a sequence"),
         ({"dtypes": ()}, ValueError, r"dtypes=\(\): expected a sequence"),
+        ({"dtypes": ["int8", ["int4"]]}, ValueError, r"dtypes=\[.int8., \[.int4.\]\]: expected a sequence"),
+        ({"dtypes": 8}, ValueError, r"dtypes=8: expected a sequence"),
         ({"heal": "magic"}, ValueError, r"heal='magic': expected one of none, refit, blocks, distill, auto"),
         ({"heal": 3}, TypeError, r"heal=3: expected one of none, refit"),
         ({"budget": {"latency_ms": 0}}, ValueError, r"latency_ms=0\): expected milliseconds of one run"),

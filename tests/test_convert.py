@@ -3,6 +3,7 @@ import io
 import json
 import sys
 import textwrap
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from panther.compress import Result
 from panther.converters import ExportReport
 from panther.errors import ExportError
 from panther.nn import SKConv2d, SKLinear
-from panther.spec import Heal, Plan
+from panther.spec import Choice, Heal, Plan
 
 NETS = """
     import torch
@@ -399,6 +400,20 @@ def test_a_dry_run_prints_the_target_and_the_plan_and_writes_nothing(run, here: 
     assert sorted(here.rglob("*")) == before
 
 
+@pytest.mark.parametrize(
+    ("choice", "words"),
+    [
+        (Choice("a", "linear", (24,)), "linear, rank 24, two_gemm"),
+        (Choice("a", "tucker2", (4, 6), "pivoted", channels=9), "tucker2, rank 4 x 6, pivoted, 9 channels"),
+        (Choice("a", "whole", (), "quantised", "int8"), "whole, int8"),
+        (Choice("a", "linear", (8,), "quantised", "int4", group_size=32), "linear, rank 8, int4, groups of 32"),
+        (Choice("a", "channels", (9,), channels=9), "9 channels"),
+    ],
+)
+def test_a_dry_run_says_what_each_layer_is_stored_in(choice: Choice, words: str) -> None:
+    assert cli._choice_text(choice) == words
+
+
 def test_a_dry_run_tells_when_the_budget_is_out_of_reach(run) -> None:
     code, _, err = run(*MLP, "--dry-run", "--budget", "params=10")
     assert code == cli.OVER_BUDGET
@@ -728,6 +743,7 @@ def test_a_saved_recipe_gives_the_same_run(run, quick: dict[str, Any], here: Pat
         ("zzz: 1", "unknown key 'zzz'; known: "),
         ("- 1", "holds list: expected lines such as budget: 0.5"),
         ("a: [", "cannot be read"),
+        ('seed: !!int ""', "cannot be read"),
         ("trials: 5", "--trials belongs to --search tuned"),
     ],
 )
@@ -806,6 +822,8 @@ def test_a_recipe_that_cannot_be_followed_is_refused(run, here: Path, text: str,
         (["--device", "gpu9"], "--device gpu9 cannot be used here"),
         (["--opset", "x"], "argument --opset: invalid int value: 'x'; see python -m panther.convert --help"),
         (["--typo"], "unrecognized arguments: --typo"),
+        (["--seed", "-1"], "--seed -1: expected an integer from 0 to 2**63 - 1"),
+        (["--seed", str(2**64)], "expected an integer from 0 to 2**63 - 1"),
         (["--input-shape", "1x16"], "--input-shape 1x16: expected sizes"),
         (["--input-shape", "1,16:floaty"], "expected sizes"),
         (["--input-shape", "1,0"], "expected sizes"),
@@ -859,6 +877,15 @@ def test_arrays_that_do_not_belong_together_are_refused(run, here: Path) -> None
     assert "as many rows in each" in refusal(run(*MLP, "--calib", "uneven.npz")[2])
     np.savez("objects.npz", np.array([{}], dtype=object))
     assert "cannot be read as arrays of numbers" in refusal(run(*MLP, "--calib", "objects.npz")[2])
+
+
+@pytest.mark.parametrize("write", [np.savez, np.savez_compressed])
+@pytest.mark.parametrize("damage", [lambda data: data[:90], lambda data: data[:90] + b"????" + data[94:]])
+def test_damaged_arrays_are_refused_as_such(run, here: Path, write: Any, damage: Callable[[bytes], bytes]) -> None:
+    write("data.npz", np.ones((3, 16)))
+    Path("data.npz").write_bytes(damage(Path("data.npz").read_bytes()))
+    code, _, err = run(*MLP, "--calib", "data.npz")
+    assert code == cli.USAGE and "--calib data.npz cannot be read as arrays of numbers" in refusal(err)
 
 
 def test_a_trusted_pickle_is_read(run, here: Path, quick: dict[str, Any]) -> None:

@@ -10,12 +10,13 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from panther.converters import READERS, UnsupportedFormat, compressed, format_of, pickles, read
 from panther.converters.compressed import MANIFEST, WEIGHTS, describe_layers, load, save
 from panther.converters.huggingface import example_inputs_for
 from panther.errors import ExportError, LoadError
-from panther.nn import SKConv2d, SKLinear
+from panther.nn import QuantisedLinear, SKConv2d, SKLinear, SKPivotedLinear
 from panther.spec import Figures, Plan, Report
 
 
@@ -57,10 +58,10 @@ def assert_same_weights(a, b):
 # Which format
 
 
-def make_zip(path, names):
-    with zipfile.ZipFile(path, "w") as archive:
+def make_zip(path, names, packing=zipfile.ZIP_STORED):
+    with zipfile.ZipFile(path, "w", packing) as archive:
         for name in names:
-            archive.writestr(f"m/{name}", b"x")
+            archive.writestr(name, b"x")
 
 
 def test_content_decides_before_the_extension(tmp_path):
@@ -73,16 +74,25 @@ def test_content_decides_before_the_extension(tmp_path):
 @pytest.mark.parametrize(
     ("name", "entries", "way_out"),
     [
-        ("script.pt", ["data.pkl", "constants.pkl", "code/__torch__/x.py"], "TorchScript.*state_dict.*--model"),
-        ("program.pt2", ["archive_format", "models/model.json"], "torch.export archive.*--model"),
+        ("script.pt", ["m/data.pkl", "m/constants.pkl", "m/code/__torch__/x.py"], "TorchScript.*state_dict.*--model"),
+        ("program.pt2", ["m/archive_format", "m/models/model.json"], "torch.export archive.*--model"),
+        ("older.pt", ["serialized_exported_program.json", "version"], "torch.export archive.*--model"),
     ],
 )
-def test_formats_that_are_known_and_not_read_say_what_is_missing(tmp_path, name, entries, way_out):
-    make_zip(tmp_path / name, entries)
+@pytest.mark.parametrize("packing", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED])
+def test_formats_that_are_known_and_not_read_say_what_is_missing(tmp_path, name, entries, way_out, packing):
+    make_zip(tmp_path / name, entries, packing)
     with pytest.raises(UnsupportedFormat, match=way_out):
         read(tmp_path / name, model=small)
     with pytest.raises(UnsupportedFormat, match=way_out):
         READERS["state_dict"](tmp_path / name, model=small)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")  # the file of the test, not what is tested
+def test_what_torch_jit_saves_is_known_and_not_read(tmp_path):
+    torch.jit.save(torch.jit.trace(small(), torch.randn(1, 4)), tmp_path / "m.pt")  # deflates its code
+    with pytest.raises(UnsupportedFormat, match=r"TorchScript.*state_dict.*--model"):
+        read(tmp_path / "m.pt", model=small)
 
 
 def test_an_onnx_file_is_known_and_not_read(tmp_path):
@@ -94,7 +104,7 @@ def test_an_onnx_file_is_known_and_not_read(tmp_path):
 def test_what_is_no_model_is_refused_with_a_reason(tmp_path):
     (tmp_path / "notes.txt").write_text("hello")
     (tmp_path / "empty.pt").touch()
-    make_zip(tmp_path / "other.zip", ["readme"])
+    make_zip(tmp_path / "other.zip", ["m/readme"])
     os.mkfifo(tmp_path / "pipe.pt")
     for name, reason in {
         "": "without config.json .* or panther.json .*; it holds empty.pt, notes.txt",
@@ -642,6 +652,40 @@ def test_a_panther_json_that_was_changed_ends_in_a_load_error(saved, change, rea
     (folder / MANIFEST).write_text(json.dumps(manifest))
     with pytest.raises(LoadError, match=reason):
         load(folder, model=Net)
+
+
+class Largest(TorchDispatchMode):
+    """How many numbers the largest tensor has that was made inside."""
+
+    numbers = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        made = func(*args, **(kwargs or {}))
+        if isinstance(made, torch.Tensor) and not made.is_meta:
+            self.numbers = max(self.numbers, made.numel())
+        return made
+
+
+@pytest.mark.parametrize(
+    ("layer", "claims"),
+    [
+        (QuantisedLinear.from_dense(nn.Linear(8, 8)), {"out_features": 3_000_000}),
+        (
+            SKPivotedLinear.from_sketched(SKLinear.from_dense(nn.Linear(8, 8), rank=2)),
+            {"out_features": 3_000_000, "row_order": True},
+        ),
+        (SKLinear(8, 8, 1, 1, basis="random"), {"ranks": [3_000_000]}),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_sizes_that_only_panther_json_claims_take_no_memory(saved, layer, claims):
+    folder, _ = saved
+    manifest = json.loads((folder / MANIFEST).read_text())
+    manifest["layers"]["fc"] = {"type": type(layer).__name__, "aliases": [], **layer.config(), **claims}
+    (folder / MANIFEST).write_text(json.dumps(manifest))
+    with Largest() as made, pytest.raises(LoadError, match=r"the architecture given has 8|tensors missing"):
+        load(folder, model=Net)
+    assert made.numbers < 1000
 
 
 @pytest.mark.parametrize("text", ["", "[1]", "{", "[" * 200_000, "\xff"])

@@ -285,6 +285,10 @@ def test_an_opset_that_does_not_exist_is_a_wrong_argument(tmp_path):
 def test_what_onnxruntime_cannot_run_is_refused_with_a_way_out(tmp_path):
     with pytest.raises(ExportError, match=r"onnxruntime .*model\.float\(\)"):
         write(nn.Linear(4, 4).bfloat16(), tmp_path / "m.onnx", torch.ones(2, 4, dtype=torch.bfloat16))
+    with pytest.raises(
+        ExportError, match=r"not valid ONNX: .*\. Export model\.float\(\): many operators take no bfloat16"
+    ):
+        write(nn.Conv2d(3, 4, 3).bfloat16(), tmp_path / "m.onnx", torch.ones(2, 3, 8, 8, dtype=torch.bfloat16))
     assert list(tmp_path.iterdir()) == []
 
 

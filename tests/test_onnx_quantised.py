@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -108,6 +109,26 @@ def test_an_opset_without_blocks_keeps_floats_and_says_so(tmp_path: Path) -> Non
     report = write(small, tmp_path / "small.onnx", inputs(small), opset=18)
     assert report.ok and kinds(report.path)["numbers"] == {"FLOAT"}
     assert any("3 of 3 quantised weights are float numbers in the file: opset 18 can" in note for note in report.notes)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "grid", "told"),
+    [
+        (torch.float16, Grid(8), "float numbers in the file: opset 18 .*, use 19 or later"),
+        (torch.float16, Grid(4), "float numbers in the file: opset 18 .*, use 19 or later"),
+        (torch.float32, Grid(4, 32), "float numbers in the file: opset 18 .*, use 21 or later"),
+        (torch.float32, Grid(4), "weights of 4 bits take 8 in the file: opset 18"),
+        (torch.float64, Grid(4), "float numbers in the file: ONNX has no scales of float64"),
+    ],
+    ids=str,
+)
+def test_an_old_opset_is_told_of_once_and_with_the_one_to_use(
+    dtype: torch.dtype, grid: Grid, told: str, tmp_path: Path
+) -> None:
+    model = with_whole(nn.Sequential(nn.Linear(64, 32)).to(dtype), grid)
+    report = write(model, tmp_path / "old.onnx", torch.randn(3, 64, dtype=dtype), opset=18)
+    notes = [note for note in report.notes if "float numbers" in note or "4 bits" in note]
+    assert len(notes) == 1 and re.search(told, notes[0]), report.notes
 
 
 class Tokens(nn.Module):

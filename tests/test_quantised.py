@@ -256,6 +256,17 @@ def test_a_layer_that_runs_twice_is_rounded_without_the_data_and_that_is_said() 
     assert part is not None and int(part.values.abs().max()) <= 8
 
 
+def test_a_layer_whose_inputs_are_not_looked_at_is_told_of() -> None:
+    torch.manual_seed(0)
+    padded = nn.Conv1d(8, 16, 3, padding=1, padding_mode="reflect")
+    model = nn.Sequential(padded, nn.ReLU(), nn.Conv1d(16, 8, 3, padding=1)).eval()
+    calls = [Call((torch.randn(4, 8, 16),)) for _ in range(4)]
+    specs = {spec.name: spec for spec in panther.analyze(model, calls[0].args[0]).layers}
+    choices = [Choice(name, chains.WHOLE, (), chains.QUANTISED, "int4") for name in specs]
+    (said,) = round_layers(model, copy.deepcopy(model), choices, specs, calls)
+    assert said.startswith("0: weights") and "were rounded without looking at data" in said
+
+
 @pytest.mark.filterwarnings("ignore:no calibration data:UserWarning")
 def test_without_data_the_numbers_themselves_are_rounded() -> None:
     model = net()

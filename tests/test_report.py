@@ -50,6 +50,13 @@ def test_the_error_is_explained_as_what_it_measures() -> None:
     assert "of the weight's energy" in lines and "variance" not in lines
 
 
+def test_an_error_on_the_rows_that_were_fitted_to_is_marked() -> None:
+    marked = replace(REPORT, layers=(replace(ROW, in_sample=True), LEFT))
+    assert " ~0.031 " in line_with("encoder.fc1", render(marked))
+    assert "~: of the rows that" in render(marked) and "~: of the rows that" in marked.to_html()
+    assert "~" not in render(REPORT)
+
+
 def test_a_dense_layer_shows_why() -> None:
     assert line_with("tied to embed.weight", render(REPORT)).startswith("head")
 

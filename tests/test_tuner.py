@@ -698,6 +698,7 @@ BAD = {
     "a boolean": ({"iterations": True}, "n_iterations"),
     "unknown strategy": ({"strategy": "magic"}, "magic"),
     "negative seed": ({"seed": -1}, "seed"),
+    "huge seed": ({"seed": 2**63}, "seed must be at most 9223372036854775807"),
     "no jobs": ({"n_jobs": 0}, "n_jobs"),
     "no executor": ({"executor": 3}, "executor"),
     "an executor without a width": ({"executor": Backwards()}, "batch_size"),

@@ -1,5 +1,6 @@
 """Workers: here, in processes of our own, and in executors of others; what dies costs its trial and no more."""
 
+import math
 import os
 import pickle
 import threading
@@ -70,6 +71,35 @@ def test_here_runs_in_order_and_keeps_the_first_error():
     workers = Here(Objective(lambda x: 1 / (x - 1)))
     assert outcomes(finish(workers, 3)) == [-1.0, "failed", 1.0]
     assert isinstance(workers.first_error, ZeroDivisionError)
+
+
+class TwoParts(Exception):  # noqa: N818
+    """Pickled, and not unpickled again: that calls it with one argument."""
+
+    def __init__(self, left, right):
+        super().__init__(f"{left} and {right}")
+
+
+def raising(x):
+    if x == 0:
+        return x
+    if x == 1:
+        raise TwoParts(1, 2)
+    if x == 2:
+        raise ValueError(threading.Lock())
+    raise KeyError(x)
+
+
+@pytest.mark.parametrize(("start", "kind"), [(0, RuntimeError), (2, RuntimeError), (3, KeyError)])
+def test_an_executor_keeps_the_first_error_or_its_words(start, kind):
+    workers = Pool(Objective(raising), Fake())
+    trials = finish(workers, 3, start)
+    failed = next(trial for trial in trials if trial.status == "failed")
+    assert type(workers.first_error) is kind
+    if kind is KeyError:
+        assert "in raising" in workers.first_error.__notes__[0]
+    else:
+        assert str(workers.first_error) == failed.error
 
 
 def test_here_begins_nothing_after_the_deadline():
@@ -189,6 +219,14 @@ def test_processes_without_loky_run_functions_of_modules(monkeypatch):
         assert workers.wait(None).scores == {"score": 3.0}
     finally:
         workers.close(abandon=False)
+
+
+def test_errors_come_from_other_processes():
+    with ProcessPoolExecutor(1, get_context("spawn")) as executor:
+        workers = Pool(Objective(math.sqrt, by_keyword=False), executor)
+        workers.start(Job(0, {"x": -1}))
+        assert workers.wait(None).status == "failed"
+    assert isinstance(workers.first_error, ValueError)
 
 
 def test_loky_runs_lambdas_and_survives_a_worker_that_dies():

@@ -60,6 +60,7 @@ class _Found:
     name: str
     layer: nn.Module
     numbers: Sequence[tuple[str, Rounded]]
+    has_unseen: bool = False  # whether some of them were rounded without looking at data
 
 
 _Triple = tuple[Call, Arrival, Arrival]  # a call, and what the layer gets in both models
@@ -87,6 +88,7 @@ def round_layers(
     by_name = {choice.layer: choice for choice in choices if choice.grid is not None}
     walked = [name for name in by_name if specs[name].calls == 1] if calls else []
     done: list[str] = []
+    blind: list[str] = []
 
     def wanted(name: str, numbers: int) -> int:
         rows = max(1, numbers // specs[name].out_features)
@@ -100,6 +102,7 @@ def round_layers(
                 for one in _walk(teacher, student, walk, held, by_name, specs, seed):
                     found.append(one)
                     done.append(one.name)
+                    blind += [one.name] if one.has_unseen else []
                     bar(len(done) / len(by_name), one.name)
             except Exception as error:  # a user's module may raise anything, and the calls may part ways
                 said.append(f"rounding stopped looking at the data: {one_line(error)}")
@@ -112,9 +115,18 @@ def round_layers(
             [_round(student, student.get_submodule(n), by_name[n], specs[n], None, (), seed) for n in left],
         )
     if calls and left:
-        names = ", ".join(left[:3]) + (f" and {len(left) - 3} more" if len(left) > 3 else "")
-        said.append(f"{names} {'was' if len(left) == 1 else 'were'} rounded without looking at data")
+        said.append(f"{_listed(left)} {'was' if len(left) == 1 else 'were'} rounded without looking at data")
+    if blind:
+        said.append(
+            f"{_listed(blind)}: weights that multiply more than {MOST_FEATURES:,} inputs at once, or whose layer pads "
+            "with other numbers than zeros, were rounded without looking at data"
+        )
     return said
+
+
+def _listed(names: Sequence[str]) -> str:
+    """ "a, b, c and 4 more"."""
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 def _walk(
@@ -153,7 +165,7 @@ def _round(
 ) -> _Found:
     """Put the numbers of a grid into one layer."""
     found: list[tuple[str, Rounded]] = []
-    links = _links(layer, choice, spec)
+    links, has_unseen = _links(layer, choice, spec), False
     seen = None if dense is None else _products(layer, dense, links[0], found, spec, given, seed)
     if len(links) == 2:
         first, second = (cast(Tensor, getattr(layer, link.name)) for link in links)
@@ -164,6 +176,7 @@ def _round(
     for link in links:
         is_first = link is links[0]
         products = seen if is_first or dense is None else _products(layer, dense, link, found, spec, given, seed)
+        has_unseen = has_unseen or products is None or not products.rows
         weight = cast(Tensor, getattr(layer, link.name)).detach()
         rounded, wanted = _rounded(
             weight.flatten(1).double().cpu(), products, link.grid, weight.dtype, has_bias=layer.bias is not None
@@ -182,7 +195,7 @@ def _round(
     for name, rounded in found:
         weight = cast(Tensor, getattr(layer, name))
         weight.data.copy_(rounded.matrix().reshape(weight.shape))
-    return _Found(choice.layer, layer, found)
+    return _Found(choice.layer, layer, found, has_unseen)
 
 
 def _hold(student: nn.Module, found: Sequence[_Found]) -> None:

@@ -106,12 +106,20 @@ class SKLinear(SketchedLayer):
 
         Signs of size 1/sqrt(k) have E[U1^T U1] = 1, and leave no rounding that could differ between machines.
         """
+        if self.u1.is_meta:  # filled once the weights are there
+            return
         generator = torch.Generator("cpu").manual_seed(self.seed)
         size = (self.num_terms, self.low_rank, self.in_features + self.out_features)
         bits = torch.randint(2, size, generator=generator, dtype=torch.int8, device="cpu")
         signs = (2 * bits - 1).float() / math.sqrt(self.low_rank)
         self.u2.copy_(signs[..., : self.in_features])
         self.u1.copy_(signs[..., self.in_features :].permute(2, 0, 1))
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *rest: Any) -> None:
+        super()._load_from_state_dict(state_dict, prefix, *rest)
+        if self.basis == "random" and self.u1.is_meta and not self.s1.is_meta:
+            self.u1, self.u2 = self.s1.new_empty(self.u1.shape), self.s1.new_empty(self.u2.shape)
+            self._rebuild_bases()
 
     def reset_parameters(self) -> None:
         if self.basis == "learned":

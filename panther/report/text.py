@@ -49,6 +49,8 @@ def parts(report: Report) -> Iterator[str | Table]:
             "error: predicted share of the layer's output energy that is lost, weighted by how strongly the model's "
             "output reacts to it (without calibration data: of the weight's energy)"
         )
+        if any(row.in_sample for row in sketched):
+            yield "~: of the rows that the layer was fitted to, fewer than its inputs; on others it is larger"
         yield ""
     if dense:
         yield _left_dense(dense)
@@ -99,7 +101,7 @@ def _sketched(rows: Sequence[LayerReport]) -> Table:
             *([f"{100 * row.after.size_bytes / row.before.size_bytes:.1f} %"] if with_bytes else []),
             " x ".join(map(str, row.ranks)),
             str(row.terms),
-            _share(row.error),
+            ("~" if row.in_sample else "") + _share(row.error),
             f"{_millions(row.before.flops)} -> {_millions(row.after.flops)}",
         )
     return table

@@ -6,9 +6,11 @@ order of finishing. A process that dies costs the trial that it ran.
 
 from __future__ import annotations
 
+import math
 import os
 import pickle
 import time
+import traceback
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, CancelledError, Future, ProcessPoolExecutor, wait
@@ -20,13 +22,17 @@ from panther.errors import one_line
 from panther.tuner.objective import Job, Objective, evaluate, lost
 from panther.tuner.trial import Trial
 
+ERROR_BYTES = 2**20  # of an exception; one that holds more is sent as words only
 SETTLED = 10  # seconds until a broken executor has told all that it held; it takes milliseconds
+
+Sent = tuple[Trial, bytes | None]  # a trial, and what its function raised
 
 
 class Workers(Protocol):
     """What the tuner needs of them."""
 
     stopped: str  # why no more trials can run; "" while they can
+    first_error: Exception | None  # what the function raised in the first of the trials that it failed
 
     @property
     def is_busy(self) -> bool: ...
@@ -88,8 +94,10 @@ class Pool:
         self._waiting: deque[Job] = deque()
         self._suspects: deque[Job] = deque()
         self._alone = False  # a suspect is running
-        self._futures: dict[Future[Trial], Job] = {}
+        self._futures: dict[Future[Sent], Job] = {}
         self._unsent: deque[Trial] = deque()
+        self.first_error: Exception | None = None
+        self._first_failed = math.inf  # the number of its trial
 
     @property
     def is_busy(self) -> bool:
@@ -140,14 +148,14 @@ class Pool:
         """Hands a job out; False where that has to wait until what a broken executor lost is known."""
         try:
             try:
-                future = self._executor.submit(evaluate, self.objective, job)
+                future = self._executor.submit(_evaluated, self.objective, job)
             except BrokenExecutor:
                 if self._make is None:
                     raise
                 if self._futures:
                     return False
                 self._rebuild()  # it broke with nothing running
-                future = self._executor.submit(evaluate, self.objective, job)
+                future = self._executor.submit(_evaluated, self.objective, job)
         except Exception as error:
             if isinstance(error, RuntimeError):  # broken, or shut down by its owner
                 self.stopped = self.stopped or f"the executor takes no more trials ({one_line(error)})"
@@ -158,12 +166,12 @@ class Pool:
             self._futures[future] = job
         return True
 
-    def _result(self, future: Future[Trial]) -> Trial | None:
+    def _result(self, future: Future[Sent]) -> Trial | None:
         """What a finished future holds; None where its job will run again."""
         job = self._futures.pop(future)
         self._alone = False
         try:
-            return future.result()
+            trial, raised = future.result()
         except BrokenExecutor as error:
             accused = [job, *self._also_broken()]
             if self._make is None:
@@ -180,6 +188,9 @@ class Pool:
             if type(error).__name__ == "KilledWorker":  # dask's, after it tried on several workers
                 return _died(job, error)
             return lost(job, f"the executor returned no result: {one_line(error)}")
+        if raised is not None and trial.number < self._first_failed:
+            self._first_failed, self.first_error = trial.number, _arrived(raised, trial)
+        return trial
 
     def _also_broken(self) -> list[Job]:
         """The other jobs that a broken executor lost; those it finished before stay."""
@@ -191,6 +202,32 @@ class Pool:
         _shut_down(self._executor, abandon=True)
         assert self._make is not None  # noqa: S101 - only called where it is
         self._executor = self._make()
+
+
+def _evaluated(objective: Objective, job: Job) -> Sent:
+    """A job's trial, and what its function raised: pickled, for what cannot be unpickled would break the executor."""
+    raised: list[Exception] = []
+    trial = evaluate(objective, job, raised.append)
+    return trial, _pickled(raised[0]) if raised else None
+
+
+def _pickled(error: Exception) -> bytes:
+    """An exception with its traceback as a note; nothing where it cannot be sent."""
+    try:
+        error.add_note("".join(traceback.format_exception(error)))
+        pickled = pickle.dumps(error)
+    except Exception:  # what it holds may raise anything
+        return b""
+    return pickled if len(pickled) <= ERROR_BYTES else b""
+
+
+def _arrived(pickled: bytes, trial: Trial) -> Exception:
+    """An exception of another process; its words where it did not survive the way."""
+    try:
+        error = pickle.loads(pickled)  # noqa: S301  # from a worker that ran the user's own code
+    except Exception:  # a class of its own may raise anything, or not be known here
+        return RuntimeError(trial.error)
+    return error if isinstance(error, Exception) else RuntimeError(trial.error)
 
 
 def _died(job: Job, error: BaseException) -> Trial:

@@ -32,7 +32,7 @@ from panther.tuner.arguments import (
     whole,
 )
 from panther.tuner.backends import Question
-from panther.tuner.executors import Here, Workers, workers_for
+from panther.tuner.executors import Workers, workers_for
 from panther.tuner.journal import Batch, Record, opened
 from panther.tuner.objective import Job, Objective, scores_of, takes_keywords
 from panther.tuner.pruning import Pruner
@@ -121,7 +121,7 @@ class SkAutoTuner:
             raise ValueError("n_initial_points + n_iterations is 0: there would be nothing to evaluate")
         Strategy(strategy, self.n_initial_points, self.n_iterations)
         self.strategy = strategy
-        self.seed = whole("seed", seed, least=0)
+        self.seed = whole("seed", seed, least=0, most=2**63 - 1)
         self.n_jobs = jobs_of(n_jobs)
         self.executor = executor_of(executor)
         self.batch_size = batch_size_of(batch_size, self.n_jobs, self.executor)
@@ -295,8 +295,7 @@ class SkAutoTuner:
                 self._tell_the_rest()
         finally:
             workers.close(abandon=self.stopped_by not in ("trials", "exhausted", "patience"))
-        if isinstance(workers, Here):
-            self._first_error = self._first_error or workers.first_error
+        self._first_error = self._first_error or workers.first_error
         if interrupt is not None and self.best_trial is None:
             raise interrupt
         return self._result(workers.stopped)
