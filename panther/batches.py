@@ -396,6 +396,21 @@ def inference(model: nn.Module, *, fused: bool = False) -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def weights_may_change() -> Iterator[None]:
+    """For work that writes weights in place: every run sees the numbers that they have then.
+
+    torch.autocast keeps what it cast a parameter to until its outermost context ends, which may be the caller's.
+    """
+    keeps = torch.is_autocast_cache_enabled()
+    torch.set_autocast_cache_enabled(False)
+    try:
+        yield
+    finally:
+        torch.set_autocast_cache_enabled(keeps)
+        torch.clear_autocast_cache()
+
+
+@contextlib.contextmanager
 def slow_attention() -> Iterator[None]:
     before = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)

@@ -20,7 +20,17 @@ import torch
 from torch import Tensor, nn
 
 from panther.answers import is_classifier, last_dense_call
-from panther.batches import Calibration, Call, as_call, calibration, float_outputs, inference, parts_of, run
+from panther.batches import (
+    Calibration,
+    Call,
+    as_call,
+    calibration,
+    float_outputs,
+    inference,
+    parts_of,
+    run,
+    weights_may_change,
+)
 from panther.batchnorm import reestimate
 from panther.errors import LoadError, one_line
 from panther.healers import Limits, distill, heal_blocks, refit
@@ -43,6 +53,7 @@ REORDER_SLACK = 0.01  # what new rounding of re-ordered factors may cost, as a s
 SAMPLED = 1000  # numbers of a tensor that tell it from another
 
 
+@weights_may_change()
 def heal(
     teacher: nn.Module,
     student: nn.Module,

@@ -752,6 +752,25 @@ def test_compress_reports_what_healing_did_and_is_nearer_on_unseen_inputs() -> N
     assert set(healing.notes) <= set(result.report.notes)
 
 
+def test_inside_autocast_every_figure_is_of_the_weights_as_they_are() -> None:
+    """It keeps casts of weights until its outermost context ends, which here is the caller's."""
+    model, given, found = Net(), data(), []
+    for keeps in (False, True):
+        with torch.autocast("cpu", dtype=torch.bfloat16, cache_enabled=keeps):
+            model(given[0])
+            result = compressed(model, given, Heal("auto", steps=24, time_limit=LONG, learning_rate=0.005))
+            student = sketched(model)
+            student(given[0])
+            healed = heal(model, student, given, "auto", steps=24)
+            answers = [m(given[0]) for m in (result.model, student)]
+            assert torch.is_autocast_cache_enabled() == keeps
+        figures = [[figure for _, _, figure in h.history] for h in (result.report.healing, healed) if h is not None]
+        found.append((bits(result.model), bits(student), figures, answers))
+    (plain, own, figures, answers), (kept, own_kept, figures_kept, answers_kept) = found
+    assert same(plain, kept) and same(own, own_kept) and figures == figures_kept
+    assert all(map(torch.equal, answers, answers_kept))
+
+
 def test_without_data_nothing_is_healed() -> None:
     model, given = Net(), data(1)
     with pytest.warns(UserWarning, match="no calibration data"):
