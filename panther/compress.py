@@ -15,7 +15,7 @@ from torch import nn
 
 from panther.allocate import resolve
 from panther.allocators import Allocator
-from panther.batches import Calibration, Call, as_call, calibration, weights_may_change
+from panther.batches import Calibration, Call, as_call, calibration, is_for_inference, weights_may_change
 from panther.capture import capture
 from panther.channels import counted_by_nobody, counts_of, narrowable, with_counts
 from panther.decompose import candidates, decompose, refuse_non_finite
@@ -156,6 +156,11 @@ def compress(
         inplace=inplace,
         has_plan=plan is not None,
     )
+    if inplace and is_for_inference(model):
+        raise ValueError(
+            "inplace=True cannot write into a model that was made in torch.inference_mode: leave it out, or make the "
+            "model outside of that mode"
+        )
     if plan is None and checkpoint is not None:
         plan = _plan_in(Path(checkpoint), budget=str(wanted), seed=seed, search=search, dtypes=tuple(dtypes))
     if plan is not None and not isinstance(plan, Plan):
@@ -221,6 +226,8 @@ def _plan_in(
 
 def prepared_for(request: Request) -> Prepared:
     """Capture, measure and decompose: everything that another budget can use again."""
+    if is_for_inference(request.model):
+        request = changed(request, model=copied(request.model, {}, None)[0])
     model, example, dense = request.model, request.example, Dense(request)
     seconds: dict[str, float] = {}
     with timed(seconds, "capture"):

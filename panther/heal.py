@@ -27,6 +27,7 @@ from panther.batches import (
     calibration,
     float_outputs,
     inference,
+    is_for_inference,
     parts_of,
     run,
     weights_may_change,
@@ -40,6 +41,7 @@ from panther.healers.lockstep import LeftStepError
 from panther.healers.losses import held_out_loss
 from panther.healers.terms import reorder
 from panther.healers.training import Progressed
+from panther.nn.surgery import copied
 from panther.progress import Progress
 from panther.spec import Heal, Healed, LayerSpec
 
@@ -81,11 +83,18 @@ def heal(
     checkpoint: a file that a killed run goes on from, given the same arguments; it is removed at the end.
     identity: what else must be the same for that.
 
-    Raises: ValueError or TypeError for bad settings, CalibrationError for unusable data, LoadError for a checkpoint of
+    Raises: ValueError or TypeError for bad settings or a student that cannot be trained, CalibrationError for unusable data, LoadError for a checkpoint of
     another run. Ctrl-C ends the healing and keeps the best state so far, as well as the checkpoint; what else goes
     wrong on the way is undone, and said in the notes.
     """
     wanted = Heal.parse(settings)
+    if is_for_inference(student):
+        raise ValueError(
+            "the student was made in torch.inference_mode and cannot be trained: make it, or a copy.deepcopy of it, "
+            "outside of that mode"
+        )
+    if is_for_inference(teacher):
+        teacher = copied(teacher, {}, None)[0]
     data = (
         calib_data if isinstance(calib_data, Calibration) else calibration(calib_data, as_call(example_inputs), teacher)
     )

@@ -771,6 +771,31 @@ def test_inside_autocast_every_figure_is_of_the_weights_as_they_are() -> None:
     assert all(map(torch.equal, answers, answers_kept))
 
 
+def test_in_inference_mode_the_same_is_trained_and_can_be_trained_on() -> None:
+    settings = Heal("auto", steps=24, time_limit=LONG, learning_rate=0.005)
+    torch.manual_seed(0)
+    plain = compressed(Net(), data(), settings)
+    torch.manual_seed(0)
+    with torch.inference_mode():  # also the weights and the inputs are made there
+        result = compressed(Net(), data(), settings)
+        again = result.resolve(0.4)
+    assert same(bits(plain.model), bits(result.model))
+    assert not any(t.is_inference() for m in (result.model, again.model) for t in m.state_dict().values())
+    result.model(data()[0]).sum().backward()
+
+
+def test_a_student_made_in_inference_mode_is_refused_and_any_other_is_healed_there() -> None:
+    teacher, given = Net(), data()
+    student = sketched(teacher)
+    with torch.inference_mode():
+        with pytest.raises(ValueError, match="student was made in torch.inference_mode"):
+            heal(teacher, sketched(teacher), given)
+        with pytest.raises(ValueError, match="inplace=True cannot write into a model that was made in"):
+            compressed(Net(), given, inplace=True)
+        done = heal(teacher, student, given, "distill", layers=[])
+    assert done.after < done.before
+
+
 def test_without_data_nothing_is_healed() -> None:
     model, given = Net(), data(1)
     with pytest.warns(UserWarning, match="no calibration data"):
