@@ -13,6 +13,7 @@ import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -126,17 +127,20 @@ class _Healer:
     reached: float = math.nan  # and its held-out loss
 
     def __post_init__(self) -> None:
-        in_memory = isinstance(self.data.source, list | tuple)
-        self.calls = list(self.data if in_memory else _fitting(self.data, HELD_BYTES))
-        if len(self.calls) < len(self.data):
-            self.notes.append(
-                f"healing saw {len(self.calls)} of {len(self.data)} batches: more would not fit in memory"
-            )
         self.held_out = list(self.data.held_out)
         with torch.no_grad(), inference(self.teacher), last_dense_call(self.teacher) as last:
             answer = run(self.teacher, self.held_out[0])
             self.is_comparable = bool(float_outputs(answer))
             self.classifies = is_classifier(answer, last)
+
+    @cached_property
+    def calls(self) -> list[Call]:
+        """What there is to fit to, read when that begins."""
+        in_memory = isinstance(self.data.source, list | tuple)
+        calls = list(self.data if in_memory else _fitting(self.data, HELD_BYTES))
+        if len(calls) < len(self.data):
+            self.notes.append(f"healing saw {len(calls)} of {len(self.data)} batches: more would not fit in memory")
+        return calls
 
     def identity(self) -> dict[str, Any]:
         """What a checkpoint must have been made with to go on from it."""
