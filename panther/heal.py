@@ -36,7 +36,7 @@ from panther.batches import (
 from panther.batchnorm import reestimate
 from panther.errors import LoadError, one_line
 from panther.healers import Limits, distill, heal_blocks, refit
-from panther.healers.blocks import HealedBlock, find_blocks, trainable
+from panther.healers.blocks import HealedBlock, find_blocks, share_in_blocks, trainable
 from panther.healers.checkpoint import Checkpoint, Saved
 from panther.healers.lockstep import LeftStepError
 from panther.healers.losses import held_out_loss
@@ -52,6 +52,7 @@ MOST_THREADS = 512  # of one model: each batch that is held in the middle of it 
 HELD_BYTES = 1_500_000_000  # of activations at one depth, in all batches together; also of their inputs
 STAGES = ("refit done", "blocks", "blocks done", "distill", "distill done")  # of a checkpoint, in order
 PROGRESS = ("step", "seconds", "rate", "halvings", "first", "best", "checks", "left_out")  # of a run that is saved
+LEAST_IN_BLOCKS = 0.5  # of what can be trained, for them to get a part of the time
 REORDER_SLACK = 0.01  # what new rounding of re-ordered factors may cost, as a share of the held-out loss
 SAMPLED = 1000  # numbers of a tensor that tell it from another
 
@@ -172,9 +173,9 @@ class _Healer:
         stage = "" if saved is None else str(saved.facts["stage"])
         if mode != "none" and self._can_heal():
             self.progress.say(f"healing: {_announced(self.settings)}")
+            share = self._shares()
             if not _is_past(stage, "refit"):
                 self._kept_if_better("refit", lambda: self._refit(layers, sensitivities, gates, narrow))
-            share = {"blocks": (1.0, 0.0), "distill": (0.0, 1.0), "auto": (0.25, 0.75)}.get(mode, (0.0, 0.0))
             if share[0] and not self.interrupted and not _is_past(stage, "blocks"):
                 self._kept_if_better("blocks", lambda: self._blocks(share[0], saved if stage == "blocks" else None))
             if share[1] and not self.interrupted and not _is_past(stage, "distill"):
@@ -192,6 +193,19 @@ class _Healer:
             tuple(self.history),
             tuple(self.notes),
         )
+
+    def _shares(self) -> tuple[float, float]:
+        """How much of the time is for blocks, and how much for distillation."""
+        shares = {"blocks": (1.0, 0.0), "distill": (0.0, 1.0), "auto": (0.25, 0.75)}.get(self.settings.mode, (0.0, 0.0))
+        if self.settings.mode != "auto":
+            return shares
+        inside = share_in_blocks(self.teacher, self.student, self.held_out[0])
+        if inside >= LEAST_IN_BLOCKS:
+            return shares
+        note = f"all of the time went to distillation: blocks that run once hold {inside:.0%} of what can be trained"
+        if find_blocks(self.student) and note not in self.notes:  # as a run that goes on from a checkpoint has it
+            self.notes.append(note)
+        return 0.0, 1.0
 
     def _can_heal(self) -> bool:
         """Whether there is something to judge by; a note where there is not."""

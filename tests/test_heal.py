@@ -395,8 +395,52 @@ def test_a_layer_that_runs_twice_is_said_and_distilled_all_the_same() -> None:
     assert any(
         note.startswith("refit left 2 of 4 layers as they were (layers.0.up: it runs more") for note in done.notes
     )
-    assert any(note.startswith("blocks left layers.0 as they were") for note in done.notes)
+    assert any(note.startswith("all of the time went to distillation") for note in done.notes)
     assert done.after < done.before and not torch.equal(student.layers[0].up.down, before)
+
+
+class Shared(nn.Module):
+    """One block for four steps, and a layer before it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.layers, self.out = nn.Linear(12, 12), nn.ModuleList([Block()]), nn.Linear(12, 5)
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                steepen(module)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x)
+        for _ in range(4):
+            x = self.layers[0](x)
+        answer: Tensor = self.out(x)
+        return answer
+
+
+def test_where_blocks_can_train_little_all_time_goes_to_distillation(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    teacher, given, names = Shared(), data(), ("first", "layers.0.up", "layers.0.down")
+    whole, first, second = (sketched(teacher, names) for _ in range(3))
+    layers = [replace(one, calls=1 if one.name == "first" else 4) for one in specs(teacher, names)]
+    done = heal(teacher, whole, given, layers=layers)
+    assert {stage for _, stage, _ in done.history} == {"before", "refit", "distill"}
+    assert done.steps == 48 and done.after < done.before
+    assert [note for note in done.notes if "all of the time went to distillation: blocks that run once hold" in note]
+    with monkeypatch.context() as patch:
+        killed(patch, 3)
+        with pytest.raises(KilledError):
+            heal(teacher, first, given, layers=layers, checkpoint=tmp_path / "run")
+    resumed = heal(teacher, second, given, layers=layers, checkpoint=tmp_path / "run")
+    assert same(bits(whole), bits(second)) and resumed.notes == done.notes
+    blocks = heal(teacher, sketched(teacher, names), given, "blocks", layers=layers)
+    assert {stage for _, stage, _ in blocks.history} == {"before", "refit", "blocks"}
+
+
+def test_a_block_that_runs_twice_is_left_and_said() -> None:
+    teacher = Recurs()
+    done = heal(teacher, sketched(teacher), data(), "blocks", layers=specs(teacher, NAMES[2:]))
+    assert any(note.startswith("blocks left layers.0 as they were") for note in done.notes)
 
 
 def test_more_data_than_memory_is_left_out_and_said(monkeypatch: pytest.MonkeyPatch) -> None:
