@@ -53,6 +53,8 @@ HELD_BYTES = 1_500_000_000  # of activations at one depth, in all batches togeth
 STAGES = ("refit done", "blocks", "blocks done", "distill", "distill done")  # of a checkpoint, in order
 PROGRESS = ("step", "seconds", "rate", "halvings", "first", "best", "checks", "left_out")  # of a run that is saved
 LEAST_IN_BLOCKS = 0.5  # of what can be trained, for them to get a part of the time
+# Of a refit that made things worse: groups of layers that are put back, and layers of a group that are tried one by one.
+MOST_GROUPS, MOST_SINGLES = 8, 8
 REORDER_SLACK = 0.01  # what new rounding of re-ordered factors may cost, as a share of the held-out loss
 SAMPLED = 1000  # numbers of a tensor that tell it from another
 
@@ -308,10 +310,71 @@ class _Healer:
         if done.kept:
             first = "; ".join(f"{name}: {why}" for name, why in list(done.kept.items())[:3])
             self.notes.append(f"refit left {len(done.kept)} of {len(layers)} layers as they were ({first})")
-        some = calls[:CORRECTED_CALLS]
-        found = reestimate(self.student, some, dense=self.teacher, held_out=self.held_out, progress=self.progress)
-        if found.norms:
-            self.notes.append(f"the statistics of {len(found.norms)} BatchNorm layers were corrected")
+        corrected = self._correct_norms()
+        whole = self.figure()
+        if done.accepted and not whole <= self.reached:
+            corrected = self._put_back_some(done.accepted, whole)
+        if corrected:
+            self.notes.append(f"the statistics of {corrected} BatchNorm layers were corrected")
+
+    def _correct_norms(self) -> int:
+        """Correct the statistics of BatchNorms where that helps; of how many it did."""
+        calls = self.calls[:CORRECTED_CALLS]
+        found = reestimate(self.student, calls, dense=self.teacher, held_out=self.held_out, progress=self.progress)
+        return len(found.norms)
+
+    def _put_back_some(self, names: Sequence[str], whole: float) -> int:
+        """Old factors for the layers at fault, where a refit made held-out answers worse as a whole (to `whole`).
+
+        Groups of neighbours are put back one after the other, then the layers of the group that mattered most get
+        their new factors once more, one by one; all by the old statistics of BatchNorms, which are then corrected for
+        what stays. Nothing is put back where no part of the refit would be better than none.
+
+        Returns: of how many BatchNorms that was done.
+        Cost:    up to MOST_GROUPS + MOST_SINGLES held-out passes.
+        """
+        new = self._states(names)
+        _write(self.student, self.kept)
+        old = self._states(names)
+        self._put(names, new)
+        best, groups = _or_infinity(self.figure()), _in_groups(names, MOST_GROUPS)
+        gains: dict[tuple[str, ...], float] = {}
+        for group in reversed(groups):
+            self._put(group, old)
+            figure = self.figure()
+            if figure < best:
+                gains[group], best = best - figure, figure
+            else:
+                self._put(group, new)
+        back = [name for group in groups if group in gains for name in group]
+        worst = max(gains, key=lambda group: gains[group], default=())
+        for name in reversed(worst) if 1 < len(worst) <= MOST_SINGLES else ():
+            self._put([name], new)
+            figure = self.figure()
+            if figure < best:
+                best = figure
+                back.remove(name)
+            else:
+                self._put([name], old)
+        if not best < self.reached:
+            self._put(names, new)
+            return 0
+        some = ", ".join(back[:5]) + (f" and {len(back) - 5} more" if len(back) > 5 else "")
+        said = f": {some} took the old factors back" if back else " with corrected statistics, which were put back"
+        self.notes.append(f"refit as a whole made held-out answers worse ({self.reached:.4g} -> {whole:.4g}){said}")
+        reached = _state(self.student)
+        corrected = self._correct_norms()
+        if corrected and not self.figure() <= best:
+            _write(self.student, reached)
+            return 0
+        return corrected
+
+    def _states(self, names: Sequence[str]) -> dict[str, list[Tensor]]:
+        return {name: _state(self.student.get_submodule(name)) for name in names}
+
+    def _put(self, names: Sequence[str], states: Mapping[str, Sequence[Tensor]]) -> None:
+        for name in names:
+            _write(self.student.get_submodule(name), states[name])
 
     def _blocks(self, share: float, saved: Saved | None) -> None:
         calls = self.calls[: MOST_THREADS - len(self.held_out)]
@@ -416,6 +479,16 @@ def _state(student: nn.Module) -> list[Tensor]:
 def _write(student: nn.Module, state: Sequence[Tensor]) -> None:
     for tensor, value in zip(_changing(student), state, strict=True):
         tensor.copy_(value)
+
+
+def _or_infinity(figure: float) -> float:
+    return math.inf if math.isnan(figure) else figure
+
+
+def _in_groups(names: Sequence[str], most: int) -> list[tuple[str, ...]]:
+    """Names in a row as groups of about one size."""
+    size = math.ceil(len(names) / most)
+    return [tuple(names[start : start + size]) for start in range(0, len(names), size)]
 
 
 def _announced(settings: Heal) -> str:

@@ -265,6 +265,47 @@ def test_what_fails_is_undone_and_said_and_the_rest_goes_on(
     assert done.after < done.before and done.steps > 0
 
 
+def spoilt(monkeypatch: pytest.MonkeyPatch, names: Sequence[str], by: float = 30.0) -> None:
+    """The refit gives these layers factors that are wrong."""
+    real = module_of_heal.refit
+
+    def refit(teacher: nn.Module, student: nn.Module, *args: Any, **options: Any) -> Any:
+        done = real(teacher, student, *args, **options)
+        for name in names:
+            student.get_submodule(name)._parameters["up"].data.mul_(by)
+        return replace(done, accepted=tuple(dict.fromkeys((*done.accepted, *names))))
+
+    monkeypatch.setattr(module_of_heal, "refit", refit)
+
+
+@pytest.mark.parametrize("groups", [1, 2, 8])
+def test_a_refit_that_one_layer_spoils_keeps_the_others(groups: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    teacher, given, at_fault = Net(), data(), "layers.1.up"
+    student = sketched(teacher)
+    before = {name: student.get_submodule(name).weight.clone() for name in NAMES}
+    spoilt(monkeypatch, [at_fault])
+    monkeypatch.setattr(module_of_heal, "MOST_GROUPS", groups)
+    done = heal(teacher, student, given, "refit")
+    assert done.after < done.before
+    # Terms are put in another order at the end, which changes no product.
+    back = [name for name in NAMES if torch.allclose(before[name], student.get_submodule(name).weight, atol=1e-5)]
+    assert at_fault in back and len(back) < len(NAMES)
+    said = f"{at_fault} took the old factors back"
+    assert any("refit as a whole made held-out answers worse" in note and said in note for note in done.notes)
+    assert not any("undone" in note for note in done.notes)
+
+
+def test_a_refit_of_which_no_part_helps_is_undone(monkeypatch: pytest.MonkeyPatch) -> None:
+    teacher, given = Net(), data()
+    student = sketched(teacher)
+    before = student(given[0])
+    spoilt(monkeypatch, NAMES, math.nan)
+    done = heal(teacher, student, given, "refit")
+    assert done.after == done.before
+    torch.testing.assert_close(student(given[0]), before)
+    assert any(note.startswith("refit made held-out answers worse") and "undone" in note for note in done.notes)
+
+
 @pytest.mark.parametrize("count", [1, 2])
 @pytest.mark.parametrize("size", [1, 4])
 def test_one_sample_and_batches_of_one_are_enough(size: int, count: int) -> None:

@@ -217,7 +217,9 @@ def test_healed_whole_numbers_are_never_worse_than_unhealed_ones(
     assert healing.after == pytest.approx(panther.heal(model, healed.model, calls, calls[0], "none").before, rel=1e-3)
     assert [stage for _, stage, _ in healing.history] == ["before", "rounding"]
     if spoilt:
-        assert healing.after == healing.before and any("each number was rounded by itself" in n for n in healed.report.notes)
+        assert healing.after == healing.before and any(
+            "each number was rounded by itself" in n for n in healed.report.notes
+        )
         for one, other in zip(plain.model.parameters(), healed.model.parameters(), strict=True):
             assert torch.equal(one, other)
     else:
