@@ -53,7 +53,7 @@ HELD_BYTES = 1_500_000_000  # of activations at one depth, in all batches togeth
 STAGES = ("refit done", "blocks", "blocks done", "distill", "distill done")  # of a checkpoint, in order
 PROGRESS = ("step", "seconds", "rate", "halvings", "first", "best", "checks", "left_out")  # of a run that is saved
 LEAST_IN_BLOCKS = 0.5  # of what can be trained, for them to get a part of the time
-# Of a refit that made things worse: groups of layers that are put back, and layers of a group that are tried one by one.
+# Of a refit that made things worse: groups of layers that are put back, and layers of one that are tried alone.
 MOST_GROUPS, MOST_SINGLES = 8, 8
 REORDER_SLACK = 0.01  # what new rounding of re-ordered factors may cost, as a share of the held-out loss
 SAMPLED = 1000  # numbers of a tensor that tell it from another
@@ -87,9 +87,9 @@ def heal(
     checkpoint: a file that a killed run goes on from, given the same arguments; it is removed at the end.
     identity: what else must be the same for that.
 
-    Raises: ValueError or TypeError for bad settings or a student that cannot be trained, CalibrationError for unusable data, LoadError for a checkpoint of
-    another run. Ctrl-C ends the healing and keeps the best state so far, as well as the checkpoint; what else goes
-    wrong on the way is undone, and said in the notes.
+    Raises: ValueError or TypeError for bad settings or a student that cannot be trained, CalibrationError for unusable
+    data, LoadError for a checkpoint of another run. Ctrl-C ends the healing and keeps the best state so far, as well as
+    the checkpoint; what else goes wrong on the way is undone, and said in the notes.
     """
     wanted = Heal.parse(settings)
     if is_for_inference(student):

@@ -873,7 +873,7 @@ def test_a_student_made_in_inference_mode_is_refused_and_any_other_is_healed_the
     teacher, given = Net(), data()
     student = sketched(teacher)
     with torch.inference_mode():
-        with pytest.raises(ValueError, match="student was made in torch.inference_mode"):
+        with pytest.raises(ValueError, match=r"student was made in torch\.inference_mode"):
             heal(teacher, sketched(teacher), given)
         with pytest.raises(ValueError, match="inplace=True cannot write into a model that was made in"):
             compressed(Net(), given, inplace=True)

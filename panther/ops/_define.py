@@ -65,7 +65,8 @@ def define(
     """Register an op of the `panther` namespace from its schema, its formula and its backward.
 
     The reference serves every device that has no kernel of its own, and tensors without data. Under autocast the
-    floating inputs are cast to the autocast dtype, as they are for F.linear. torch.func transforms and forward-mode tangents see the reference.
+    floating inputs are cast to the autocast dtype, as they are for F.linear. torch.func transforms and
+    forward-mode tangents see the reference.
     flops: what one run needs, from the shapes of tensors and from other inputs as they are; torch's FlopCounterMode
     counts it. What a backward needs is counted from the standard ops that it is made of.
     An op that accumulates comes without backward, and then without autocast: its casts would be copies, not what is
