@@ -36,6 +36,12 @@ class Call:
     args: tuple[Any, ...] = ()
     kwargs: Mapping[str, Any] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        """Tensors that were made in inference mode are copied: a backward pass needs others."""
+        if not torch.is_inference_mode_enabled() and any(tensor.is_inference() for tensor in self.leaves()):
+            object.__setattr__(self, "args", _copied(self.args))
+            object.__setattr__(self, "kwargs", _copied(self.kwargs))
+
     def to(self, device: torch.device | str) -> Call:
         return Call(tuple(_move(a, device) for a in self.args), {k: _move(v, device) for k, v in self.kwargs.items()})
 
@@ -410,6 +416,31 @@ def inference(model: nn.Module, *, fused: bool = False) -> Iterator[None]:
         finally:
             for module, flag in flags.items():
                 module.training = flag
+
+
+@contextlib.contextmanager
+def weights_may_change() -> Iterator[None]:
+    """For work that makes, trains or writes weights in place: every run sees the numbers that they have then.
+
+    torch.autocast keeps what it cast a parameter to until its outermost context ends, which may be the caller's. In
+    inference mode nothing learns, and what is made there never will; it is left for a while, not so no_grad.
+    """
+    keeps = torch.is_autocast_cache_enabled()
+    torch.set_autocast_cache_enabled(False)
+    try:
+        with contextlib.ExitStack() as modes:
+            if torch.is_inference_mode_enabled():
+                modes.enter_context(torch.inference_mode(False))
+                modes.enter_context(torch.no_grad())
+            yield
+    finally:
+        torch.set_autocast_cache_enabled(keeps)
+        torch.clear_autocast_cache()
+
+
+def is_for_inference(model: nn.Module) -> bool:
+    """Whether a model was made in inference mode: its tensors can be neither trained nor written outside of it."""
+    return any(tensor.is_inference() for tensor in (*model.parameters(), *model.buffers()))
 
 
 @contextlib.contextmanager

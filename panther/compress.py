@@ -15,7 +15,7 @@ from torch import nn
 
 from panther.allocate import resolve
 from panther.allocators import Allocator
-from panther.batches import Calibration, Call, as_call, calibration
+from panther.batches import Calibration, Call, as_call, calibration, is_for_inference, weights_may_change
 from panther.capture import capture
 from panther.channels import counted_by_nobody, counts_of, narrowable, with_counts
 from panther.decompose import candidates, decompose, refuse_non_finite, with_pair
@@ -52,6 +52,7 @@ class Result:
     def budget_met(self) -> bool:
         return self.report.budget_met
 
+    @weights_may_change()
     def resolve(self, budget: Any) -> Result:
         """The result for another budget, without measuring or decomposing again.
 
@@ -91,6 +92,7 @@ def analyze(
     return selected(capture(model, as_call(example_inputs)), model, include, exclude)
 
 
+@weights_may_change()
 def compress(
     model: nn.Module,
     budget: Any,
@@ -154,6 +156,11 @@ def compress(
         inplace=inplace,
         has_plan=plan is not None,
     )
+    if inplace and is_for_inference(model):
+        raise ValueError(
+            "inplace=True cannot write into a model that was made in torch.inference_mode: leave it out, or make the "
+            "model outside of that mode"
+        )
     if plan is None and checkpoint is not None:
         plan = _plan_in(Path(checkpoint), budget=str(wanted), seed=seed, search=search, dtypes=tuple(dtypes))
     if plan is not None and not isinstance(plan, Plan):
@@ -219,6 +226,8 @@ def _plan_in(
 
 def prepared_for(request: Request) -> Prepared:
     """Capture, measure and decompose: everything that another budget can use again."""
+    if is_for_inference(request.model):
+        request = changed(request, model=copied(request.model, {}, None)[0])
     model, example, dense = request.model, request.example, Dense(request)
     seconds: dict[str, float] = {}
     with timed(seconds, "capture"):
@@ -243,7 +252,7 @@ def prepared_for(request: Request) -> Prepared:
             "no calibration data: the weights alone decide. On real models this loses several times more of the output "
             "than with a few hundred unlabelled inputs (calib_data=...)."
         )
-        warnings.warn(text, UserWarning, stacklevel=3)
+        warnings.warn(text, UserWarning, stacklevel=4)  # of whoever calls compress, which has a decorator
         notes.append(text)
     factors = _factors(request, found, data, seconds, notes)
     notes.extend(_thin(factors))

@@ -13,6 +13,7 @@ import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -20,16 +21,28 @@ import torch
 from torch import Tensor, nn
 
 from panther.answers import is_classifier, last_dense_call
-from panther.batches import Calibration, Call, as_call, calibration, float_outputs, inference, parts_of, run
+from panther.batches import (
+    Calibration,
+    Call,
+    as_call,
+    calibration,
+    float_outputs,
+    inference,
+    is_for_inference,
+    parts_of,
+    run,
+    weights_may_change,
+)
 from panther.batchnorm import reestimate
 from panther.errors import LoadError, one_line
 from panther.healers import Limits, distill, heal_blocks, refit
-from panther.healers.blocks import HealedBlock, find_blocks, trainable
+from panther.healers.blocks import HealedBlock, find_blocks, share_in_blocks, trainable
 from panther.healers.checkpoint import Checkpoint, Saved
 from panther.healers.lockstep import LeftStepError
 from panther.healers.losses import held_out_loss
 from panther.healers.terms import reorder
 from panther.healers.training import Progressed
+from panther.nn.surgery import copied
 from panther.progress import Progress
 from panther.request import parse_seed
 from panther.spec import Heal, Healed, LayerSpec
@@ -40,10 +53,14 @@ MOST_THREADS = 512  # of one model: each batch that is held in the middle of it 
 HELD_BYTES = 1_500_000_000  # of activations at one depth, in all batches together; also of their inputs
 STAGES = ("refit done", "blocks", "blocks done", "distill", "distill done")  # of a checkpoint, in order
 PROGRESS = ("step", "seconds", "rate", "halvings", "first", "best", "checks", "left_out")  # of a run that is saved
+LEAST_IN_BLOCKS = 0.5  # of what can be trained, for them to get a part of the time
+# Of a refit that made things worse: groups of layers that are put back, and layers of one that are tried alone.
+MOST_GROUPS, MOST_SINGLES = 8, 8
 REORDER_SLACK = 0.01  # what new rounding of re-ordered factors may cost, as a share of the held-out loss
 SAMPLED = 1000  # numbers of a tensor that tell it from another
 
 
+@weights_may_change()
 def heal(
     teacher: nn.Module,
     student: nn.Module,
@@ -71,11 +88,18 @@ def heal(
     checkpoint: a file that a killed run goes on from, given the same arguments; it is removed at the end.
     identity: what else must be the same for that.
 
-    Raises: ValueError or TypeError for bad settings, CalibrationError for unusable data, LoadError for a checkpoint of
-    another run. Ctrl-C ends the healing and keeps the best state so far, as well as the checkpoint; what else goes
-    wrong on the way is undone, and said in the notes.
+    Raises: ValueError or TypeError for bad settings or a student that cannot be trained, CalibrationError for unusable
+    data, LoadError for a checkpoint of another run. Ctrl-C ends the healing and keeps the best state so far, as well as
+    the checkpoint; what else goes wrong on the way is undone, and said in the notes.
     """
     wanted, seed = Heal.parse(settings), parse_seed(seed)
+    if is_for_inference(student):
+        raise ValueError(
+            "the student was made in torch.inference_mode and cannot be trained: make it, or a copy.deepcopy of it, "
+            "outside of that mode"
+        )
+    if is_for_inference(teacher):
+        teacher = copied(teacher, {}, None)[0]
     data = (
         calib_data if isinstance(calib_data, Calibration) else calibration(calib_data, as_call(example_inputs), teacher)
     )
@@ -107,17 +131,20 @@ class _Healer:
     reached: float = math.nan  # and its held-out loss
 
     def __post_init__(self) -> None:
-        in_memory = isinstance(self.data.source, list | tuple)
-        self.calls = list(self.data if in_memory else _fitting(self.data, HELD_BYTES))
-        if len(self.calls) < len(self.data):
-            self.notes.append(
-                f"healing saw {len(self.calls)} of {len(self.data)} batches: more would not fit in memory"
-            )
         self.held_out = list(self.data.held_out)
         with torch.no_grad(), inference(self.teacher), last_dense_call(self.teacher) as last:
             answer = run(self.teacher, self.held_out[0])
             self.is_comparable = bool(float_outputs(answer))
             self.classifies = is_classifier(answer, last)
+
+    @cached_property
+    def calls(self) -> list[Call]:
+        """What there is to fit to, read when that begins."""
+        in_memory = isinstance(self.data.source, list | tuple)
+        calls = list(self.data if in_memory else _fitting(self.data, HELD_BYTES))
+        if len(calls) < len(self.data):
+            self.notes.append(f"healing saw {len(calls)} of {len(self.data)} batches: more would not fit in memory")
+        return calls
 
     def identity(self) -> dict[str, Any]:
         """What a checkpoint must have been made with to go on from it."""
@@ -149,9 +176,9 @@ class _Healer:
         stage = "" if saved is None else str(saved.facts["stage"])
         if mode != "none" and self._can_heal():
             self.progress.say(f"healing: {_announced(self.settings)}")
+            share = self._shares()
             if not _is_past(stage, "refit"):
                 self._kept_if_better("refit", lambda: self._refit(layers, sensitivities, gates, narrow))
-            share = {"blocks": (1.0, 0.0), "distill": (0.0, 1.0), "auto": (0.25, 0.75)}.get(mode, (0.0, 0.0))
             if share[0] and not self.interrupted and not _is_past(stage, "blocks"):
                 self._kept_if_better("blocks", lambda: self._blocks(share[0], saved if stage == "blocks" else None))
             if share[1] and not self.interrupted and not _is_past(stage, "distill"):
@@ -169,6 +196,19 @@ class _Healer:
             tuple(self.history),
             tuple(self.notes),
         )
+
+    def _shares(self) -> tuple[float, float]:
+        """How much of the time is for blocks, and how much for distillation."""
+        shares = {"blocks": (1.0, 0.0), "distill": (0.0, 1.0), "auto": (0.25, 0.75)}.get(self.settings.mode, (0.0, 0.0))
+        if self.settings.mode != "auto":
+            return shares
+        inside = share_in_blocks(self.teacher, self.student, self.held_out[0])
+        if inside >= LEAST_IN_BLOCKS:
+            return shares
+        note = f"all of the time went to distillation: blocks that run once hold {inside:.0%} of what can be trained"
+        if find_blocks(self.student) and note not in self.notes:  # as a run that goes on from a checkpoint has it
+            self.notes.append(note)
+        return 0.0, 1.0
 
     def _can_heal(self) -> bool:
         """Whether there is something to judge by; a note where there is not."""
@@ -271,10 +311,71 @@ class _Healer:
         if done.kept:
             first = "; ".join(f"{name}: {why}" for name, why in list(done.kept.items())[:3])
             self.notes.append(f"refit left {len(done.kept)} of {len(layers)} layers as they were ({first})")
-        some = calls[:CORRECTED_CALLS]
-        found = reestimate(self.student, some, dense=self.teacher, held_out=self.held_out, progress=self.progress)
-        if found.norms:
-            self.notes.append(f"the statistics of {len(found.norms)} BatchNorm layers were corrected")
+        corrected = self._correct_norms()
+        whole = self.figure()
+        if done.accepted and not whole <= self.reached:
+            corrected = self._put_back_some(done.accepted, whole)
+        if corrected:
+            self.notes.append(f"the statistics of {corrected} BatchNorm layers were corrected")
+
+    def _correct_norms(self) -> int:
+        """Correct the statistics of BatchNorms where that helps; of how many it did."""
+        calls = self.calls[:CORRECTED_CALLS]
+        found = reestimate(self.student, calls, dense=self.teacher, held_out=self.held_out, progress=self.progress)
+        return len(found.norms)
+
+    def _put_back_some(self, names: Sequence[str], whole: float) -> int:
+        """Old factors for the layers at fault, where a refit made held-out answers worse as a whole (to `whole`).
+
+        Groups of neighbours are put back one after the other, then the layers of the group that mattered most get
+        their new factors once more, one by one; all by the old statistics of BatchNorms, which are then corrected for
+        what stays. Nothing is put back where no part of the refit would be better than none.
+
+        Returns: of how many BatchNorms that was done.
+        Cost:    up to MOST_GROUPS + MOST_SINGLES held-out passes.
+        """
+        new = self._states(names)
+        _write(self.student, self.kept)
+        old = self._states(names)
+        self._put(names, new)
+        best, groups = _or_infinity(self.figure()), _in_groups(names, MOST_GROUPS)
+        gains: dict[tuple[str, ...], float] = {}
+        for group in reversed(groups):
+            self._put(group, old)
+            figure = self.figure()
+            if figure < best:
+                gains[group], best = best - figure, figure
+            else:
+                self._put(group, new)
+        back = [name for group in groups if group in gains for name in group]
+        worst = max(gains, key=lambda group: gains[group], default=())
+        for name in reversed(worst) if 1 < len(worst) <= MOST_SINGLES else ():
+            self._put([name], new)
+            figure = self.figure()
+            if figure < best:
+                best = figure
+                back.remove(name)
+            else:
+                self._put([name], old)
+        if not best < self.reached:
+            self._put(names, new)
+            return 0
+        some = ", ".join(back[:5]) + (f" and {len(back) - 5} more" if len(back) > 5 else "")
+        said = f": {some} took the old factors back" if back else " with corrected statistics, which were put back"
+        self.notes.append(f"refit as a whole made held-out answers worse ({self.reached:.4g} -> {whole:.4g}){said}")
+        reached = _state(self.student)
+        corrected = self._correct_norms()
+        if corrected and not self.figure() <= best:
+            _write(self.student, reached)
+            return 0
+        return corrected
+
+    def _states(self, names: Sequence[str]) -> dict[str, list[Tensor]]:
+        return {name: _state(self.student.get_submodule(name)) for name in names}
+
+    def _put(self, names: Sequence[str], states: Mapping[str, Sequence[Tensor]]) -> None:
+        for name in names:
+            _write(self.student.get_submodule(name), states[name])
 
     def _blocks(self, share: float, saved: Saved | None) -> None:
         calls = self.calls[: MOST_THREADS - len(self.held_out)]
@@ -379,6 +480,16 @@ def _state(student: nn.Module) -> list[Tensor]:
 def _write(student: nn.Module, state: Sequence[Tensor]) -> None:
     for tensor, value in zip(_changing(student), state, strict=True):
         tensor.copy_(value)
+
+
+def _or_infinity(figure: float) -> float:
+    return math.inf if math.isnan(figure) else figure
+
+
+def _in_groups(names: Sequence[str], most: int) -> list[tuple[str, ...]]:
+    """Names in a row as groups of about one size."""
+    size = math.ceil(len(names) / most)
+    return [tuple(names[start : start + size]) for start in range(0, len(names), size)]
 
 
 def _announced(settings: Heal) -> str:

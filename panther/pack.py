@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from panther import chains
 from panther.nn import PIVOTED, QUANTISED, PivotedLayer, QuantisedLayer, SketchedLayer, SKLinear, SKPivotedLinear
 from panther.nn.narrow import DENSE_SIZES, NUMBERS, is_narrowed
-from panther.nn.on_grid import CorrectedLinear, corrected, held, let_go
+from panther.nn.on_grid import CorrectedLinear, corrected, held, hold, let_go
 from panther.nn.surgery import as_plain, inherit, put_layers
 from panther.quantise import Rounded, to_nearest
 from panther.spec import Choice, Grid, Pair, Plan
@@ -78,15 +78,8 @@ def _pivoted(layer: SketchedLayer, has_follower: bool) -> PivotedLayer:
 
 def _quantised(layer: nn.Module, choice: Choice) -> QuantisedLayer:
     """A layer that was held to its grid, or is rounded here and now, as whole numbers."""
-    grid = cast(Grid, choice.grid)
-    if choice.scheme == chains.CORRECTED and not isinstance(layer, CorrectedLinear):
-        weight = cast(nn.Linear, layer).weight.detach()
-        left = weight.double().cpu() - _nearest(weight, grid).matrix().double()
-        layer = corrected(cast(nn.Linear, layer), left, choice.ranks[0])
-    names = {chains.WHOLE: ("weight",), chains.CORRECTED: ("weight", "down", "up")}.get(choice.scheme)
-    names = cast(SketchedLayer, layer)._weight_names if names is None else names
-    grids = chains.grids_for(choice.scheme, grid, len(names))
-    parts = [held(layer, name) or _nearest(getattr(layer, name), on) for name, on in zip(names, grids, strict=True)]
+    layer = _corrected(layer, choice)
+    parts = [held(layer, name) or _nearest(getattr(layer, name), grid) for name, grid in _grids(layer, choice)]
     let_go(layer)
     dense = layer.to_dense() if isinstance(layer, SketchedLayer | CorrectedLinear) else layer
     kind = next(kind for kind in QUANTISED if isinstance(dense, kind))
@@ -94,6 +87,30 @@ def _quantised(layer: nn.Module, choice: Choice) -> QuantisedLayer:
     if is_narrowed(layer):
         vars(new)[DENSE_SIZES] = vars(layer)[DENSE_SIZES]
     return new
+
+
+def hold_nearest(layer: nn.Module, choice: Choice) -> nn.Module:
+    """A layer held to its grid with each number rounded by itself, as `packed` stores one that is held to none."""
+    layer = _corrected(layer, choice)
+    for name, grid in _grids(layer, choice):
+        hold(layer, name, _nearest(getattr(layer, name), grid))
+    return layer
+
+
+def _corrected(layer: nn.Module, choice: Choice) -> nn.Module:
+    """The layer with its correction, where its Choice wants one that it does not have."""
+    if choice.scheme != chains.CORRECTED or isinstance(layer, CorrectedLinear):
+        return layer
+    weight = cast(nn.Linear, layer).weight.detach()
+    left = weight.double().cpu() - _nearest(weight, cast(Grid, choice.grid)).matrix().double()
+    return corrected(cast(nn.Linear, layer), left, choice.ranks[0])
+
+
+def _grids(layer: nn.Module, choice: Choice) -> list[tuple[str, Grid]]:
+    """The weights of a layer that are whole numbers, and of what grid."""
+    names = {chains.WHOLE: ("weight",), chains.CORRECTED: ("weight", "down", "up")}.get(choice.scheme)
+    names = cast(SketchedLayer, layer)._weight_names if names is None else names
+    return list(zip(names, chains.grids_for(choice.scheme, cast(Grid, choice.grid), len(names)), strict=True))
 
 
 def _nearest(weight: Tensor, grid: Grid) -> Rounded:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -24,7 +25,8 @@ from panther.heal import HELD_BYTES, MOST_THREADS, heal
 from panther.healers.rounding import round_layers
 from panther.importance import Importance, Reference, importance
 from panther.latency import with_latency
-from panther.pack import pack, packed
+from panther.nn.surgery import put_layers
+from panther.pack import hold_nearest, pack, packed
 from panther.replace import replace, sketched_layer
 from panther.request import Request
 from panther.spec import DTYPES, Budget, Capture, Choice, Cost, Heal, Healed, Measured, Plan
@@ -183,7 +185,7 @@ class Prepared:
         if all(choice.grid is None for choice in plan.sketched):
             healing = self.healed(compressed, plan)
         else:
-            healing = self._healed_on_grids(compressed, plan, notes)
+            compressed, healing = self._healed_on_grids(compressed, plan, notes)
         notes.extend(healing.notes)
         return self._packed(compressed, plan, notes), healing
 
@@ -197,14 +199,14 @@ class Prepared:
     def _dense_layers(self, plan: Plan) -> list[tuple[str, nn.Module]]:
         return [(choice.layer, self.request.model.get_submodule(choice.layer)) for choice in plan.sketched]
 
-    def _healed_on_grids(self, compressed: nn.Module, plan: Plan, notes: list[str]) -> Healed:
-        """Refitted, then rounded, then trained as it will be stored; in place.
+    def _healed_on_grids(self, compressed: nn.Module, plan: Plan, notes: list[str]) -> tuple[nn.Module, Healed]:
+        """Refitted, then rounded, then trained as it will be stored; in place, or another where that began worse.
 
         What comes before the training is done anew by a run that goes on from a checkpoint, and gives the same.
         """
-        wanted = self.request.heal
+        wanted, start = self.request.heal, time.perf_counter()
+        before = self._loss(self._rounded(plan), plan)
         refitted = self.healed(compressed, plan, changed(wanted, mode="refit"), checkpoint=False)
-        start = time.perf_counter()
         notes += round_layers(
             self.request.model,
             compressed,
@@ -215,18 +217,40 @@ class Prepared:
             seed=self.request.seed,
             progress=self.request.progress,
         )
-        seconds = refitted.seconds + time.perf_counter() - start
+        rounded = self._loss(compressed, plan)
+        if math.isfinite(before) and not rounded <= before:
+            notes.append(
+                f"refit and rounding by the data made held-out answers worse ({before:.4g} -> {rounded:.4g}): each "
+                "number was rounded by itself"
+            )
+            compressed, rounded = self._rounded(plan), before
+        seconds = time.perf_counter() - start
         mode = "none" if wanted.mode == "refit" else wanted.mode
         trained = self.healed(compressed, plan, changed(wanted, mode=mode), fits=False)
-        later = [(seconds + s, "rounding" if stage == "before" else stage, f) for s, stage, f in trained.history]
-        return Healed(
+        later = [(seconds + s, stage, f) for s, stage, f in trained.history if stage not in ("before", "refit")]
+        return compressed, Healed(
             seconds + trained.seconds,
             trained.steps,
-            refitted.before,
+            before,
             trained.after,
-            (*refitted.history, *(entry for entry in later if entry[1] != "refit")),
+            ((0.0, "before", before), (seconds, "rounding", rounded), *later),
             tuple(dict.fromkeys((*refitted.notes, *trained.notes))),
         )
+
+    def _rounded(self, plan: Plan) -> nn.Module:
+        """The model of a plan as it is without healing, held to its grids."""
+        student = replace(self.request.model, self.factors, plan)
+        for choice in plan.sketched:
+            if choice.grid is not None:
+                layer = student.get_submodule(choice.layer)
+                held = hold_nearest(layer, choice)
+                if held is not layer:
+                    put_layers(student, {choice.layer: held})
+        return student
+
+    def _loss(self, student: nn.Module, plan: Plan) -> float:
+        """That of a student's held-out answers."""
+        return self.healed(student, plan, Heal("none"), fits=False, checkpoint=False).before
 
     def healed(
         self,

@@ -28,7 +28,7 @@ from panther.allocators.tuned import (
     starting_points,
     with_groups,
 )
-from panther.batches import as_call, inference
+from panther.batches import as_call, inference, weights_may_change
 from panther.compress import Result, prepared_for, solved
 from panther.errors import PantherError
 from panther.prepared import Prepared
@@ -79,6 +79,7 @@ class ModelTuner(SkAutoTuner):
         tried = Tried(Trial(0, chosen), tuple(self.choices(chosen)))
         return as_plan(self.prepared, self.problem, self.budget, tried)
 
+    @weights_may_change()
     def result(self, params: Params | None = None) -> Result:
         """The compressed model of these parameters, or of the best ones: healed, packed and checked."""
         return solved(self.prepared, self.budget, self.plan(params))
@@ -88,6 +89,7 @@ class ModelTuner(SkAutoTuner):
         return {**super()._header(), **identity(self.prepared, self.budget)}
 
 
+@weights_may_change()
 def from_model(
     model: nn.Module,
     budget: Any,
@@ -181,6 +183,7 @@ class Scorer:
             self.known[key] = self._answer(choices)
         return self.known[key]
 
+    @weights_may_change()
     def _answer(self, choices: Sequence[Choice]) -> Any:
         request = self.prepared.request
         if request.eval_fn is None:

@@ -265,6 +265,47 @@ def test_what_fails_is_undone_and_said_and_the_rest_goes_on(
     assert done.after < done.before and done.steps > 0
 
 
+def spoilt(monkeypatch: pytest.MonkeyPatch, names: Sequence[str], by: float = 30.0) -> None:
+    """The refit gives these layers factors that are wrong."""
+    real = module_of_heal.refit
+
+    def refit(teacher: nn.Module, student: nn.Module, *args: Any, **options: Any) -> Any:
+        done = real(teacher, student, *args, **options)
+        for name in names:
+            student.get_submodule(name)._parameters["up"].data.mul_(by)
+        return replace(done, accepted=tuple(dict.fromkeys((*done.accepted, *names))))
+
+    monkeypatch.setattr(module_of_heal, "refit", refit)
+
+
+@pytest.mark.parametrize("groups", [1, 2, 8])
+def test_a_refit_that_one_layer_spoils_keeps_the_others(groups: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    teacher, given, at_fault = Net(), data(), "layers.1.up"
+    student = sketched(teacher)
+    before = {name: student.get_submodule(name).weight.clone() for name in NAMES}
+    spoilt(monkeypatch, [at_fault])
+    monkeypatch.setattr(module_of_heal, "MOST_GROUPS", groups)
+    done = heal(teacher, student, given, "refit")
+    assert done.after < done.before
+    # Terms are put in another order at the end, which changes no product.
+    back = [name for name in NAMES if torch.allclose(before[name], student.get_submodule(name).weight, atol=1e-5)]
+    assert at_fault in back and len(back) < len(NAMES)
+    said = f"{at_fault} took the old factors back"
+    assert any("refit as a whole made held-out answers worse" in note and said in note for note in done.notes)
+    assert not any("undone" in note for note in done.notes)
+
+
+def test_a_refit_of_which_no_part_helps_is_undone(monkeypatch: pytest.MonkeyPatch) -> None:
+    teacher, given = Net(), data()
+    student = sketched(teacher)
+    before = student(given[0])
+    spoilt(monkeypatch, NAMES, math.nan)
+    done = heal(teacher, student, given, "refit")
+    assert done.after == done.before
+    torch.testing.assert_close(student(given[0]), before)
+    assert any(note.startswith("refit made held-out answers worse") and "undone" in note for note in done.notes)
+
+
 @pytest.mark.parametrize("count", [1, 2])
 @pytest.mark.parametrize("size", [1, 4])
 def test_one_sample_and_batches_of_one_are_enough(size: int, count: int) -> None:
@@ -395,8 +436,52 @@ def test_a_layer_that_runs_twice_is_said_and_distilled_all_the_same() -> None:
     assert any(
         note.startswith("refit left 2 of 4 layers as they were (layers.0.up: it runs more") for note in done.notes
     )
-    assert any(note.startswith("blocks left layers.0 as they were") for note in done.notes)
+    assert any(note.startswith("all of the time went to distillation") for note in done.notes)
     assert done.after < done.before and not torch.equal(student.layers[0].up.down, before)
+
+
+class Shared(nn.Module):
+    """One block for four steps, and a layer before it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.layers, self.out = nn.Linear(12, 12), nn.ModuleList([Block()]), nn.Linear(12, 5)
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                steepen(module)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x)
+        for _ in range(4):
+            x = self.layers[0](x)
+        answer: Tensor = self.out(x)
+        return answer
+
+
+def test_where_blocks_can_train_little_all_time_goes_to_distillation(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    teacher, given, names = Shared(), data(), ("first", "layers.0.up", "layers.0.down")
+    whole, first, second = (sketched(teacher, names) for _ in range(3))
+    layers = [replace(one, calls=1 if one.name == "first" else 4) for one in specs(teacher, names)]
+    done = heal(teacher, whole, given, layers=layers)
+    assert {stage for _, stage, _ in done.history} == {"before", "refit", "distill"}
+    assert done.steps == 48 and done.after < done.before
+    assert [note for note in done.notes if "all of the time went to distillation: blocks that run once hold" in note]
+    with monkeypatch.context() as patch:
+        killed(patch, 3)
+        with pytest.raises(KilledError):
+            heal(teacher, first, given, layers=layers, checkpoint=tmp_path / "run")
+    resumed = heal(teacher, second, given, layers=layers, checkpoint=tmp_path / "run")
+    assert same(bits(whole), bits(second)) and resumed.notes == done.notes
+    blocks = heal(teacher, sketched(teacher, names), given, "blocks", layers=layers)
+    assert {stage for _, stage, _ in blocks.history} == {"before", "refit", "blocks"}
+
+
+def test_a_block_that_runs_twice_is_left_and_said() -> None:
+    teacher = Recurs()
+    done = heal(teacher, sketched(teacher), data(), "blocks", layers=specs(teacher, NAMES[2:]))
+    assert any(note.startswith("blocks left layers.0 as they were") for note in done.notes)
 
 
 def test_more_data_than_memory_is_left_out_and_said(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -750,6 +835,50 @@ def test_compress_reports_what_healing_did_and_is_nearer_on_unseen_inputs() -> N
     assert result.plan == plain.plan
     assert error(model, result.model, unseen) < error(model, plain.model, unseen)
     assert set(healing.notes) <= set(result.report.notes)
+
+
+def test_inside_autocast_every_figure_is_of_the_weights_as_they_are() -> None:
+    """It keeps casts of weights until its outermost context ends, which here is the caller's."""
+    model, given, found = Net(), data(), []
+    for keeps in (False, True):
+        with torch.autocast("cpu", dtype=torch.bfloat16, cache_enabled=keeps):
+            model(given[0])
+            result = compressed(model, given, Heal("auto", steps=24, time_limit=LONG, learning_rate=0.005))
+            student = sketched(model)
+            student(given[0])
+            healed = heal(model, student, given, "auto", steps=24)
+            answers = [m(given[0]) for m in (result.model, student)]
+            assert torch.is_autocast_cache_enabled() == keeps
+        figures = [[figure for _, _, figure in h.history] for h in (result.report.healing, healed) if h is not None]
+        found.append((bits(result.model), bits(student), figures, answers))
+    (plain, own, figures, answers), (kept, own_kept, figures_kept, answers_kept) = found
+    assert same(plain, kept) and same(own, own_kept) and figures == figures_kept
+    assert all(map(torch.equal, answers, answers_kept))
+
+
+def test_in_inference_mode_the_same_is_trained_and_can_be_trained_on() -> None:
+    settings = Heal("auto", steps=24, time_limit=LONG, learning_rate=0.005)
+    torch.manual_seed(0)
+    plain = compressed(Net(), data(), settings)
+    torch.manual_seed(0)
+    with torch.inference_mode():  # also the weights and the inputs are made there
+        result = compressed(Net(), data(), settings)
+        again = result.resolve(0.4)
+    assert same(bits(plain.model), bits(result.model))
+    assert not any(t.is_inference() for m in (result.model, again.model) for t in m.state_dict().values())
+    result.model(data()[0]).sum().backward()
+
+
+def test_a_student_made_in_inference_mode_is_refused_and_any_other_is_healed_there() -> None:
+    teacher, given = Net(), data()
+    student = sketched(teacher)
+    with torch.inference_mode():
+        with pytest.raises(ValueError, match=r"student was made in torch\.inference_mode"):
+            heal(teacher, sketched(teacher), given)
+        with pytest.raises(ValueError, match="inplace=True cannot write into a model that was made in"):
+            compressed(Net(), given, inplace=True)
+        done = heal(teacher, student, given, "distill", layers=[])
+    assert done.after < done.before
 
 
 def test_without_data_nothing_is_healed() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -190,6 +191,39 @@ def test_rounding_that_looks_at_the_data_loses_less_than_rounding_numbers() -> N
     looked = compress(model, 1.0, dtypes=("int4",), plan=plan, heal="refit")
     assert error(model, looked.model) < 0.75 * error(model, plain.model)
     assert [stage for _, stage, _ in looked.report.healing.history][-1] == "rounding"  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("spoilt", [False, True])
+@pytest.mark.parametrize("build", [net, cnn], ids=["linear", "convolutions"])
+def test_healed_whole_numbers_are_never_worse_than_unhealed_ones(
+    build: Any, spoilt: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = importlib.import_module("panther.prepared")
+
+    def spoil(teacher: nn.Module, student: nn.Module, *given: Any, **options: Any) -> list[str]:
+        said = round_layers(teacher, student, *given, **options)
+        next(layer for layer in student.modules() if is_held(layer)).bias.data.add_(1.0)
+        return said
+
+    if spoilt:
+        monkeypatch.setattr(module, "round_layers", spoil)
+    model = build()
+    small = panther.Budget(size_mb="14%")
+    plain, healed = (compress(model, small, dtypes=("int4",), heal=mode) for mode in ("none", "refit"))
+    healing = healed.report.healing
+    calls = rows() if build is net else images()
+    assert quantised_layers(plain.model) and healing is not None
+    assert healing.before == pytest.approx(panther.heal(model, plain.model, calls, calls[0], "none").before, rel=1e-3)
+    assert healing.after == pytest.approx(panther.heal(model, healed.model, calls, calls[0], "none").before, rel=1e-3)
+    assert [stage for _, stage, _ in healing.history] == ["before", "rounding"]
+    if spoilt:
+        assert healing.after == healing.before and any(
+            "each number was rounded by itself" in n for n in healed.report.notes
+        )
+        for one, other in zip(plain.model.parameters(), healed.model.parameters(), strict=True):
+            assert torch.equal(one, other)
+    else:
+        assert healing.after < healing.before
 
 
 @pytest.mark.parametrize("build", [net, cnn], ids=["linear", "convolutions"])

@@ -166,8 +166,7 @@ def heal_blocks(
 
     Raises: LeftStepError when the calls run through the blocks in different orders, or through one twice.
     """
-    names = _that_run_once(student, find_blocks(student), calls[0])
-    names = _that_run_once(teacher, [name for name in names if has_module(teacher, name)], calls[0])
+    names = _that_can_be_healed(teacher, student, calls[0])
     if not names:
         return []
     healed: list[HealedBlock] = []
@@ -199,6 +198,19 @@ def heal_blocks(
                 if done is not None:
                     done(result)
     return healed
+
+
+def share_in_blocks(teacher: nn.Module, student: nn.Module, call: Call) -> float:
+    """How much of what can be trained of a student its blocks hold, as far as each runs once and shares nothing."""
+    blocks = [student.get_submodule(name) for name in _that_can_be_healed(teacher, student, call)]
+    inside = {id(p): p.numel() for block in blocks for p in _own_parameters(student, block)}
+    return sum(inside.values()) / max(1, sum(p.numel() for p in trainable(student)))
+
+
+def _that_can_be_healed(teacher: nn.Module, student: nn.Module, call: Call) -> list[str]:
+    """The blocks that both models have and that the call runs once, in the order in which they run."""
+    names = _that_run_once(student, find_blocks(student), call)
+    return _that_run_once(teacher, [name for name in names if has_module(teacher, name)], call)
 
 
 def has_module(model: nn.Module, name: str) -> bool:

@@ -56,12 +56,15 @@ def precision() -> Precision:
 
 @contextlib.contextmanager
 def in_precision(wanted: Precision) -> Iterator[None]:
-    """These autocast modes: each thread has its own, and a part of a model that runs alone needs the model's."""
+    """These autocast modes: each thread has its own, and a part of a model that runs alone needs the model's.
+
+    Casts of weights are not kept: those are about to change.
+    """
     now = precision()
     with contextlib.ExitStack() as modes:
         for device, dtype in wanted.items():
             if dtype != now[device]:
-                modes.enter_context(torch.autocast(device, dtype=dtype, enabled=dtype is not None))
+                modes.enter_context(torch.autocast(device, dtype, dtype is not None, cache_enabled=False))
         yield
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.utils.flop_counter import register_flop_formula
 
 from panther.ops import _kernels
@@ -27,12 +28,19 @@ class Op:
 
     def __call__(self, *inputs: Any) -> Any:
         """Run the op; where no gradient is recorded, without a visit to its backward, which is written in Python."""
+        if forward_ad._current_level >= 0:  # tangents pass standard ops only; the dispatcher would drop them in silence
+            return self._in_standard_ops(*inputs)
         # The compiler comes before inference mode, which it cannot follow.
         if torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.is_inference_mode_enabled():
             return self.overload(*inputs)
         # The visit costs as much as the rest of the call: 4 us beside 4 us for small inputs.
         with torch._C._AutoDispatchBelowAutograd():
             return self.overload(*inputs)
+
+    def _in_standard_ops(self, *inputs: Any) -> Any:
+        device_type = inputs[0].device.type
+        is_cast = autocasts(device_type) and not self.accumulates
+        return (_casting(self.reference, device_type) if is_cast else self.reference)(*inputs)
 
     @property
     def accumulates(self) -> bool:
@@ -57,7 +65,8 @@ def define(
     """Register an op of the `panther` namespace from its schema, its formula and its backward.
 
     The reference serves every device that has no kernel of its own, and tensors without data. Under autocast the
-    floating inputs are cast to the autocast dtype, as they are for F.linear. torch.func transforms see the reference.
+    floating inputs are cast to the autocast dtype, as they are for F.linear. torch.func transforms and
+    forward-mode tangents see the reference.
     flops: what one run needs, from the shapes of tensors and from other inputs as they are; torch's FlopCounterMode
     counts it. What a backward needs is counted from the standard ops that it is made of.
     An op that accumulates comes without backward, and then without autocast: its casts would be copies, not what is
@@ -81,6 +90,11 @@ def define(
     return op
 
 
+def autocasts(device_type: str) -> bool:
+    """Whether torch.autocast is on for a kind of device; some (meta) it does not know."""
+    return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
+
+
 def _falling_back_to(reference: Callable[..., Any]) -> Callable[..., Any]:
     """The reference as a kernel: it runs for real tensors only where no compiled kernel does."""
 
@@ -92,8 +106,8 @@ def _falling_back_to(reference: Callable[..., Any]) -> Callable[..., Any]:
     return kernel
 
 
-def _casting(overload: torch._ops.OpOverload, device_type: str) -> Callable[..., Tensor]:
-    """The op for inputs inside torch.autocast: casts, then calls the op outside of it."""
+def _casting(function: Callable[..., Any], device_type: str) -> Callable[..., Tensor]:
+    """An op, or its reference, for inputs inside torch.autocast: casts, then calls it outside of that."""
 
     def cast(value: Any, dtype: torch.dtype) -> Any:
         # float64 stays what it is, which is the rule of torch's own autocast ops.
@@ -103,7 +117,7 @@ def _casting(overload: torch._ops.OpOverload, device_type: str) -> Callable[...,
     def call(*inputs: Any) -> Tensor:
         dtype = torch.get_autocast_dtype(device_type)
         with torch.autocast(device_type, enabled=False):
-            result: Tensor = overload(*(cast(value, dtype) for value in inputs))
+            result: Tensor = function(*(cast(value, dtype) for value in inputs))
         return result
 
     return call

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from panther.ops._define import define
+from panther.ops._define import autocasts, define
 from panther.ops._text import dtype_text, shape_text
 
 
@@ -103,7 +103,7 @@ def low_rank_linear(x: Tensor, down: Tensor, up: Tensor, bias: Tensor | None = N
     Raises: ValueError when shapes, dtypes or devices do not fit together.
     """
     records = torch.is_grad_enabled() and down.requires_grad and not torch.compiler.is_compiling()
-    if records and not torch.is_autocast_enabled(x.device.type):  # the op casts its inputs, the reference does not
+    if records and not autocasts(x.device.type):  # the op casts its inputs, the reference does not
         # It keeps x down^T for the backward, which the op computes again: a sixth less.
         return reference(x, down, up, bias)
     result: Tensor = LOW_RANK_LINEAR(x, down, up, bias)

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from panther.ops._define import define
+from panther.ops._define import autocasts, define
 from panther.ops._text import FLOATING, dtype_text, shape_text
 
 
@@ -160,7 +160,7 @@ def pivoted_linear(
     Raises: ValueError when shapes, dtypes or devices do not fit together.
     """
     records = torch.is_grad_enabled() and down.requires_grad and not torch.compiler.is_compiling()
-    if records and not torch.is_autocast_enabled(x.device.type):
+    if records and not autocasts(x.device.type):
         return reference(x, down, up, bias, order)  # keeps the inner result for the backward, as low_rank_linear does
     y: Tensor = PIVOTED_LINEAR(x, down, up, bias, order)
     return y

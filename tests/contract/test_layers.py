@@ -339,6 +339,13 @@ def test_autocast_takes_inputs_of_the_lower_dtype_and_gradients_flow(case: Case)
     assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in sketched.parameters())
 
 
+@cases(is_typical)
+def test_tensors_without_data_go_through_with_gradients_on(case: Case) -> None:
+    sketched = case.sketch(rank=2)
+    y = copy.deepcopy(sketched).to("meta")(case.inputs().to("meta"))
+    assert y.shape == sketched(case.inputs()).shape and y.requires_grad
+
+
 @cases(is_traced)
 def test_torch_compile_traces_the_whole_layer(case: Case) -> None:
     sketched = case.sketch(rank=2)

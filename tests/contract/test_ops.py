@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.autograd import forward_ad
 from torch.utils.flop_counter import FlopCounterMode
 
 from panther.build_info import build_info
@@ -190,6 +191,33 @@ def test_gradients_per_sample_equal_a_loop(op):
     stacked = torch.stack([first, first * 2])
     gradient = torch.func.grad(lambda value: op(value, *others).square().sum())
     torch.testing.assert_close(torch.vmap(gradient)(stacked), torch.stack([gradient(value) for value in stacked]))
+
+
+forward_mode = pytest.mark.filterwarnings("ignore:.torch.jit.script. is:DeprecationWarning")  # torch's own use of it
+
+
+@ops
+@forward_mode
+@pytest.mark.parametrize("records", [True, False])
+def test_forward_mode_carries_tangents_of_each_input_through_frozen_others(op, records):
+    for inputs in op.samples(torch.float64):
+        for position in [place for place, value in enumerate(inputs) if is_float(value)]:
+            with forward_ad.dual_level(), torch.set_grad_enabled(records):
+                dual = list(inputs)
+                dual[position] = forward_ad.make_dual(inputs[position], torch.ones_like(inputs[position]))
+                got = forward_ad.unpack_dual(op(*dual)).tangent
+                wanted = forward_ad.unpack_dual(op.reference(*dual)).tangent
+            assert got is not None and torch.equal(got, wanted)
+
+
+@ops
+@forward_mode
+def test_forward_mode_inside_autocast_casts_as_the_op_does(op):
+    first, *others = op.samples(torch.float32)[0]
+    with torch.autocast("cpu", dtype=torch.bfloat16), forward_ad.dual_level():
+        dual = forward_ad.make_dual(first.bfloat16(), torch.ones_like(first).bfloat16())
+        y, tangent = forward_ad.unpack_dual(op(dual, *others))
+    assert y.dtype == tangent.dtype == torch.bfloat16 and bool(tangent.any())
 
 
 @accumulating
