@@ -36,6 +36,8 @@ _KINDS = (
     _Kind("peak_memory_bytes", "peak_memory_bytes", "weight_bytes", "size_bytes"),
 )
 
+COUNTED = ("params", "flops", "size_bytes")  # limits on the layers that do not follow from one on the whole
+
 
 @dataclass(frozen=True)
 class Attempt:
@@ -46,9 +48,16 @@ class Attempt:
     measured: Measured
 
     def worst(self) -> float:
-        """The largest part of a limit on the whole that is used; above 1 it is missed."""
+        """The largest part of a limit that is used, of the whole or of the layers; above 1 it is missed."""
         pairs = [(getattr(self.measured, kind.measured), getattr(self.target, kind.whole)) for kind in _KINDS]
-        return max((got / limit for got, limit in pairs if got is not None and limit is not None), default=0.0)
+        whole = [got / limit for got, limit in pairs if got is not None and limit is not None]
+        return max((*whole, _counted(self.plan, self.target)), default=0.0)
+
+
+def _counted(plan: Plan, target: Target) -> float:
+    """The largest part of a limit that is used, of those that are counted and not measured."""
+    pairs = [(getattr(plan.cost, name), getattr(target, name)) for name in COUNTED]
+    return max((got / max(limit, 1) for got, limit in pairs if limit is not None), default=0.0)
 
 
 def held_by_the_whole(
@@ -57,12 +66,17 @@ def held_by_the_whole(
     layers: Cost,
     solve: Callable[[Target], Plan],
     measure: Callable[[Plan], Measured],
+    others: Sequence[Plan] = (),
+    loss: Callable[[Plan], float] = lambda _plan: 0.0,
 ) -> tuple[Plan, Target]:
     """The plan whose whole model holds the limits that are measured on it, and the limits on the layers behind it.
 
     A first plan is solved for and its model measured. What a millisecond or byte that the layers were to save has
     really saved then corrects their limits, at most ROUNDS times. Of the models within the limits the largest wins;
     where none is, the nearest.
+
+    others: plans that win where they are within the limits and lose less, by `loss`, or where nothing else is within:
+        what layers promise may have ruled them out.
 
     dense, layers: what the whole dense model needs, and its sketchable layers as predicted. Without a measured limit in
     the target one plan is solved for and nothing is measured.
@@ -83,7 +97,21 @@ def held_by_the_whole(
     best = max(within, key=lambda attempt: _predicted(attempt, layers), default=None) or min(
         attempts, key=Attempt.worst
     )
+    for plan in sorted(others, key=loss):
+        if best.worst() <= 1 and loss(best.plan) <= loss(plan):
+            break
+        if _counted(plan, best.target) <= 1:
+            other = Attempt(plan, _reaching(best.target, plan.cost), measure(plan))
+            best = other if other.worst() <= 1 or other.worst() < best.worst() else best
     return best.plan, best.target
+
+
+def _reaching(target: Target, cost: Cost) -> Target:
+    """The target whose limits on the layers, where they follow from those on the whole, allow this cost."""
+    kinds = [kind for kind in _KINDS if getattr(target, kind.inside) is not None]
+    return changed(
+        target, **{kind.inside: max(getattr(target, kind.inside), getattr(cost, kind.cost)) for kind in kinds}
+    )
 
 
 def _predicted(attempt: Attempt, layers: Cost) -> float:

@@ -9,11 +9,12 @@ from typing import Any, NamedTuple, cast
 from torch import nn
 
 from panther.allocate import allocate, in_whole_numbers, is_met, with_layer_latency
-from panther.allocators.base import Options, excess, total
+from panther.allocators.base import Options, excess, total, without_slack
+from panther.allocators.sensitivity import on_one_grid
 from panther.channels import kept_of
 from panther.errors import one_line
 from panther.limits import held_by_the_whole, smallest_within_drop
-from panther.prepared import Prepared, timed
+from panther.prepared import Prepared, may_be_slower, timed
 from panther.spec import DTYPES, Budget, Healed, Measured, Plan, Target, Tuning
 from panther.trials import tuned_plan
 from panther.verify import metric
@@ -60,7 +61,7 @@ def search_plan(prepared: Prepared, budget: Budget, target: Target, notes: list[
         with timed(seconds, "allocate"):
             plan = allocate(
                 options,
-                wanted,
+                without_slack(wanted, options),
                 prepared.found,
                 search=search,
                 divergence=lambda layer, error: importances[layer].divergence(error),
@@ -79,8 +80,22 @@ def search_plan(prepared: Prepared, budget: Budget, target: Target, notes: list[
         with timed(seconds, "measure the whole"):
             return prepared.measured(plan, budget)
 
+    def one_way() -> list[Plan]:
+        """Every layer on the same grid, and all in floating point, where slower layers are options."""
+        if search != "sensitivity" or budget.latency_ms is None or not may_be_slower(budget):
+            return []
+        ways: list[Options] = [{choice.layer: [choice] for choice in plan} for plan in on_one_grid(options)]
+        if ways and DTYPES[0] in request.dtypes:
+            ways.append({name: [c for c in choices if c.grid is None] for name, choices in options.items()})
+        return [allocated(way, target) for way in ways]
+
+    def loss(plan: Plan) -> float:
+        if prepared.reference.is_comparable:
+            return prepared.divergence(plan.choices)
+        return sum(importances[choice.layer].divergence(choice.error) for choice in plan.choices)
+
     target = with_layer_latency(target, layers.latency_ms, dense.latency_ms or 0.0)
-    return found(*held_by_the_whole(target, dense, layers, solve, measured))
+    return found(*held_by_the_whole(target, dense, layers, solve, measured, one_way(), loss))
 
 
 def _smallest(

@@ -18,7 +18,7 @@ from typing import Any
 from torch import nn
 
 from panther.allocate import allocate
-from panther.allocators.base import total
+from panther.allocators.base import total, without_slack
 from panther.allocators.tuned import (
     TRIALS,
     Problem,
@@ -88,8 +88,9 @@ def problem_for(prepared: Prepared, budget: Budget, target: Target, start: Plan 
     """What the tuned search divides: `target` as the sensitivity plan `start` was made for it."""
     importances = prepared.importances
     dense = total([choices[-1] for choices in prepared.options.values()]).params
+    options = prepared.options_for(budget, start)
     return problem_of(
-        prepared.options_for(budget, start), target, lambda layer, error: importances[layer].divergence(error), dense
+        options, without_slack(target, options), lambda layer, error: importances[layer].divergence(error), dense
     )
 
 

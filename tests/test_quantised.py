@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import panther
-from panther import chains
+from panther import chains, prepared, verify
 from panther.batches import Call, as_call
 from panther.errors import LoadError
 from panther.healers.rounding import round_layers
@@ -433,6 +434,57 @@ def test_milliseconds_are_measured_for_whole_numbers_too() -> None:
     result = compress(net(), panther.Budget(latency_ms="100%", size_mb="30%"), dtypes=("float32", "int8", "int4"))
     chosen = [choice for choice in result.plan.choices if choice.grid is not None]
     assert all(choice.cost.latency_ms > 0 for choice in chosen)
+
+
+def of_numbers(monkeypatch: pytest.MonkeyPatch, slow: float) -> None:
+    """A clock by which whole numbers take `slow` times what floating-point ones do; a model is its layers."""
+
+    def milliseconds(model: nn.Module) -> float:
+        whole = [part for layer in quantised_layers(model).values() for part in layer.stored]
+        held = {id(t) for part in whole for t in part.buffers()}
+        floats = sum(t.numel() for t in model.state_dict(keep_vars=True).values() if id(t) not in held)
+        return 1e-3 * (floats + slow * sum(part.numbers for part in whole))
+
+    def layers(runs: Sequence[Callable[[], object]], *, seconds: float) -> list[float]:
+        return [1e-3 * milliseconds(inspect.getclosurevars(once).nonlocals["layer"]) for once in runs]
+
+    monkeypatch.setattr(prepared, "medians_in_turn", layers)
+    monkeypatch.setattr(prepared, "latencies", lambda models, call: [milliseconds(m) for m in models])
+    for module in (prepared, verify):
+        monkeypatch.setattr(module, "measure_latency", lambda a, b, call: (milliseconds(a), milliseconds(b)))
+
+
+@pytest.mark.parametrize("build", [net, cnn], ids=["linear", "convolutions"])
+def test_a_limit_on_milliseconds_that_never_binds_changes_no_plan(build: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    of_numbers(monkeypatch, slow=2.0)
+    both = panther.Budget(size_mb="35%", latency_ms=1e6)
+    result = compress(build(), both, dtypes=("float32", "int8", "int4"), heal="none")
+    assert result.budget_met and quantised_layers(result.model)
+    alone = result.resolve(panther.Budget(size_mb="35%"))
+    assert [c.kind for c in result.plan.choices] == [c.kind for c in alone.plan.choices]
+
+
+@pytest.mark.parametrize("dtypes", [("float32", "int8"), ("float32", "int8", "int4"), ("int8", "int4")])
+@pytest.mark.parametrize("build", [net], ids=["linear"])
+def test_bytes_and_milliseconds_are_held_as_well_as_by_eight_bits_alone(
+    build: Any, dtypes: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where whole numbers are slower than others, and the limit is what eight bits just hold."""
+    of_numbers(monkeypatch, slow=1.5)
+    model = build()
+    plain = compress(model, 1.0, dtypes=("int8",), plan=everything(model, "int8"), heal="none", verify=True)
+    taken, held = plain.report.compressed.latency_ms, plain.report.compressed.size_bytes
+    assert taken is not None and held < 0.45 * plain.report.dense.size_bytes
+    budget = panther.Budget(size_mb=1.2 * held / 1e6, latency_ms=1.001 * taken)
+    result = compress(model, budget, dtypes=dtypes, heal="none")
+    assert result.budget_met and all(limit.met for limit in result.report.limits)
+    assert error(model, result.model) < 1.5 * error(model, plain.model)
+
+
+def test_layers_that_whole_numbers_make_slower_stay_as_they_are_for_time_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    of_numbers(monkeypatch, slow=3.0)
+    result = compress(net(), panther.Budget(latency_ms="90%"), dtypes=("int8",), heal="none")
+    assert all(choice.scheme != chains.WHOLE for choice in result.plan.choices)
 
 
 def test_the_tuned_search_tries_whole_numbers() -> None:

@@ -6,6 +6,7 @@ import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
+from dataclasses import replace as changed
 from typing import Protocol
 
 from panther.spec import Choice, Cost, Target
@@ -27,6 +28,12 @@ class Allocator(Protocol):
 
 def total(choices: Sequence[Choice]) -> Cost:
     return sum((c.cost for c in choices), Cost())
+
+
+def without_slack(target: Target, options: Options) -> Target:
+    """The target without a limit on milliseconds that no plan reaches: it would only count as one that may bind."""
+    longest = sum(max(c.cost.latency_ms for c in choices) for choices in options.values())
+    return target if target.latency_ms is None or target.latency_ms < longest else changed(target, latency_ms=None)
 
 
 def exchanged(whole: Cost, old: Cost, new: Cost) -> Cost:
