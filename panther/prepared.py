@@ -14,6 +14,7 @@ from typing import Any, cast
 
 from torch import nn
 
+from panther.allocate import in_file
 from panther.batches import Calibration, inference, run
 from panther.chains import CORRECTED, WHOLE
 from panther.channels import Narrow, narrow, share_for
@@ -94,11 +95,16 @@ class Prepared:
             return importance(self.reference, self.factors, options, progress=self.request.progress)
 
     @cached_property
+    def file_options(self) -> Mapping[str, Sequence[Choice]]:
+        """The options as plans are made of them, with their bytes in a file."""
+        return in_file(self.options, self.found)
+
+    @cached_property
     def timed_options(self) -> Mapping[str, Sequence[Choice]]:
         """The options with their milliseconds."""
         with timed(self.seconds, "time layers"):
             return with_latency(
-                self.options,
+                self.file_options,
                 self.factors,
                 build=self.layer,
                 medians=medians_in_turn,
@@ -113,7 +119,7 @@ class Prepared:
                     continue
                 if all(c.kind in {option.kind for option in found.options[c.layer]} for c in start.choices):
                     return _useful(found.options, budget)
-        return self.options if budget.latency_ms is None else _useful(self.timed_options, budget)
+        return self.file_options if budget.latency_ms is None else _useful(self.timed_options, budget)
 
     def narrow_for(self, budget: Budget, kept: float, seconds: dict[str, float]) -> Narrow | None:
         """The layers with fewer channels for a budget that keeps this share; None where that is not worth a try.
@@ -141,6 +147,7 @@ class Prepared:
                 )
             if found is None:
                 return None
+            found = changed(found, options=in_file(found.options, self.found))
             found = changed(found, options=self._timed(found, seconds)) if is_timed else found
             self.narrow[share, is_timed] = found
         return changed(found, options=_useful(found.options, budget))
