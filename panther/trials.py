@@ -1,7 +1,8 @@
 """search="tuned": plans tried on whole models, one evaluation each, and the one that wins.
 
-Layers are decomposed already: a trial slices their factors into a copy of the model. It is scored neither healed nor
-packed; packing computes the same, and what healing does to a score is looked at in the end.
+Layers are decomposed already: a trial slices their factors into a copy of the model. It is scored unhealed, rounded
+where the plan stores whole numbers, and not pivoted, which computes the same; what healing does to a score is looked at
+in the end.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ from panther.allocators.tuned import (
 )
 from panther.heal import fingerprint
 from panther.limits import Attempt
+from panther.pack import pack
 from panther.prepared import Prepared, timed
 from panther.replace import replace
 from panther.spec import Budget, Choice, Plan, Target, TrialReport, Tuning, to_data
@@ -76,8 +78,9 @@ class Scored:
 
 
 def student_of(prepared: Prepared, choices: Sequence[Choice]) -> nn.Module:
-    """The model of a plan, neither healed nor packed."""
-    return replace(prepared.request.model, prepared.factors, Plan(tuple(choices)))
+    """The model of a plan, unhealed; layers that it stores in whole numbers are."""
+    model = replace(prepared.request.model, prepared.factors, Plan(tuple(choices)))
+    return pack(model, Plan(tuple(choice for choice in choices if choice.grid is not None)))
 
 
 def can_score(prepared: Prepared) -> bool:

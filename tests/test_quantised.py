@@ -494,6 +494,25 @@ def test_the_tuned_search_tries_whole_numbers() -> None:
     assert result.budget_met and quantised_layers(result.model) and result.report.tuning is not None
 
 
+@pytest.mark.parametrize("dtypes", [("float32", "int4"), ("float32", "int8", "int4")])
+def test_the_tuned_search_scores_the_model_that_it_gives(dtypes: tuple[str, ...]) -> None:
+    model = net()
+    unseen = torch.cat(rows(2, seed=5))
+    wanted = model(unseen).detach()
+
+    def near(small: nn.Module) -> float:
+        return -float((small(unseen) - wanted).square().mean())
+
+    options: dict[str, Any] = {"dtypes": dtypes, "eval_fn": near, "heal": "none", "verify": True}
+    plain = compress(model, panther.Budget(size_mb="18%"), **options)
+    tuned = compress(model, panther.Budget(size_mb="18%"), search="tuned", n_trials=4, **options)
+    tuning = tuned.report.tuning
+    assert tuning is not None and plain.report.metric is not None and tuned.report.metric is not None
+    assert tuning.start[0] == pytest.approx(plain.report.metric[1], rel=1e-4)
+    assert tuning.best[0] == pytest.approx(tuned.report.metric[1], rel=1e-4)
+    assert tuned.report.metric[1] >= plain.report.metric[1]
+
+
 def test_a_plan_in_whole_numbers_goes_through_json() -> None:
     model = net()
     first = compress(model, panther.Budget(size_mb="30%"), dtypes=("int8", "int4"))
