@@ -202,22 +202,6 @@ def _check_answer(allocator: str, chosen: Sequence[Choice], options: Options) ->
             )
 
 
-def in_whole_numbers(plan: Plan, options: Options) -> Plan:
-    """The plan whose layers without a chain are stored in the most bits that are offered, with the fewest scales.
-
-    A layer that this would make slower, where that was measured, stays as it is.
-    """
-    choices = []
-    for choice in plan.choices:
-        whole = [option for option in options[choice.layer] if option.scheme == WHOLE]
-        is_plain = choice.is_dense or choice.scheme == CHANNELS
-        same = [option for option in whole if option.channels == choice.channels] if is_plain else []
-        same = [option for option in same if option.cost.latency_ms <= choice.cost.latency_ms]
-        best = max(same, key=lambda c: (c.grid.bits if c.grid else 0, -c.cost.size_bytes), default=choice)
-        choices.append(best)
-    return changed(plan, choices=tuple(choices))
-
-
 def _explained(choice: Choice) -> Choice:
     if choice.is_dense and not choice.reason:
         return Choice(**{**choice.__dict__, "reason": "kept dense: the budget allows it and its error would cost more"})

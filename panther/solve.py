@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace as changed
 from typing import Any, NamedTuple, cast
 
 from torch import nn
 
-from panther.allocate import allocate, in_whole_numbers, is_met, with_layer_latency
-from panther.allocators.base import Options, excess, total, without_slack
+from panther.allocate import allocate, is_met, with_layer_latency
+from panther.allocators.base import Options, excess, in_whole_numbers, total, without_slack
 from panther.allocators.sensitivity import on_one_grid
 from panther.channels import kept_of
 from panther.errors import one_line
@@ -69,7 +70,9 @@ def search_plan(prepared: Prepared, budget: Budget, target: Target, notes: list[
                 budget=str(budget),
                 seed=request.seed,
             )
-            return plan if DTYPES[0] in request.dtypes else in_whole_numbers(plan, options)
+            if DTYPES[0] in request.dtypes:
+                return plan
+            return changed(plan, choices=tuple(in_whole_numbers(plan.choices, options)))
 
     dense, layers = prepared.dense.measured(budget), total([choices[-1] for choices in options.values()])
     if not budget.limits_size:

@@ -36,7 +36,7 @@ from panther.limits import Attempt
 from panther.pack import pack
 from panther.prepared import Prepared, timed
 from panther.replace import replace
-from panther.spec import Budget, Choice, Plan, Target, TrialReport, Tuning, to_data
+from panther.spec import DTYPES, Budget, Choice, Plan, Target, TrialReport, Tuning, to_data
 from panther.tuner.journal import Batch, Record, ended, opened
 from panther.tuner.trial import Trial
 from panther.verify import metric
@@ -93,7 +93,11 @@ def problem_for(prepared: Prepared, budget: Budget, target: Target, start: Plan 
     dense = total([choices[-1] for choices in prepared.options.values()]).params
     options = prepared.options_for(budget, start)
     return problem_of(
-        options, without_slack(target, options), lambda layer, error: importances[layer].divergence(error), dense
+        options,
+        without_slack(target, options),
+        lambda layer, error: importances[layer].divergence(error),
+        dense,
+        only_whole=DTYPES[0] not in prepared.request.dtypes,
     )
 
 

@@ -513,6 +513,16 @@ def test_the_tuned_search_scores_the_model_that_it_gives(dtypes: tuple[str, ...]
     assert tuned.report.metric[1] >= plain.report.metric[1]
 
 
+@pytest.mark.parametrize("budget", [0.6, panther.Budget(flops=0.6)], ids=str)
+def test_the_tuned_search_leaves_no_layer_in_floating_point_where_none_may_be(budget: Any) -> None:
+    model = net()
+    options: dict[str, Any] = {"dtypes": ("int8",), "heal": "none", "search": "tuned", "n_trials": 5}
+    result = compress(model, budget, eval_fn=lambda small: -error(model, small), **options)
+    assert result.budget_met and len(quantised_layers(result.model)) == 6
+    tuning = result.report.tuning
+    assert tuning is not None and len(tuning.trials) == 5
+
+
 def test_a_plan_in_whole_numbers_goes_through_json() -> None:
     model = net()
     first = compress(model, panther.Budget(size_mb="30%"), dtypes=("int8", "int4"))

@@ -22,7 +22,7 @@ from dataclasses import replace as changed
 from functools import cached_property, partial
 from typing import NamedTuple
 
-from panther.allocators.base import Divergence, Evaluate, Options, total
+from panther.allocators.base import Divergence, Evaluate, Options, in_whole_numbers, total
 from panther.allocators.sensitivity import FLOORS, POWERS, planned, powered, sensitivity
 from panther.allocators.uniform import uniform
 from panther.chains import LINEAR
@@ -68,6 +68,7 @@ class Problem:
     groups: Mapping[str, tuple[str, ...]]  # knob -> layers
     places: Mapping[str, float]
     dense_params: int  # of the layers that nothing was done to: what shares are of
+    only_whole: bool = False  # whether layers without a chain are stored in whole numbers where they can be
     known: dict[Target, list[Choice]] = field(default_factory=dict, repr=False, compare=False)  # uniform plans
 
     def even(self, target: Target) -> list[Choice]:
@@ -121,11 +122,18 @@ def tuned(options: Options, target: Target, *, divergence: Divergence, evaluate:
 # Knobs ----------------------------------------------------------------------------------------------------------------
 
 
-def problem_of(options: Options, target: Target, divergence: Divergence, dense_params: int | None = None) -> Problem:
+def problem_of(
+    options: Options,
+    target: Target,
+    divergence: Divergence,
+    dense_params: int | None = None,
+    *,
+    only_whole: bool = False,
+) -> Problem:
     """dense_params: of the layers that nothing was done to, where the last option of some is not that layer."""
     layers = [name for name, choices in options.items() if len(choices) > 1]
     dense = total([choices[-1] for choices in options.values()]).params if dense_params is None else dense_params
-    return Problem(options, target, divergence, _coarse(layers, options), _places(layers), dense)
+    return Problem(options, target, divergence, _coarse(layers, options), _places(layers), dense, only_whole)
 
 
 def space_of(problem: Problem) -> Space:
@@ -141,6 +149,11 @@ def plan_of(problem: Problem, params: Params) -> list[Choice]:
 
     "kept", where it is given, is the share of the sketchable weights that it keeps, instead of the problem's target.
     """
+    chosen = _plan_of(problem, params)
+    return in_whole_numbers(chosen, problem.options) if problem.only_whole else chosen
+
+
+def _plan_of(problem: Problem, params: Params) -> list[Choice]:
     target = problem.target
     if "kept" in params:
         target = Target(params=int(params["kept"] * problem.dense_params + ROUNDING))
