@@ -94,6 +94,11 @@ class Prepared:
         with timed(self.seconds, "importance"):
             return importance(self.reference, self.factors, options, progress=self.request.progress)
 
+    @property
+    def counted(self) -> str:
+        """The field of Cost that says how small a model is: whole numbers are as many as others, and fewer bytes."""
+        return "params" if self.request.dtypes == DTYPES[:1] else "size_bytes"
+
     @cached_property
     def file_options(self) -> Mapping[str, Sequence[Choice]]:
         """The options as plans are made of them, with their bytes in a file."""

@@ -10,13 +10,13 @@ from typing import Any, NamedTuple, cast
 from torch import nn
 
 from panther.allocate import allocate, is_met, with_layer_latency
-from panther.allocators.base import Options, excess, in_whole_numbers, total, without_slack
+from panther.allocators.base import Options, excess, in_whole_numbers, limit_on, total, without_slack
 from panther.allocators.sensitivity import on_one_grid
 from panther.channels import kept_of
 from panther.errors import one_line
 from panther.limits import held_by_the_whole, smallest_within_drop
 from panther.prepared import Prepared, may_be_slower, timed
-from panther.spec import DTYPES, Budget, Healed, Measured, Plan, Target, Tuning
+from panther.spec import DTYPES, Budget, Cost, Healed, Measured, Plan, Target, Tuning
 from panther.trials import tuned_plan
 from panther.verify import metric
 
@@ -76,7 +76,7 @@ def search_plan(prepared: Prepared, budget: Budget, target: Target, notes: list[
 
     dense, layers = prepared.dense.measured(budget), total([choices[-1] for choices in options.values()])
     if not budget.limits_size:
-        plan = _smallest(prepared, target, layers.params, solve, prepared.build, notes, seconds, known)
+        plan = _smallest(prepared, target, layers, solve, notes, seconds, known)
         return found(plan, target)
 
     def measured(plan: Plan) -> Measured:
@@ -104,25 +104,29 @@ def search_plan(prepared: Prepared, budget: Budget, target: Target, notes: list[
 def _smallest(
     prepared: Prepared,
     target: Target,
-    dense_params: int,
+    dense: Cost,
     solve: Callable[[Target], Plan],
-    build: Callable[[Plan], nn.Module],
     notes: list[str],
     seconds: dict[str, float],
     known: list[tuple[Plan, float]],
 ) -> Plan:
-    """The plan of fewest weights whose model, as `build` makes it, holds the target's max_drop.
+    """The plan of fewest weights, or bytes where these are not the same, whose unhealed model holds max_drop.
 
     known: gets what was evaluated.
     """
 
     def evaluated(plan: Plan) -> float:
         with timed(seconds, "evaluate"):
-            known.append((plan, _evaluated(prepared, build(plan), notes)))
+            known.append((plan, _evaluated(prepared, prepared.build(plan), notes)))
         return known[-1][1]
 
     plan, said = smallest_within_drop(
-        target, prepared.dense.metric, dense_params, lambda params: solve(Target(params=params)), evaluated
+        target,
+        prepared.dense.metric,
+        getattr(dense, prepared.counted),
+        lambda size: solve(limit_on(prepared.counted, size)),
+        evaluated,
+        counted=prepared.counted,
     )
     notes.extend(said)
     return plan

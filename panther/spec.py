@@ -591,7 +591,7 @@ class TrialReport:
     number: int
     phase: str  # who thought of it: "given", or a strategy's phase
     score: float | None  # None where there is none; `error` says why
-    kept: float  # share of the sketchable weights
+    kept: float  # share of the sketchable weights, or bytes where these are to be fewest
     seconds: float
     knobs: Mapping[str, float]
     error: str = ""

@@ -27,6 +27,7 @@ from panther.allocators.tuned import (
     Smallest,
     Tried,
     best_first,
+    kept_of,
     problem_of,
     space_of,
     tune,
@@ -90,13 +91,14 @@ def can_score(prepared: Prepared) -> bool:
 def problem_for(prepared: Prepared, budget: Budget, target: Target, start: Plan | None = None) -> Problem:
     """What the tuned search divides: `target` as the sensitivity plan `start` was made for it."""
     importances = prepared.importances
-    dense = total([choices[-1] for choices in prepared.options.values()]).params
+    dense = total([choices[-1] for choices in prepared.options.values()])
     options = prepared.options_for(budget, start)
     return problem_of(
         options,
         without_slack(target, options),
         lambda layer, error: importances[layer].divergence(error),
         dense,
+        counted="params" if budget.limits_size else prepared.counted,
         only_whole=DTYPES[0] not in prepared.request.dtypes,
     )
 
@@ -123,7 +125,7 @@ def tuned_plan(
     count = TRIALS if request.n_trials is None else request.n_trials
     smallest = None
     if not budget.limits_size:
-        smallest = Smallest(prepared.dense.metric, target.max_drop or 0.0, problem.dense_params)
+        smallest = Smallest(prepared.dense.metric, target.max_drop or 0.0)
     with timed(seconds, "search"), _journal(prepared, problem, budget, count) as record:
         search = tune(
             problem,
@@ -260,15 +262,13 @@ def _tell(record: Record, trial: Trial, say: Callable[[str], None]) -> None:
 def _report(
     problem: Problem, search: Search, best: Tried, score: Scored, seconds: float, *, is_smallest: bool
 ) -> Tuning:
-    dense = problem.dense_params
-
     def row(tried: Tried) -> TrialReport:
         trial = tried.trial
         return TrialReport(
             trial.number,
             trial.phase,
             trial.scores.get("score"),
-            total(tried.choices).params / max(1, dense),
+            kept_of(problem, tried.choices),
             trial.seconds,
             trial.params,
             trial.error,

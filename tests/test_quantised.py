@@ -523,6 +523,29 @@ def test_the_tuned_search_leaves_no_layer_in_floating_point_where_none_may_be(bu
     assert tuning is not None and len(tuning.trials) == 5
 
 
+@pytest.mark.parametrize("dtypes", [("float32", "int8", "int4"), ("int8", "int4")])
+@pytest.mark.parametrize("search", ["sensitivity", "tuned"])
+def test_the_smallest_model_within_a_drop_is_one_of_fewest_bytes(dtypes: tuple[str, ...], search: str) -> None:
+    model = net()
+    lost = {"eval_fn": lambda small: -error(model, small), "heal": "none", "search": search}
+    plain = compress(model, 1.0, dtypes=("int8",), plan=everything(model, "int8"), heal="none")
+    drop = 1.5 * error(model, plain.model)
+    found = compress(model, {"max_drop": drop}, dtypes=dtypes, **({"n_trials": 9} if search == "tuned" else {}), **lost)
+    assert found.budget_met and found.report.compressed.size_bytes <= plain.report.compressed.size_bytes
+    assert not any("stays dense" in note for note in found.report.notes)
+
+
+def test_a_drop_that_no_whole_numbers_hold_is_said_of_them() -> None:
+    """They are what is asked for: nothing stays dense."""
+    model = cnn()
+    result = compress(
+        model, {"max_drop": 0.0}, dtypes=("int4",), eval_fn=lambda small: -error(model, small), heal="none"
+    )
+    assert not result.budget_met and quantised_layers(result.model)
+    assert any(note.startswith("no model in whole numbers is within max_drop=0 (at ") for note in result.report.notes)
+    assert any("of the bytes eval_fn falls from" in note for note in result.report.notes)
+
+
 def test_a_plan_in_whole_numbers_goes_through_json() -> None:
     model = net()
     first = compress(model, panther.Budget(size_mb="30%"), dtypes=("int8", "int4"))

@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
 from dataclasses import replace as changed
-from typing import Protocol
+from typing import Any, Protocol
 
 from panther.chains import CHANNELS, WHOLE
 from panther.spec import Choice, Cost, Target
@@ -29,6 +29,12 @@ class Allocator(Protocol):
 
 def total(choices: Sequence[Choice]) -> Cost:
     return sum((c.cost for c in choices), Cost())
+
+
+def limit_on(counted: str, most: int) -> Target:
+    """The target with this one limit, on a field of Cost."""
+    limits: dict[str, Any] = {counted: most}
+    return Target(**limits)
 
 
 def without_slack(target: Target, options: Options) -> Target:
