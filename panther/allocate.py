@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace as changed
+from functools import lru_cache
 from typing import cast
 
 from panther.allocators import ALLOCATORS, Allocator, Evaluate, Options
 from panther.allocators.base import Divergence, total
-from panther.chains import CHANNELS, WHOLE, dense_cost
-from panther.sizes import header_reserve
-from panther.spec import BITS, DTYPES, Budget, Capture, Choice, Cost, LayerSpec, Measured, Plan, Target
+from panther.chains import CHANNELS, CORRECTED, PIVOTED, QUANTISED, WHOLE, dense_cost, stored_names
+from panther.sizes import header_growth
+from panther.spec import Budget, Capture, Choice, Cost, LayerSpec, Measured, Plan, Target
 
 NOTHING_MEASURED = Measured()
 
@@ -20,14 +22,12 @@ def resolve(
     capture: Capture,
     dtype_bytes: Mapping[str, int],
     measured: Measured = NOTHING_MEASURED,
-    *,
-    dtypes: Sequence[str] = DTYPES[:1],
 ) -> Target:
     """Absolute limits on the sketchable layers and on the whole model, and the line that says what they mean.
 
     dtype_bytes: bytes of one number of each sketchable layer. measured: of the dense model, as far as the budget's
-    fields ask for it. dtypes: what weights may be stored in. The layers' own limit on milliseconds needs theirs: see
-    `with_layer_latency`.
+    fields ask for it. The limit on bytes is one on options `in_file`. The layers' own limit on milliseconds needs
+    theirs: see `with_layer_latency`.
     """
     dense = dense_total(capture.sketchable, dtype_bytes)
     rest = capture.model_params - dense.params
@@ -35,7 +35,7 @@ def resolve(
     if params is not None and budget.of == "model":
         params -= rest
     whole = _bytes_limit(budget.size_mb, capture.model_bytes)
-    size = None if whole is None else whole - (capture.model_bytes - dense.size_bytes) - _header_growth(capture, dtypes)
+    size = None if whole is None else whole - (capture.model_bytes - dense.size_bytes)
     peak = (
         None if measured.peak_memory_bytes is None else _bytes_limit(budget.peak_memory_mb, measured.peak_memory_bytes)
     )
@@ -89,22 +89,44 @@ def _bytes_limit(megabytes: float | str | None, dense: int) -> int | None:
     return int(dense * float(text[:-1]) / 100 if text.endswith("%") else float(text) * 1e6)
 
 
-def _header_growth(capture: Capture, dtypes: Sequence[str]) -> int:
-    """The most by which the header of the file can grow: the entries that every layer may have once it is sketched."""
-    added = {}
-    largest = 0
-    for spec in capture.sketchable:
-        links, orders = ["down", "up"], ["row_order"]
-        if spec.kernel_size:
-            links, orders = [*links, "core"], [*orders, "column_order"]
-        added.update({f"{spec.name}.{name}": 2 + len(spec.kernel_size) for name in links})
-        if set(dtypes) & set(BITS):  # a weight is two tensors then, and a corrected one has three
-            parts = [f"{link}.{part}" for link in ("whole", *links) for part in ("values", "scales")]
-            added.update({f"{spec.name}.{name}": 2 for name in parts})
-        # In place of its bias, or because sketching gives it one, which makes the mean output right.
-        added.update({f"{spec.name}.{name}": 1 for name in ("offset", *orders)})
-        largest = max(largest, spec.fan_in, spec.out_features)
-    return header_reserve(added, largest_size=largest, largest_offset=capture.model_bytes)
+def in_file(options: Options, capture: Capture) -> dict[str, tuple[Choice, ...]]:
+    """The options with their bytes as the file grows by them: with the entries that they add to its header."""
+    specs = {spec.name: spec for spec in capture.sketchable}
+    return {
+        name: tuple(_in_file(choice, specs[name], capture.model_bytes) for choice in choices)
+        for name, choices in options.items()
+    }
+
+
+def _in_file(choice: Choice, spec: LayerSpec, file_bytes: int) -> Choice:
+    growth = _header_growth(spec, choice.scheme, choice.packing, bool(choice.channels), file_bytes)
+    return changed(choice, cost=choice.cost + Cost(size_bytes=growth)) if growth else choice
+
+
+@lru_cache(maxsize=2**14)  # a few forms a layer, of a hundred options
+def _header_growth(spec: LayerSpec, scheme: str, packing: str, is_narrow: bool, file_bytes: int) -> int:
+    """Bytes of the header that a layer adds to in this form."""
+    if scheme == "dense":
+        return 0
+    added: dict[str, int] = {}
+    removed: dict[str, Sequence[int]] = {}
+    if scheme != CHANNELS:
+        added = dict.fromkeys(stored_names(scheme), 2 + len(spec.kernel_size))
+        removed["weight"] = (spec.out_features, spec.fan_in // math.prod(spec.kernel_size), *spec.kernel_size)
+    if packing == QUANTISED:  # a weight is two tensors then
+        added = {f"{name}.{part}": 2 for name in added for part in ("values", "scales")}
+    gains_bias = not spec.has_bias and (is_narrow or scheme not in (WHOLE, CORRECTED))
+    if packing == PIVOTED:
+        added |= dict.fromkeys(("row_order", "column_order") if spec.kernel_size else ("column_order",), 1)
+        removed |= {"bias": (spec.out_features,)} if spec.has_bias else {}
+    if packing == PIVOTED or gains_bias:  # which makes the mean output right
+        added["offset"] = 1
+    return header_growth(
+        {f"{spec.name}.{name}": dims for name, dims in added.items()},
+        {f"{spec.name}.{name}": sizes for name, sizes in removed.items()},
+        largest_size=max(spec.fan_in, spec.out_features),
+        largest_offset=file_bytes,
+    )
 
 
 def _describe(target: Target, dense: Cost, capture: Capture, measured: Measured) -> Iterator[str]:
@@ -178,18 +200,6 @@ def _check_answer(allocator: str, chosen: Sequence[Choice], options: Options) ->
                 f"the allocator {allocator} gave {choice.layer!r} scheme {choice.scheme!r} at ranks {choice.ranks} "
                 f"in packing {choice.packing!r}, which is none of its options: return one of options[{choice.layer!r}]"
             )
-
-
-def in_whole_numbers(plan: Plan, options: Options) -> Plan:
-    """The plan whose layers without a chain are stored in the most bits that are offered, with the fewest scales."""
-    choices = []
-    for choice in plan.choices:
-        whole = [option for option in options[choice.layer] if option.scheme == WHOLE]
-        is_plain = choice.is_dense or choice.scheme == CHANNELS
-        same = [option for option in whole if option.channels == choice.channels] if is_plain else []
-        best = max(same, key=lambda c: (c.grid.bits if c.grid else 0, -c.cost.size_bytes), default=choice)
-        choices.append(best)
-    return changed(plan, choices=tuple(choices))
 
 
 def _explained(choice: Choice) -> Choice:

@@ -137,6 +137,12 @@ def stored_links(scheme: str, layer: Geometry, ranks: Sequence[int]) -> tuple[Li
     return (whole,) if scheme == WHOLE else (whole, *links(LINEAR, layer, ranks))
 
 
+def stored_names(scheme: str) -> tuple[str, ...]:
+    """What the weights of a sketched layer are called in a file."""
+    links = ("down", "core", "up") if scheme == "tucker2" else ("down", "up")
+    return {WHOLE: ("whole",), CORRECTED: ("whole", *links)}.get(scheme, links)
+
+
 def pivoted(chain: Sequence[Link], sides: Sequence[str]) -> tuple[Link, ...]:
     """The same chain without the identity in its last link (side "rows") or in its first ("columns").
 

@@ -13,7 +13,7 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from panther.allocate import resolve
+from panther.allocate import in_file, resolve
 from panther.allocators import Allocator
 from panther.batches import Calibration, Call, as_call, calibration, is_for_inference, weights_may_change
 from panther.capture import capture
@@ -265,7 +265,7 @@ def prepared_for(request: Request) -> Prepared:
 
 
 def _target(dense: Dense, found: Capture, dtype_bytes: Mapping[str, int], budget: Budget) -> Target:
-    return resolve(budget, found, dtype_bytes, dense.measured(budget), dtypes=dense.request.dtypes)
+    return resolve(budget, found, dtype_bytes, dense.measured(budget))
 
 
 def _unfitted_first(data: Calibration) -> Iterator[Call]:
@@ -408,7 +408,7 @@ def _completed(plan: Plan, prepared: Prepared) -> Plan:
         seed=prepared.request.seed,
     )
     choices = []
-    for name, options in narrow.options.items():
+    for name, options in in_file(narrow.options, prepared.found).items():
         choice = given.get(name)
         if choice is None or choice.is_dense:
             choices.append(changed(options[-1], reason=choice.reason if choice else "the plan leaves it dense"))

@@ -41,9 +41,9 @@ def with_latency(
     medians: Medians,
     progress: Progress | None = None,
 ) -> dict[str, tuple[Choice, ...]]:
-    """The options with their milliseconds, at torch's current threads; those that are not faster than dense are gone.
+    """The options with their milliseconds, at torch's current threads.
 
-    A layer none of whose options is faster, or that cannot be run by itself, can only stay dense, with that reason.
+    A layer that cannot be run by itself can only stay dense, with that reason.
     """
     groups: dict[object, list[str]] = defaultdict(list)
     for name in options:
@@ -57,8 +57,13 @@ def with_latency(
             reason = f"its latency could not be measured: {type(error).__name__}: {str(error).strip()[:160]}"
             timed.update({name: (changed(options[name][-1], reason=reason),) for name in names})
             continue
-        timed.update({name: _faster(options[name], factors[name].spec, dense_ms, curves) for name in names})
+        timed.update({name: _timed_all(options[name], factors[name].spec, dense_ms, curves) for name in names})
     return {name: timed[name] for name in options}
+
+
+def only_faster(options: Mapping[str, Sequence[Choice]]) -> dict[str, tuple[Choice, ...]]:
+    """The options that take less time than the dense layer, and that one; where none does, it says so."""
+    return {name: _faster(choices) for name, choices in options.items()}
 
 
 def _geometry(factors: Factors) -> object:
@@ -134,14 +139,17 @@ def _never_falling(points: Sequence[tuple[float, float]]) -> list[tuple[float, f
     return [(flops, time) for (flops, _), time in zip(points, smooth, strict=True)]
 
 
-def _faster(options: Sequence[Choice], spec: LayerSpec, dense_ms: float, curves: Curves) -> tuple[Choice, ...]:
-    """The options that take less time than the dense layer, with their times, and last the dense layer."""
-    dense = _timed(options[-1], dense_ms * spec.calls)
+def _timed_all(options: Sequence[Choice], spec: LayerSpec, dense_ms: float, curves: Curves) -> tuple[Choice, ...]:
     every = [
         _timed(c, spec.calls * _between(curves[_way(c)], c.cost.flops / spec.calls))
         for c in options[:-1]
         if _way(c) in curves
     ]
+    return (*every, _timed(options[-1], dense_ms * spec.calls))
+
+
+def _faster(options: Sequence[Choice]) -> tuple[Choice, ...]:
+    *every, dense = options
     faster = [choice for choice in every if choice.cost.latency_ms < dense.cost.latency_ms]
     if every and not faster:
         least = min(choice.cost.latency_ms for choice in every)

@@ -36,6 +36,9 @@ _KINDS = (
     _Kind("peak_memory_bytes", "peak_memory_bytes", "weight_bytes", "size_bytes"),
 )
 
+_NOUNS = {"params": "weights", "size_bytes": "bytes"}
+COUNTED = ("params", "flops", "size_bytes")  # limits on the layers that do not follow from one on the whole
+
 
 @dataclass(frozen=True)
 class Attempt:
@@ -46,9 +49,16 @@ class Attempt:
     measured: Measured
 
     def worst(self) -> float:
-        """The largest part of a limit on the whole that is used; above 1 it is missed."""
+        """The largest part of a limit that is used, of the whole or of the layers; above 1 it is missed."""
         pairs = [(getattr(self.measured, kind.measured), getattr(self.target, kind.whole)) for kind in _KINDS]
-        return max((got / limit for got, limit in pairs if got is not None and limit is not None), default=0.0)
+        whole = [got / limit for got, limit in pairs if got is not None and limit is not None]
+        return max((*whole, _counted(self.plan, self.target)), default=0.0)
+
+
+def _counted(plan: Plan, target: Target) -> float:
+    """The largest part of a limit that is used, of those that are counted and not measured."""
+    pairs = [(getattr(plan.cost, name), getattr(target, name)) for name in COUNTED]
+    return max((got / max(limit, 1) for got, limit in pairs if limit is not None), default=0.0)
 
 
 def held_by_the_whole(
@@ -57,12 +67,17 @@ def held_by_the_whole(
     layers: Cost,
     solve: Callable[[Target], Plan],
     measure: Callable[[Plan], Measured],
+    others: Sequence[Plan] = (),
+    loss: Callable[[Plan], float] = lambda _plan: 0.0,
 ) -> tuple[Plan, Target]:
     """The plan whose whole model holds the limits that are measured on it, and the limits on the layers behind it.
 
     A first plan is solved for and its model measured. What a millisecond or byte that the layers were to save has
     really saved then corrects their limits, at most ROUNDS times. Of the models within the limits the largest wins;
     where none is, the nearest.
+
+    others: plans that win where they are within the limits and lose less, by `loss`, or where nothing else is within:
+        what layers promise may have ruled them out.
 
     dense, layers: what the whole dense model needs, and its sketchable layers as predicted. Without a measured limit in
     the target one plan is solved for and nothing is measured.
@@ -83,7 +98,21 @@ def held_by_the_whole(
     best = max(within, key=lambda attempt: _predicted(attempt, layers), default=None) or min(
         attempts, key=Attempt.worst
     )
+    for plan in sorted(others, key=loss):
+        if best.worst() <= 1 and loss(best.plan) <= loss(plan):
+            break
+        if _counted(plan, best.target) <= 1:
+            other = Attempt(plan, _reaching(best.target, plan.cost), measure(plan))
+            best = other if other.worst() <= 1 or other.worst() < best.worst() else best
     return best.plan, best.target
+
+
+def _reaching(target: Target, cost: Cost) -> Target:
+    """The target whose limits on the layers, where they follow from those on the whole, allow this cost."""
+    kinds = [kind for kind in _KINDS if getattr(target, kind.inside) is not None]
+    return changed(
+        target, **{kind.inside: max(getattr(target, kind.inside), getattr(cost, kind.cost)) for kind in kinds}
+    )
 
 
 def _predicted(attempt: Attempt, layers: Cost) -> float:
@@ -121,57 +150,68 @@ class Trial:
 def smallest_within_drop(
     target: Target,
     dense_metric: float,
-    dense_params: int,
+    dense_size: int,
     solve: Callable[[int], Plan],
     metric: Callable[[Plan], float],
+    *,
+    counted: str = "params",
 ) -> tuple[Plan, tuple[str, ...]]:
     """The plan of fewest weights whose model loses no more of the metric than the target allows, and notes.
 
+    counted: the field of Cost that is to be small, "params" or "size_bytes" for the plan of fewest bytes.
     Halves the kept fraction SOLVES times. `solve` makes the plan of at most so many weights, `metric` builds its model
     and evaluates it: whoever heals models gives one that heals. That a larger model is better is taken for granted by
     the search and not by the answer, which was evaluated. When no smaller model is within, everything stays dense.
     """
     trials: list[Trial] = []
     best: Plan | None = None
+
+    def kept_by(plan: Plan) -> float:
+        return float(getattr(plan.cost, counted) / max(1, dense_size))
+
     low, high = 0.0, 1.0
     for _ in range(SOLVES):
         if low >= high:
             break
         middle = (low + high) / 2
-        plan = solve(int(middle * dense_params))
+        plan = solve(int(middle * dense_size))
         known = next((trial for trial in trials if trial.plan.choices == plan.choices), None)
         trial = known or Trial(plan, metric(plan))
         trials.extend([] if known else [trial])
-        kept = plan.cost.params / max(1, dense_params)
+        kept = kept_by(plan)
         if target.allows_drop(dense_metric, trial.metric):
             best, high = plan, min(middle, kept)
             if kept > middle:  # the smallest plan that there is
                 break
         else:
             low = max(middle, kept)
+    ordered = sorted(trials, key=lambda trial: kept_by(trial.plan))
+    shares = [f"{kept_by(trial.plan):.1%} of the {_NOUNS[counted]}" for trial in ordered]
     if best is None:
-        return solve(dense_params), tuple(_nothing_smaller(trials, target, dense_metric, dense_params))
-    return best, tuple(_not_monotone(trials, target, dense_metric, dense_params))
+        largest = solve(dense_size)
+        is_dense = kept_by(largest) >= 1
+        return largest, (_nothing_smaller(ordered[-1], shares[-1], target, dense_metric, is_dense=is_dense),)
+    return best, tuple(_not_monotone(ordered, shares, target, dense_metric))
 
 
-def _nothing_smaller(trials: Sequence[Trial], target: Target, dense_metric: float, dense_params: int) -> Iterator[str]:
-    largest = max(trials, key=lambda trial: trial.plan.cost.params)
-    kept = largest.plan.cost.params / max(1, dense_params)
-    yield (
-        f"everything stays dense: no smaller model is within max_drop={target.max_drop:g} (at {kept:.1%} of the "
-        f"weights eval_fn falls from {dense_metric:.4g} to {largest.metric:.4g})"
+def _nothing_smaller(largest: Trial, share: str, target: Target, dense_metric: float, *, is_dense: bool) -> str:
+    """is_dense: what is taken instead, which is in whole numbers where nothing else was offered."""
+    what = "everything stays dense: no smaller model is" if is_dense else "no model in whole numbers is"
+    return (
+        f"{what} within max_drop={target.max_drop:g} (at {share} eval_fn falls from {dense_metric:.4g} to "
+        f"{largest.metric:.4g})"
     )
 
 
-def _not_monotone(trials: Sequence[Trial], target: Target, dense_metric: float, dense_params: int) -> Iterator[str]:
+def _not_monotone(
+    ordered: Sequence[Trial], shares: Sequence[str], target: Target, dense_metric: float
+) -> Iterator[str]:
     """A note when a model that lost too much has a smaller one that lost less: a yet smaller one might be within."""
-    ordered = sorted(trials, key=lambda trial: trial.plan.cost.params)
-    for small, large in itertools.pairwise(ordered):
+    for (small, few), (large, many) in itertools.pairwise(zip(ordered, shares, strict=True)):
         is_better = small.metric - large.metric > NOISE * (target.max_drop or 0.0)
         if is_better and not target.allows_drop(dense_metric, large.metric):
-            sizes = [f"{trial.plan.cost.params / max(1, dense_params):.1%}" for trial in (small, large)]
             yield (
-                f"eval_fn is not better for larger models ({small.metric:.4g} at {sizes[0]} of the weights, "
-                f"{large.metric:.4g} at {sizes[1]}): a smaller model within max_drop may exist"
+                f"eval_fn is not better for larger models ({small.metric:.4g} at {few}, {large.metric:.4g} at {many}): "
+                "a smaller model within max_drop may exist"
             )
             return

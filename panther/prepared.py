@@ -15,6 +15,7 @@ from typing import Any, cast
 
 from torch import nn
 
+from panther.allocate import in_file
 from panther.batches import Calibration, inference, run
 from panther.chains import CORRECTED, WHOLE
 from panther.channels import Narrow, narrow, share_for
@@ -24,7 +25,7 @@ from panther.factors import Factors
 from panther.heal import HELD_BYTES, MOST_THREADS, heal
 from panther.healers.rounding import round_layers
 from panther.importance import Importance, Reference, importance
-from panther.latency import with_latency
+from panther.latency import only_faster, with_latency
 from panther.nn.surgery import put_layers
 from panther.pack import hold_nearest, pack, packed
 from panther.replace import replace, sketched_layer
@@ -95,12 +96,22 @@ class Prepared:
         with timed(self.seconds, "importance"):
             return importance(self.reference, self.factors, options, progress=self.request.progress)
 
+    @property
+    def counted(self) -> str:
+        """The field of Cost that says how small a model is: whole numbers are as many as others, and fewer bytes."""
+        return "params" if self.request.dtypes == DTYPES[:1] else "size_bytes"
+
+    @cached_property
+    def file_options(self) -> Mapping[str, Sequence[Choice]]:
+        """The options as plans are made of them, with their bytes in a file."""
+        return in_file(self.options, self.found)
+
     @cached_property
     def timed_options(self) -> Mapping[str, Sequence[Choice]]:
-        """The options with their milliseconds, without those that are not faster than the dense layer."""
+        """The options with their milliseconds."""
         with timed(self.seconds, "time layers"):
             return with_latency(
-                self.options,
+                self.file_options,
                 self.factors,
                 build=self.layer,
                 medians=medians_in_turn,
@@ -114,8 +125,8 @@ class Prepared:
                 if is_timed != (budget.latency_ms is not None):
                     continue
                 if all(c.kind in {option.kind for option in found.options[c.layer]} for c in start.choices):
-                    return found.options
-        return self.options if budget.latency_ms is None else self.timed_options
+                    return _useful(found.options, budget)
+        return self.file_options if budget.latency_ms is None else _useful(self.timed_options, budget)
 
     def narrow_for(self, budget: Budget, kept: float, seconds: dict[str, float]) -> Narrow | None:
         """The layers with fewer channels for a budget that keeps this share; None where that is not worth a try.
@@ -127,7 +138,8 @@ class Prepared:
         if share is None or not self.request.may_narrow or not self.reference.is_comparable:
             return None
         is_timed = budget.latency_ms is not None
-        if (share, is_timed) not in self.narrow:
+        found = self.narrow.get((share, is_timed))
+        if found is None:
             with timed(seconds, "channels"):
                 found = narrow(
                     self.request.model,
@@ -142,8 +154,10 @@ class Prepared:
                 )
             if found is None:
                 return None
-            self.narrow[share, is_timed] = changed(found, options=self._timed(found, seconds)) if is_timed else found
-        return self.narrow[share, is_timed]
+            found = changed(found, options=in_file(found.options, self.found))
+            found = changed(found, options=self._timed(found, seconds)) if is_timed else found
+            self.narrow[share, is_timed] = found
+        return changed(found, options=_useful(found.options, budget))
 
     def _timed(self, found: Narrow, seconds: dict[str, float]) -> Mapping[str, Sequence[Choice]]:
         """Layers that are as before keep the times that they have."""
@@ -319,6 +333,15 @@ class Prepared:
                 f"the compressed model still runs layers that were replaced ({', '.join(sorted(ran)[:5])}): a function "
                 "or an object in it keeps them. Leave them out with exclude=[...]; the dense model is unchanged."
             )
+
+
+def _useful(options: Mapping[str, Sequence[Choice]], budget: Budget) -> Mapping[str, Sequence[Choice]]:
+    return options if budget.latency_ms is None or may_be_slower(budget) else only_faster(options)
+
+
+def may_be_slower(budget: Budget) -> bool:
+    """Whether a layer may become slower than it was for what else is limited: for time alone none may."""
+    return any(getattr(budget, name) is not None for name in ("params", "size_mb", "peak_memory_mb"))
 
 
 def _unmeasured(plan: Plan) -> Plan:

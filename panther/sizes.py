@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -72,17 +73,24 @@ def _header_bytes(tensors: Mapping[str, Tensor]) -> int:
     return 8 + _padded(len(_json(header)))
 
 
-def header_reserve(added: Mapping[str, int], *, largest_size: int, largest_offset: int) -> int:
-    """Bytes by which the header grows at most when these tensors are added to the file.
+def header_growth(
+    added: Mapping[str, int], removed: Mapping[str, Sequence[int]], *, largest_size: int, largest_offset: int
+) -> int:
+    """Bytes by which the header grows at most, its padding included, when some tensors take the place of others.
 
-    added: number of dimensions of each, by name. largest_size: of any of their dimensions. largest_offset: where the
-    file's data ends.
+    added: number of dimensions of each, by name. removed: their shapes. largest_size: of any dimension of those that
+    are added. largest_offset: where the file's data ends. What several changes add may be summed.
     """
-    entries = {
+    before: dict[str, Any] = {
+        name: {"dtype": "U8", "shape": list(shape), "data_offsets": [0, math.prod(shape)]}
+        for name, shape in removed.items()
+    }
+    after: dict[str, Any] = {
         name: {"dtype": "F8_E5M2", "shape": [largest_size] * dims, "data_offsets": [largest_offset] * 2}
         for name, dims in added.items()
     }
-    return _padded(len(_json(entries)))
+    others = {"": None}  # an entry is set apart from others by a comma
+    return _padded(max(0, len(_json(others | after)) - len(_json(others | before))))
 
 
 def _json(header: Mapping[str, Any]) -> bytes:

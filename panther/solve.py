@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace as changed
 from typing import Any, NamedTuple, cast
 
 from torch import nn
 
-from panther.allocate import allocate, in_whole_numbers, is_met, with_layer_latency
-from panther.allocators.base import Options, excess, total
+from panther.allocate import allocate, is_met, with_layer_latency
+from panther.allocators.base import Options, excess, in_whole_numbers, limit_on, total, without_slack
+from panther.allocators.sensitivity import on_one_grid
 from panther.channels import kept_of
 from panther.errors import one_line
 from panther.limits import held_by_the_whole, smallest_within_drop
-from panther.prepared import Prepared, timed
-from panther.spec import DTYPES, Budget, Healed, Measured, Plan, Target, Tuning
+from panther.prepared import Prepared, may_be_slower, timed
+from panther.spec import DTYPES, Budget, Cost, Healed, Measured, Plan, Target, Tuning
 from panther.trials import tuned_plan
 from panther.verify import metric
 
@@ -60,7 +62,7 @@ def search_plan(prepared: Prepared, budget: Budget, target: Target, notes: list[
         with timed(seconds, "allocate"):
             plan = allocate(
                 options,
-                wanted,
+                without_slack(wanted, options),
                 prepared.found,
                 search=search,
                 divergence=lambda layer, error: importances[layer].divergence(error),
@@ -68,43 +70,63 @@ def search_plan(prepared: Prepared, budget: Budget, target: Target, notes: list[
                 budget=str(budget),
                 seed=request.seed,
             )
-            return plan if DTYPES[0] in request.dtypes else in_whole_numbers(plan, options)
+            if DTYPES[0] in request.dtypes:
+                return plan
+            return changed(plan, choices=tuple(in_whole_numbers(plan.choices, options)))
 
     dense, layers = prepared.dense.measured(budget), total([choices[-1] for choices in options.values()])
     if not budget.limits_size:
-        plan = _smallest(prepared, target, layers.params, solve, prepared.build, notes, seconds, known)
+        plan = _smallest(prepared, target, layers, solve, notes, seconds, known)
         return found(plan, target)
 
     def measured(plan: Plan) -> Measured:
         with timed(seconds, "measure the whole"):
             return prepared.measured(plan, budget)
 
+    def one_way() -> list[Plan]:
+        """Every layer on the same grid, and all in floating point, where slower layers are options."""
+        if search != "sensitivity" or budget.latency_ms is None or not may_be_slower(budget):
+            return []
+        ways: list[Options] = [{choice.layer: [choice] for choice in plan} for plan in on_one_grid(options)]
+        if ways and DTYPES[0] in request.dtypes:
+            ways.append({name: [c for c in choices if c.grid is None] for name, choices in options.items()})
+        return [allocated(way, target) for way in ways]
+
+    def loss(plan: Plan) -> float:
+        if prepared.reference.is_comparable:
+            return prepared.divergence(plan.choices)
+        return sum(importances[choice.layer].divergence(choice.error) for choice in plan.choices)
+
     target = with_layer_latency(target, layers.latency_ms, dense.latency_ms or 0.0)
-    return found(*held_by_the_whole(target, dense, layers, solve, measured))
+    return found(*held_by_the_whole(target, dense, layers, solve, measured, one_way(), loss))
 
 
 def _smallest(
     prepared: Prepared,
     target: Target,
-    dense_params: int,
+    dense: Cost,
     solve: Callable[[Target], Plan],
-    build: Callable[[Plan], nn.Module],
     notes: list[str],
     seconds: dict[str, float],
     known: list[tuple[Plan, float]],
 ) -> Plan:
-    """The plan of fewest weights whose model, as `build` makes it, holds the target's max_drop.
+    """The plan of fewest weights, or bytes where these are not the same, whose unhealed model holds max_drop.
 
     known: gets what was evaluated.
     """
 
     def evaluated(plan: Plan) -> float:
         with timed(seconds, "evaluate"):
-            known.append((plan, _evaluated(prepared, build(plan), notes)))
+            known.append((plan, _evaluated(prepared, prepared.build(plan), notes)))
         return known[-1][1]
 
     plan, said = smallest_within_drop(
-        target, prepared.dense.metric, dense_params, lambda params: solve(Target(params=params)), evaluated
+        target,
+        prepared.dense.metric,
+        getattr(dense, prepared.counted),
+        lambda size: solve(limit_on(prepared.counted, size)),
+        evaluated,
+        counted=prepared.counted,
     )
     notes.extend(said)
     return plan

@@ -143,8 +143,9 @@ class Capture:
 class Cost:
     """What one layer's weights cost: numbers stored, operations per run of the example inputs, bytes, milliseconds.
 
-    A bias that the dense layer has is not counted; one that sketching gives to a layer without is. Milliseconds are
-    of all calls in one run of the example inputs, and 0 unless a budget made somebody measure them.
+    A bias that the dense layer has is not counted; one that sketching gives to a layer without is. In a plan, bytes are
+    those by which a file grows, with the entries in its header. Milliseconds are of all calls in one run of the example
+    inputs, and 0 unless a budget made somebody measure them.
     """
 
     params: int = 0
@@ -596,7 +597,7 @@ class TrialReport:
     number: int
     phase: str  # who thought of it: "given", or a strategy's phase
     score: float | None  # None where there is none; `error` says why
-    kept: float  # share of the sketchable weights
+    kept: float  # share of the sketchable weights, or bytes where these are to be fewest
     seconds: float
     knobs: Mapping[str, float]
     error: str = ""

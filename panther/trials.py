@@ -1,7 +1,8 @@
 """search="tuned": plans tried on whole models, one evaluation each, and the one that wins.
 
-Layers are decomposed already: a trial slices their factors into a copy of the model. It is scored neither healed nor
-packed; packing computes the same, and what healing does to a score is looked at in the end.
+Layers are decomposed already: a trial slices their factors into a copy of the model. It is scored unhealed, rounded
+where the plan stores whole numbers, and not pivoted, which computes the same; what healing does to a score is looked at
+in the end.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from typing import Any
 from torch import nn
 
 from panther.allocate import allocate
-from panther.allocators.base import total
+from panther.allocators.base import total, without_slack
 from panther.allocators.tuned import (
     TRIALS,
     Problem,
@@ -26,15 +27,17 @@ from panther.allocators.tuned import (
     Smallest,
     Tried,
     best_first,
+    kept_of,
     problem_of,
     space_of,
     tune,
 )
 from panther.heal import fingerprint
 from panther.limits import Attempt
+from panther.pack import pack
 from panther.prepared import Prepared, timed
 from panther.replace import replace
-from panther.spec import Budget, Choice, Plan, Target, TrialReport, Tuning, to_data
+from panther.spec import DTYPES, Budget, Choice, Plan, Target, TrialReport, Tuning, to_data
 from panther.tuner.journal import Batch, Record, ended, opened
 from panther.tuner.trial import Trial
 from panther.verify import metric
@@ -76,8 +79,9 @@ class Scored:
 
 
 def student_of(prepared: Prepared, choices: Sequence[Choice]) -> nn.Module:
-    """The model of a plan, neither healed nor packed."""
-    return replace(prepared.request.model, prepared.factors, Plan(tuple(choices)))
+    """The model of a plan, unhealed; layers that it stores in whole numbers are."""
+    model = replace(prepared.request.model, prepared.factors, Plan(tuple(choices)))
+    return pack(model, Plan(tuple(choice for choice in choices if choice.grid is not None)))
 
 
 def can_score(prepared: Prepared) -> bool:
@@ -87,9 +91,15 @@ def can_score(prepared: Prepared) -> bool:
 def problem_for(prepared: Prepared, budget: Budget, target: Target, start: Plan | None = None) -> Problem:
     """What the tuned search divides: `target` as the sensitivity plan `start` was made for it."""
     importances = prepared.importances
-    dense = total([choices[-1] for choices in prepared.options.values()]).params
+    dense = total([choices[-1] for choices in prepared.options.values()])
+    options = prepared.options_for(budget, start)
     return problem_of(
-        prepared.options_for(budget, start), target, lambda layer, error: importances[layer].divergence(error), dense
+        options,
+        without_slack(target, options),
+        lambda layer, error: importances[layer].divergence(error),
+        dense,
+        counted="params" if budget.limits_size else prepared.counted,
+        only_whole=DTYPES[0] not in prepared.request.dtypes,
     )
 
 
@@ -115,7 +125,7 @@ def tuned_plan(
     count = TRIALS if request.n_trials is None else request.n_trials
     smallest = None
     if not budget.limits_size:
-        smallest = Smallest(prepared.dense.metric, target.max_drop or 0.0, problem.dense_params)
+        smallest = Smallest(prepared.dense.metric, target.max_drop or 0.0)
     with timed(seconds, "search"), _journal(prepared, problem, budget, count) as record:
         search = tune(
             problem,
@@ -252,15 +262,13 @@ def _tell(record: Record, trial: Trial, say: Callable[[str], None]) -> None:
 def _report(
     problem: Problem, search: Search, best: Tried, score: Scored, seconds: float, *, is_smallest: bool
 ) -> Tuning:
-    dense = problem.dense_params
-
     def row(tried: Tried) -> TrialReport:
         trial = tried.trial
         return TrialReport(
             trial.number,
             trial.phase,
             trial.scores.get("score"),
-            total(tried.choices).params / max(1, dense),
+            kept_of(problem, tried.choices),
             trial.seconds,
             trial.params,
             trial.error,

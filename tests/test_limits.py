@@ -144,6 +144,42 @@ def world_latency(effect: float, plan: Plan) -> float:
     return 20.0 - (LAYERS_MS - plan.cost.latency_ms) * effect
 
 
+def test_a_plan_that_layers_promised_too_little_of_wins_where_the_whole_is_within_and_loses_less() -> None:
+    """It takes 11 ms where its layers say 14; the other two are beyond a limit that is counted, or lose more."""
+    world = World()
+    cost = Cost(900, 900, 1800, 14.0)
+    good, large, poor = (Plan((Choice("layer", name, cost=cost),)) for name in ("good", "large", "poor"))
+    large = Plan((replace(large.choices[0], cost=Cost(1000, 1000, 2000, 14.0)),))
+    losses = {"good": 0.1, "large": 0.0, "poor": 0.9, "linear": 0.5}
+
+    def measure(plan: Plan) -> Measured:
+        return world.measure(plan) if plan.choices[0].scheme == "linear" else Measured(11.0, 3000)
+
+    def held(*others: Plan) -> tuple[Plan, Target]:
+        limits = replace(latency(12.0), size_bytes=1900)
+        return held_by_the_whole(
+            limits, DENSE, LAYERS, world.solve, measure, others, lambda plan: losses[plan.choices[0].scheme]
+        )
+
+    plan, kept = held(poor, large, good)
+    assert plan is good and kept.latency_ms == 14.0 and kept.model_latency_ms == 12.0
+    assert held(poor, large)[0].choices[0].scheme == "linear"
+
+
+def test_a_plan_beyond_a_counted_limit_is_not_within() -> None:
+    """However large it is otherwise."""
+    world = World(effect=0.5)
+    solved = world.solve
+
+    def solve(target: Target) -> Plan:
+        plan = solved(target)
+        cost = replace(plan.cost, size_bytes=10**6) if len(world.targets) > 1 else plan.cost
+        return Plan((replace(plan.choices[0], cost=cost),))
+
+    plan, _ = held_by_the_whole(replace(latency(18.0), size_bytes=3000), DENSE, LAYERS, solve, world.measure)
+    assert plan.cost.size_bytes <= 3000
+
+
 def test_the_whole_of_the_dense_model_as_a_limit_leaves_everything() -> None:
     plan, _ = World().held(latency(20.0))
     assert plan.cost == LAYERS

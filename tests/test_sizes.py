@@ -9,7 +9,7 @@ from safetensors.torch import save
 from torch import nn
 
 from panther.nn import SKConv2d, SKLinear
-from panther.sizes import file_bytes, header_reserve, model_params, stored_tensors, tensor_bytes
+from panther.sizes import file_bytes, header_growth, model_params, stored_tensors, tensor_bytes
 
 
 def written(model: nn.Module) -> int:
@@ -45,7 +45,8 @@ def test_the_reserve_is_never_less_than_what_sketching_adds_to_the_header(others
     dense = nn.ModuleDict({"a": nn.Linear(40, 30, bias=False), "ü": nn.Conv2d(8, 6, 3), "z": nn.Linear(9, 1)})
     dense.update({f"b{'o' * i}": nn.BatchNorm1d(10**i % 997) for i in range(others)})
     added = {"a.down": 2, "a.up": 2, "a.bias": 1, "ü.down": 4, "ü.core": 4, "ü.up": 4}
-    reserve = header_reserve(added, largest_size=72, largest_offset=file_bytes(dense))
+    removed = {"a.weight": (30, 40), "ü.weight": (6, 8, 3, 3)}
+    reserve = header_growth(added, removed, largest_size=72, largest_offset=file_bytes(dense))
     for scheme, rank in itertools.product(("output_channel", "input_channel", "spatial", "tucker2"), (1, 2, 4)):
         sketched = copy.deepcopy(dense)
         weights = torch.ones(rank, 40), torch.ones(30, rank)

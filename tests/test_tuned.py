@@ -419,9 +419,8 @@ def test_a_resumed_search_goes_on_as_the_first_would_have(
 
 
 def smallest(of: Problem, score: Callable[[Sequence[Choice]], float], drop: float, **options: Any) -> Search:
-    dense = total([choices[-1] for choices in of.options.values()]).params
     start = plan_of(of, {"floor": 0.5, "kept": 0.7})
-    wanted = Smallest(0.0, drop, dense)
+    wanted = Smallest(0.0, drop)
     assert score(start) >= -drop
     return tune(of, start, score, smallest=wanted, given=[(start, score(start))], **{"trials": 24, **options})
 

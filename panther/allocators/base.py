@@ -6,8 +6,10 @@ import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
-from typing import Protocol
+from dataclasses import replace as changed
+from typing import Any, Protocol
 
+from panther.chains import CHANNELS, WHOLE
 from panther.spec import Choice, Cost, Target
 
 Options = Mapping[str, Sequence[Choice]]  # layer -> choices in rising size, dense last
@@ -27,6 +29,40 @@ class Allocator(Protocol):
 
 def total(choices: Sequence[Choice]) -> Cost:
     return sum((c.cost for c in choices), Cost())
+
+
+def limit_on(counted: str, most: int) -> Target:
+    """The target with this one limit, on a field of Cost."""
+    limits: dict[str, Any] = {counted: most}
+    return Target(**limits)
+
+
+def without_slack(target: Target, options: Options) -> Target:
+    """The target without a limit on milliseconds that no plan reaches: it would only count as one that may bind."""
+    longest = sum(max(c.cost.latency_ms for c in choices) for choices in options.values())
+    return target if target.latency_ms is None or target.latency_ms < longest else changed(target, latency_ms=None)
+
+
+def in_whole_numbers(plan: Sequence[Choice], options: Options) -> list[Choice]:
+    """The choices with layers that have no chain stored in the most bits that are offered, with the fewest scales.
+
+    A layer that this would make larger, or slower where that was measured, stays as it is.
+    """
+    return [_in_whole_numbers(choice, options[choice.layer]) for choice in plan]
+
+
+def _in_whole_numbers(choice: Choice, options: Sequence[Choice]) -> Choice:
+    if not choice.is_dense and choice.scheme != CHANNELS:
+        return choice
+    most = choice.cost
+    fits = [
+        option
+        for option in options
+        if option.scheme == WHOLE
+        and option.channels == choice.channels
+        and (option.cost.size_bytes <= most.size_bytes and option.cost.latency_ms <= most.latency_ms)
+    ]
+    return max(fits, key=lambda c: (c.grid.bits if c.grid else 0, -c.cost.size_bytes), default=choice)
 
 
 def exchanged(whole: Cost, old: Cost, new: Cost) -> Cost:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 
 from panther.allocators.base import Divergence, Evaluate, Options, convex, excess, share, total
 from panther.allocators.uniform import uniform
+from panther.chains import WHOLE
 from panther.spec import Choice, Target
 
 # Shares of a layer's uniform size that it keeps whatever its measured importance. One layer's importance is measured
@@ -17,8 +18,9 @@ POWERS = (1.0, 0.5)  # exponents on the measured divergence: 0.5 trusts differen
 def sensitivity(options: Options, target: Target, *, divergence: Divergence, evaluate: Evaluate | None) -> list[Choice]:
     """The plan of least predicted divergence within the limits, for several floors; the best on the model wins.
 
-    The uniform plan is among those tried, so the answer is never worse on the samples that `evaluate` uses. Without
-    `evaluate` the middle floor is taken. A plan without floors is made where none with them is within the limits.
+    The uniform plan is among those tried, and every layer on the same grid, so the answer is never worse on the samples
+    that `evaluate` uses. Without `evaluate` the middle floor is taken. A plan without floors is made where none with
+    them is within the limits.
     """
     even = uniform(options, target, divergence=divergence, evaluate=None)
     tried = [(floor, power) for floor in FLOORS for power in POWERS] if evaluate is not None else [(0.5, 1.0)]
@@ -29,10 +31,20 @@ def sensitivity(options: Options, target: Target, *, divergence: Divergence, eva
             plans.append(plan)
     if not any(target.is_met_by(total(plan)) for plan in plans):
         plans.append(planned(options, target, even, 0.0, powered(divergence, 1.0)))
+    plans += on_one_grid(options)
     within = [plan for plan in plans if target.is_met_by(total(plan))]
     if not within:
         return min(plans, key=lambda plan: excess(total(plan), target))
     return within[0] if evaluate is None else min(within, key=evaluate)
+
+
+def on_one_grid(options: Options) -> list[list[Choice]]:
+    """For each grid that is offered the plan in which all layers that can have it do, and the others stay dense."""
+    whole = [{c.grid: c for c in choices if c.scheme == WHOLE} for choices in options.values()]
+    grids = dict.fromkeys(grid for found in whole for grid in found)
+    return [
+        [found.get(grid, choices[-1]) for found, choices in zip(whole, options.values(), strict=True)] for grid in grids
+    ]
 
 
 def planned(

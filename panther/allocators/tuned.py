@@ -22,12 +22,12 @@ from dataclasses import replace as changed
 from functools import cached_property, partial
 from typing import NamedTuple
 
-from panther.allocators.base import Divergence, Evaluate, Options, total
+from panther.allocators.base import Divergence, Evaluate, Options, in_whole_numbers, limit_on, total
 from panther.allocators.sensitivity import FLOORS, POWERS, planned, powered, sensitivity
 from panther.allocators.uniform import uniform
 from panther.chains import LINEAR
 from panther.errors import ExhaustedError, one_line
-from panther.spec import Choice, Target
+from panther.spec import Choice, Cost, Target
 from panther.tuner.backends import Question
 from panther.tuner.space import Float, Space
 from panther.tuner.strategy import Strategy, ask
@@ -67,7 +67,9 @@ class Problem:
     divergence: Divergence
     groups: Mapping[str, tuple[str, ...]]  # knob -> layers
     places: Mapping[str, float]
-    dense_params: int  # of the layers that nothing was done to: what shares are of
+    dense: Cost  # of the layers that nothing was done to: what shares are of
+    counted: str = "params"  # the field of a cost that shares are of
+    only_whole: bool = False  # whether layers without a chain are stored in whole numbers where they can be
     known: dict[Target, list[Choice]] = field(default_factory=dict, repr=False, compare=False)  # uniform plans
 
     def even(self, target: Target) -> list[Choice]:
@@ -78,14 +80,10 @@ class Problem:
 
 @dataclass(frozen=True)
 class Smallest:
-    """What to look for instead of the best score: the smallest plan whose score is at most `drop` below `metric`.
-
-    dense: weights of all layers where nothing is sketched, which `kept` is a share of.
-    """
+    """What to look for instead of the best score: the smallest plan whose score is at most `drop` below `metric`."""
 
     metric: float
     drop: float
-    dense: int
 
     @property
     def least(self) -> float:
@@ -121,11 +119,19 @@ def tuned(options: Options, target: Target, *, divergence: Divergence, evaluate:
 # Knobs ----------------------------------------------------------------------------------------------------------------
 
 
-def problem_of(options: Options, target: Target, divergence: Divergence, dense_params: int | None = None) -> Problem:
-    """dense_params: of the layers that nothing was done to, where the last option of some is not that layer."""
+def problem_of(
+    options: Options,
+    target: Target,
+    divergence: Divergence,
+    dense: Cost | None = None,
+    *,
+    counted: str = "params",
+    only_whole: bool = False,
+) -> Problem:
+    """dense: the cost of the layers that nothing was done to, where the last option of some is not that layer."""
     layers = [name for name, choices in options.items() if len(choices) > 1]
-    dense = total([choices[-1] for choices in options.values()]).params if dense_params is None else dense_params
-    return Problem(options, target, divergence, _coarse(layers, options), _places(layers), dense)
+    dense = total([choices[-1] for choices in options.values()]) if dense is None else dense
+    return Problem(options, target, divergence, _coarse(layers, options), _places(layers), dense, counted, only_whole)
 
 
 def space_of(problem: Problem) -> Space:
@@ -139,11 +145,18 @@ def space_of(problem: Problem) -> Space:
 def plan_of(problem: Problem, params: Params) -> list[Choice]:
     """The plan that these knobs make; those that are missing are where they change nothing.
 
-    "kept", where it is given, is the share of the sketchable weights that it keeps, instead of the problem's target.
+    "kept", where it is given, is the share of the sketchable weights (or bytes) that it keeps, instead of the problem's
+    target.
     """
+    chosen = _plan_of(problem, params)
+    return in_whole_numbers(chosen, problem.options) if problem.only_whole else chosen
+
+
+def _plan_of(problem: Problem, params: Params) -> list[Choice]:
     target = problem.target
     if "kept" in params:
-        target = Target(params=int(params["kept"] * problem.dense_params + ROUNDING))
+        size = getattr(problem.dense, problem.counted)
+        target = limit_on(problem.counted, int(params["kept"] * size + ROUNDING))
     even = problem.even(target)
     floor, power = params.get("floor", 0.0), params.get("power", 1.0)
     if floor >= 1:
@@ -154,6 +167,12 @@ def plan_of(problem: Problem, params: Params) -> list[Choice]:
         losses |= {id(choice): scale * unscaled(choice) for choice in choices}
     # Asked for many times each; choices are known by their identity, since hashing one takes as long as the loss.
     return planned(problem.options, target, even, floor, lambda choice: losses[id(choice)])
+
+
+def kept_of(problem: Problem, choices: Sequence[Choice]) -> float:
+    """The share of the weights, or bytes, of the dense layers that a plan keeps."""
+    used, dense = (getattr(cost, problem.counted) for cost in (total(choices), problem.dense))
+    return float(used / max(1, dense))
 
 
 def weight_of(problem: Problem, params: Params, layer: str) -> float:
@@ -480,7 +499,7 @@ class _Study:
         return {"score": value} if self.smallest is None else {"score": value, "kept": self._kept(choices)}
 
     def _kept(self, choices: Sequence[Choice]) -> float:
-        return 1.0 if self.smallest is None else total(choices).params / max(1, self.smallest.dense)
+        return 1.0 if self.smallest is None else kept_of(self.problem, choices)
 
 
 class _Next(NamedTuple):
