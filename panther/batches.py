@@ -360,7 +360,8 @@ def _chunks(whole: Call, example: Call, model: nn.Module) -> tuple[list[Call], s
         size = max(1, example.batch_size)
     if size == CHUNK < count:
         end = count - _held_out_of(count)
-        parts = [*_cut(whole, 0, end, size), *_cut(whole, end, count, size)]
+        held_out = -(-(count - end) // size)  # of equal size: a single row's loss has a unit of its own
+        parts = [*_cut(whole, 0, end, size), *_cut(whole, end, count, -(-(count - end) // held_out))]
         if all(runs(model, part) for part in parts if part.batch_size != size):
             return parts, None
     parts = _cut(whole, 0, count, size)

@@ -430,7 +430,8 @@ def _with_its_ranks(options: Sequence[Choice], choice: Choice, prepared: Prepare
     if choice.scheme != "tucker2" or choice.kind in {option.kind for option in options}:
         return options
     factors = with_pair(prepared.factors[choice.layer], choice.ranks)
-    return candidates(factors, prepared.dtype_bytes[choice.layer], dtypes=prepared.request.dtypes)
+    more = candidates(factors, prepared.dtype_bytes[choice.layer], dtypes=prepared.request.dtypes)
+    return in_file({choice.layer: more}, prepared.found)[choice.layer]
 
 
 def _nothing_to_sketch(model: nn.Module, found: Capture) -> str:

@@ -98,12 +98,15 @@ def held_by_the_whole(
     best = max(within, key=lambda attempt: _predicted(attempt, layers), default=None) or min(
         attempts, key=Attempt.worst
     )
-    for plan in sorted(others, key=loss):
-        if best.worst() <= 1 and loss(best.plan) <= loss(plan):
+    reached = loss(best.plan) if others else 0.0
+    for lost, index in sorted((loss(plan), index) for index, plan in enumerate(others)):
+        if best.worst() <= 1 and reached <= lost:
             break
+        plan = others[index]
         if _counted(plan, best.target) <= 1:
             other = Attempt(plan, _reaching(best.target, plan.cost), measure(plan))
-            best = other if other.worst() <= 1 or other.worst() < best.worst() else best
+            if other.worst() <= 1 or other.worst() < best.worst():
+                best, reached = other, lost
     return best.plan, best.target
 
 

@@ -742,6 +742,7 @@ def test_a_plan_for_tucker2_is_used_again_whatever_the_data(
         result = compress(model, plan=plan, calib_data=data, example_inputs=IMAGES[:4], heal="none")
         (choice,) = result.plan.sketched
         assert choice.kind == plan.choices[0].kind and 0 < choice.error < 1
+        assert choice.cost.size_bytes > 4 * choice.cost.params  # the entries in the file's header count
         assert result.model.get_submodule("features.3").ranks == ranks
 
 

@@ -6,10 +6,10 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from panther.batches import Call
-from panther.healers.losses import answer_loss, tensor_loss
+from panther.healers.losses import answer_loss, held_out_loss, tensor_loss
 
 CALL = Call((torch.zeros(1),))
 SHAPES = [(), (6,), (6, 5), (4, 7, 5), (4, 3, 6, 6)]
@@ -34,6 +34,15 @@ def test_the_loss_does_not_depend_on_the_scale_or_the_offset_of_the_answers() ->
     plain = float(tensor_loss(y + 0.1 * error, y, {}))
     assert plain == pytest.approx(0.01, rel=0.5)
     assert float(tensor_loss(1000 * y + 100 * error + 7, 1000 * y + 7, {})) == pytest.approx(plain, rel=1e-3)
+
+
+def test_a_call_counts_by_its_samples() -> None:
+    few, many = torch.randn(2, 4), torch.randn(30, 4)
+    student = nn.Linear(4, 4, bias=False)
+    calls = [Call((few,)), Call((many,))]
+    each = [held_out_loss(student, [call], lambda _, c=call: c.args[0], classifies=False) for call in calls]
+    both = held_out_loss(student, calls, lambda index: calls[index].args[0], classifies=False)
+    assert both == pytest.approx((2 * each[0] + 30 * each[1]) / 32) and each[0] != pytest.approx(each[1])
 
 
 def test_padding_counts_for_nothing() -> None:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from panther.answers import is_classifier, last_dense_call
 from panther.batches import Call, device_of, float_outputs, inference, run
 from panther.healers.blocks import find_blocks, gradients_for, has_module, is_replaced, trainable
-from panther.healers.losses import answer_loss, held_out_loss, tensor_loss
+from panther.healers.losses import answer_loss, comparable, held_out_loss, tensor_loss
 from panther.healers.training import Limits, Progressed, Task, train
 
 # Weights of the mean loss of what comes out of the blocks, beside the answers' 1. MiniLM, half the FLOPs, held-out loss
@@ -68,10 +68,8 @@ class _Watched:
 
     def answer(self, call: Call) -> _Answers:
         self.hidden = {}
-        output = run(self.model, call)
+        output = comparable(run(self.model, call))
         hidden, self.hidden = self.hidden, {}
-        if isinstance(output, Mapping):  # without caches of keys and values, which are of no use here
-            output = {name: part for name, part in output.items() if float_outputs(part)}
         return _Answers(output, hidden)
 
 

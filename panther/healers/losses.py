@@ -25,6 +25,7 @@ SUM_TOLERANCE = 1e-2  # of probabilities in bfloat16, which are right to 2^-9 ea
 # Least divergence that is a unit: about what 10 classes have when their scores vary by 0.3 from row to row. A few rows
 # may have less by chance, and all that say the same do; the errors of neither should count a thousandfold.
 LEAST_UNIT = 0.05
+LEAST_PROBABILITY = 1e-30  # the gradient of the logarithm of a smaller one would overflow
 
 
 def answer_loss(answer: Any, target: Any, call: Call, *, classifies: bool) -> Tensor:
@@ -50,12 +51,22 @@ def answer_loss(answer: Any, target: Any, call: Call, *, classifies: bool) -> Te
 def held_out_loss(
     student: nn.Module, calls: Sequence[Call], target_of: Callable[[int], Any], *, classifies: bool
 ) -> float:
-    """The mean `answer_loss` of a student over calls; target_of: the teacher's output by the number of the call."""
+    """The mean `answer_loss` of a student over calls, by their samples.
+
+    target_of: the teacher's output by the number of the call.
+    """
     lost = 0.0
     for index, call in enumerate(calls):
         answer = run(student, call)
-        lost += float(answer_loss(answer, target_of(index), call, classifies=classifies))
-    return lost / max(1, len(calls))
+        lost += call.batch_size * float(answer_loss(answer, target_of(index), call, classifies=classifies))
+    return lost / max(1, sum(call.batch_size for call in calls))
+
+
+def comparable(output: Any) -> Any:
+    """A model's output without the caches of keys and values, which are of no use here and take memory."""
+    if isinstance(output, Mapping):
+        return {name: part for name, part in output.items() if float_outputs(part)}
+    return output
 
 
 def tensor_loss(got: Tensor, target: Tensor, masks: Masks) -> Tensor:
@@ -111,8 +122,7 @@ def _found_scores_loss(got: Tensor, target: Tensor, masks: Masks) -> Tensor:
     if _are_within(rows, 0.0, 1.0):
         if not _are_ones(rows.sum(-1)):
             return tensor_loss(got, target, masks)
-        # A smaller one would have a gradient that overflows.
-        return _divergence(*(_rows(p.clamp_min(torch.finfo(p.dtype).tiny), masks).float().log() for p in (got, target)))
+        return _divergence(*(_rows(p.float(), masks).clamp_min(LEAST_PROBABILITY).log() for p in (got, target)))
     divergence = _class_loss(got, target, masks)
     if _are_within(rows, -torch.inf, 0.0) and _are_ones(rows.exp().sum(-1)):
         return divergence
@@ -123,7 +133,7 @@ def _uncertainty(scores: Tensor) -> Tensor:
     """Mean entropy of the probabilities that scores (rows, classes) stand for, as a share of the largest possible."""
     entropy: Tensor = torch.special.entr(scores.softmax(-1)).sum(-1)
     mean = entropy[entropy.isfinite()].mean().nan_to_num()  # a row that is all masked has none
-    return mean / math.log(scores.shape[-1])
+    return mean / math.log(max(2, scores.shape[-1]))
 
 
 def _are_within(rows: Tensor, low: float, high: float) -> bool:
@@ -145,6 +155,7 @@ def _divergence(student: Tensor, teacher: Tensor) -> Tensor:
 
 
 def _least_unit(teacher: Tensor) -> float:
-    """Less the more rows there are, unless all of them have the same answer."""
+    """Less the more rows there are whose answer is not the most frequent one."""
     answers = teacher.argmax(-1)
-    return LEAST_UNIT if bool((answers == answers[:1]).all()) else LEAST_UNIT / len(answers)
+    others = int((answers != answers.mode().values).sum()) if len(answers) else 0
+    return LEAST_UNIT / (1 + others)
