@@ -63,7 +63,7 @@ def line(recipe: Recipe, seconds: float, seed: int) -> list[str]:
     ]
     times = medians_in_turn(kinds, seconds=seconds)
     shares = [f"{100 * (after - before) / times[0]:+.0f} %" for before, after in itertools.pairwise(times)]
-    return [recipe.name, str(of.samples), str(len(parts[0])), str(len(parts)), f"{times[0]:.2f}", *shares]
+    return [recipe.name, str(of.samples), str(len(parts[0])), str(len(parts)), f"{times[0]:.3g}", *shares]
 
 
 def _chunk(of: Subject) -> int:

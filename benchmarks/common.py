@@ -19,7 +19,7 @@ from torch import nn
 
 import panther
 from models.recipe import Recipe
-from panther.allocate import allocate, resolve
+from panther.allocate import allocate, in_file, resolve
 from panther.allocators import Options
 from panther.allocators.base import total
 from panther.batches import Call, as_call, batch_call
@@ -188,7 +188,7 @@ def plans_of(
 
         def solved(options: Options, target: Target = target, search: str = search, keep: Any = keep) -> Plan:
             return allocate(
-                options,
+                in_file(options, of.found),
                 target,
                 of.found,
                 search=search,

@@ -95,8 +95,9 @@ def test_an_executor_keeps_the_first_error_or_its_words(start, kind):
     workers = Pool(Objective(raising), Fake())
     trials = finish(workers, 3, start)
     failed = next(trial for trial in trials if trial.status == "failed")
-    assert type(workers.first_error) is kind
-    if kind is KeyError:
+    taught = (TwoParts,) if start == 0 else ()  # distributed, once imported, has pickle send any exception
+    assert type(workers.first_error) in (kind, *taught)
+    if type(workers.first_error) is not RuntimeError:
         assert "in raising" in workers.first_error.__notes__[0]
     else:
         assert str(workers.first_error) == failed.error
