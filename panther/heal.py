@@ -38,8 +38,9 @@ from panther.errors import LoadError, one_line
 from panther.healers import Limits, distill, heal_blocks, refit
 from panther.healers.blocks import HealedBlock, find_blocks, share_in_blocks, trainable
 from panther.healers.checkpoint import Checkpoint, Saved
+from panther.healers.distill import TeacherAnswers
 from panther.healers.lockstep import LeftStepError
-from panther.healers.losses import comparable, held_out_loss
+from panther.healers.losses import held_out_loss
 from panther.healers.terms import reorder
 from panther.healers.training import Progressed
 from panther.nn.surgery import copied
@@ -50,7 +51,6 @@ from panther.spec import Heal, Healed, LayerSpec
 CORRECTED_CALLS = 64  # batches for statistics of which more change nothing
 EPOCHS = 60  # at most: small calibration sets are learnt by heart after that
 MOST_THREADS = 512  # of one model: each batch that is held in the middle of it has one
-TARGETS_BYTES = 500_000_000  # of the teacher's answers to the held-out calls
 HELD_BYTES = 1_500_000_000  # of activations at one depth, in all batches together; also of their inputs
 STAGES = ("refit done", "blocks", "blocks done", "distill", "distill done")  # of a checkpoint, in order
 PROGRESS = ("step", "seconds", "rate", "halvings", "first", "best", "checks", "left_out")  # of a run that is saved
@@ -130,8 +130,6 @@ class _Healer:
     interrupted: bool = False
     kept: list[Tensor] = field(default_factory=list)  # the student at the end of the last stage
     reached: float = math.nan  # and its held-out loss
-    targets: dict[int, Any] = field(default_factory=dict)  # answers of the teacher to held-out calls
-    targets_bytes: int = 0
 
     def __post_init__(self) -> None:
         self.held_out = list(self.data.held_out)
@@ -248,20 +246,18 @@ class _Healer:
         """The loss of the student's answers to the held-out calls; NaN when it does not run on one."""
         try:
             with inference(self.teacher), inference(self.student):
-                return held_out_loss(self.student, self.held_out, self._target, classifies=self.classifies)
+                targets = self._targets
+                return held_out_loss(
+                    self.student, self.held_out, lambda i: targets.answer(i).output, classifies=self.classifies
+                )
         except Exception as error:  # a user's model may raise anything
             self.notes.append(f"the compressed model does not run on a held-out batch: {one_line(error)}")
             return math.nan
 
-    def _target(self, index: int) -> Any:
-        """The teacher's answer to a held-out call, kept where there is room: it is asked for again and again."""
-        if index in self.targets:
-            return self.targets[index]
-        answer = comparable(run(self.teacher, self.held_out[index]))
-        self.targets_bytes += sum(tensor.numel() * tensor.element_size() for tensor in float_outputs(answer))
-        if self.targets_bytes <= TARGETS_BYTES:
-            self.targets[index] = answer
-        return answer
+    @cached_property
+    def _targets(self) -> TeacherAnswers:
+        """To the held-out calls, which are asked for again and again."""
+        return TeacherAnswers(self.teacher, self.held_out)
 
     def _note(self, stage: str, figure: float) -> None:
         self.history.append((time.perf_counter() - self.start, stage, figure))

@@ -99,8 +99,8 @@ def distill(
     classifies = _classifies(teacher, held_out[0] if held_out else calls[0])
     batches = _in_parts(calls, _part_size(student, calls[0]))
     places = [*itertools.accumulate((len(parts) for parts in batches), initial=0)]
-    cache = _Cache(dense, [part for parts in batches for part in parts])
-    checked = _Cache(dense, held_out)
+    cache = TeacherAnswers(dense, [part for parts in batches for part in parts])
+    checked = TeacherAnswers(dense, held_out)
 
     def loss(index: int) -> Iterator[Tensor]:
         for place, part in enumerate(batches[index], places[index]):
@@ -179,11 +179,12 @@ def _loss(got: _Answers, wanted: _Answers, call: Call, shares: Mapping[str, floa
     return loss + sum(share * torch.stack(losses).mean() for share, losses in parts.items())
 
 
-class _Cache:
+class TeacherAnswers:
     """The teacher's answers by call, kept as far as memory allows."""
 
-    def __init__(self, teacher: _Watched, calls: Sequence[Call]) -> None:
-        self.teacher, self.calls = teacher, calls
+    def __init__(self, teacher: nn.Module | _Watched, calls: Sequence[Call]) -> None:
+        self.teacher = teacher if isinstance(teacher, _Watched) else _Watched(teacher, ())
+        self.calls = calls
         self.kept: dict[int, _Answers] = {}
         self.size_bytes = 0
 
