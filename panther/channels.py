@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from dataclasses import replace as changed
 from typing import Any, cast
@@ -18,7 +18,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from panther.allocators.base import convex
+from panther.allocators.base import convex, total
+from panther.allocators.sensitivity import on_one_grid
 from panther.batches import Call, float_outputs, inference, run, squared_error
 from panther.chains import CHANNELS
 from panther.columns import STEP, Columns
@@ -122,6 +123,30 @@ def share_for(kept: float) -> float | None:
     """
     wanted = math.sqrt(max(kept, 0.0))
     return None if wanted > (1 + SHARES[0]) / 2 else min(SHARES, key=lambda share: abs(share - wanted))
+
+
+def shares_for(
+    kept: float, options: Mapping[str, Sequence[Choice]], paired: Collection[str], target: Target
+) -> list[float]:
+    """The shares that are worth a try for a target that keeps so much of the dense layers.
+
+    Besides `share_for`, those with which all layers on one grid are within the limits by fewer channels alone: of the
+    grids the largest and the smallest of which that can be said.
+
+    paired: layers whose channels may become fewer.
+    """
+    fitting = []
+    for plan in on_one_grid(options):
+        whole, inside = total(plan), total([choice for choice in plan if choice.layer in paired])
+        missing = [
+            (getattr(whole, name) - limit) / max(getattr(inside, name), 1e-9) for name, limit in target.limits().items()
+        ]
+        fits = [share for share in SHARES if share <= 1 - max(missing, default=0.0)]
+        if fits and max(missing, default=0.0) > 0:
+            fitting.append(max(fits))
+    first = share_for(kept)
+    found = [] if first is None else [first, *((min(fitting), max(fitting)) if fitting else ())]
+    return list(dict.fromkeys(found))
 
 
 def narrow(

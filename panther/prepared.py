@@ -18,7 +18,7 @@ from torch import nn
 from panther.allocate import in_file
 from panther.batches import Calibration, inference, run
 from panther.chains import CORRECTED, WHOLE
-from panther.channels import Narrow, narrow, share_for
+from panther.channels import Narrow, narrow, shares_for
 from panther.decompose import candidates
 from panther.errors import PantherError, one_line
 from panther.factors import Factors
@@ -30,7 +30,7 @@ from panther.nn.surgery import put_layers
 from panther.pack import hold_nearest, pack, packed
 from panther.replace import replace, sketched_layer
 from panther.request import Request
-from panther.spec import DTYPES, Budget, Capture, Choice, Cost, Heal, Healed, Measured, Plan
+from panther.spec import DTYPES, Budget, Capture, Choice, Cost, Heal, Healed, Measured, Plan, Target
 from panther.verify import latencies, measure_latency, medians_in_turn, metric, peak_memory
 
 
@@ -128,15 +128,21 @@ class Prepared:
                     return _useful(found.options, budget)
         return self.file_options if budget.latency_ms is None else _useful(self.timed_options, budget)
 
-    def narrow_for(self, budget: Budget, kept: float, seconds: dict[str, float]) -> Narrow | None:
-        """The layers with fewer channels for a budget that keeps this share; None where that is not worth a try.
+    def narrow_shares(self, kept: float, options: Mapping[str, Sequence[Choice]], target: Target) -> list[float]:
+        """How much channels may leave for a target that keeps this share of the dense layers; none where none may go.
 
-        It is not where nothing tells which channels matter, and where ranks are to be uniform or are the user's own.
+        None may where nothing tells which of them matter, and where ranks are to be uniform or are the user's own.
+        """
+        if not self.request.may_narrow or not self.reference.is_comparable:
+            return []
+        paired = {name for name, factors in self.factors.items() if factors.pair is not None}
+        return shares_for(kept, options, paired, target)
+
+    def narrow_for(self, budget: Budget, share: float, seconds: dict[str, float]) -> Narrow | None:
+        """The layers with fewer channels, which leave this share; None where no layers have any in common.
+
         seconds: gets what it took.
         """
-        share = share_for(kept)
-        if share is None or not self.request.may_narrow or not self.reference.is_comparable:
-            return None
         is_timed = budget.latency_ms is not None
         found = self.narrow.get((share, is_timed))
         if found is None:

@@ -48,15 +48,15 @@ def search_plan(prepared: Prepared, budget: Budget, target: Target, notes: list[
         return Found(tuned[0], target, seconds, tuned[1])
 
     def solve(wanted: Target) -> Plan:
-        plan = allocated(options, wanted)
-        narrow = prepared.narrow_for(budget, kept_of(wanted, layers), seconds)
-        if narrow is None:
-            return plan
-        both = [plan, allocated(narrow.options, wanted)]
-        met = [one for one in both if is_met(one, wanted)]
+        plans = [allocated(options, wanted)]
+        for share in prepared.narrow_shares(kept_of(wanted, layers), options, wanted):
+            narrow = prepared.narrow_for(budget, share, seconds)
+            if narrow is not None:
+                plans.append(allocated(narrow.options, wanted))
+        met = [one for one in plans if is_met(one, wanted)]
         if not met:
-            return min(both, key=lambda one: excess(total(one.choices), wanted))
-        return min(met, key=lambda one: prepared.divergence(one.choices))
+            return min(plans, key=lambda one: excess(total(one.choices), wanted))
+        return met[0] if len(plans) == 1 else min(met, key=lambda one: prepared.divergence(one.choices))
 
     def allocated(options: Options, wanted: Target) -> Plan:
         with timed(seconds, "allocate"):

@@ -16,14 +16,14 @@ from torch import Tensor, nn
 import panther
 from panther.batches import as_call
 from panther.capture import capture
-from panther.channels import narrowable, share_for
+from panther.channels import narrowable, share_for, shares_for
 from panther.columns import RIDGE, STEP, channels_of
 from panther.errors import LoadError, PlanError
 from panther.healers import refit
 from panther.nn.narrow import is_narrowed, narrowed, sizes_of
 from panther.nn.surgery import with_layers
 from panther.sketches import Moments
-from panther.spec import LayerSpec, Pair, Plan
+from panther.spec import Choice, Cost, LayerSpec, Pair, Plan, Target
 
 INPUTS, HIDDEN = 24, 96
 
@@ -227,6 +227,28 @@ def test_a_budget_leaves_as_much_to_ranks_as_to_channels() -> None:
     assert [share_for(kept) for kept in (1.0, 0.95, 0.7, 0.5, 0.36, 0.1)] == [None, None, 0.8, 0.7, 0.6, 0.5]
 
 
+def stored(layer: str, dtype: str, size: int, group: int = 0) -> Choice:
+    return Choice(layer, "whole", (), "quantised", dtype=dtype, group_size=group, cost=Cost(size_bytes=size))
+
+
+def test_shares_with_which_a_grid_alone_is_within_the_limit_are_tried_too() -> None:
+    """Both layers in 4 bits take 320 with a scale for 32 numbers, 280 with one for 128, and 500 in 8 bits."""
+    options = {
+        name: [
+            *(stored(name, "int4", 140, 128), stored(name, "int4", 160, 32), stored(name, "int8", 250)),
+            Choice(name, packing="dense", cost=Cost(size_bytes=1000)),
+        ]
+        for name in ("a", "b")
+    }
+    target = Target(size_bytes=250)
+    assert shares_for(0.125, options, ("a", "b"), target) == [0.5, 0.8]  # 250 of 500, of 280, and .7 between them
+    assert shares_for(0.36, options, ("a", "b"), target) == [0.6, 0.5, 0.8]
+    assert shares_for(0.125, options, ("a",), target) == [0.5, 0.7]  # 160 - 70 of 160, and 140 - 30 of 140
+    assert shares_for(0.125, options, (), target) == [0.5]
+    assert shares_for(0.5, options, ("a", "b"), Target(size_bytes=1000)) == [0.7]  # all grids are small enough
+    assert shares_for(0.99, options, ("a", "b"), Target(size_bytes=1980)) == []
+
+
 # What layers become ---------------------------------------------------------------------------------------------------
 
 
@@ -282,7 +304,7 @@ def test_the_dense_model_is_as_it_was(case: Any) -> None:
 
 def test_it_loses_less_than_ranks_alone(case: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     model, data, _pair, result = case
-    monkeypatch.setattr("panther.prepared.share_for", lambda kept: None)
+    monkeypatch.setattr("panther.prepared.shares_for", lambda *_: [])
     alone = panther.compress(model, 0.35, example_inputs=data[0], calib_data=data, heal="none", progress=False)
     assert not any(choice.channels for choice in alone.plan.choices)
 

@@ -138,6 +138,22 @@ def convex(options: Options, target: Target, loss: Callable[[Choice], float]) ->
     return _fill(_nearer(nearest, options, target), options, target, loss)
 
 
+def improved(plan: Sequence[Choice], options: Options, target: Target, loss: Callable[[Choice], float]) -> list[Choice]:
+    """The plan with what it leaves of the limits spent on larger choices where these gain most; itself beyond them."""
+    if not target.is_met_by(total(plan)):
+        return list(plan)
+    limited = target.limits()
+    larger: dict[str, list[Choice]] = {}
+    for now in plan:
+        choices = options[now.layer]
+        larger[now.layer] = [now, *(c for c in choices if all(_adds(c.cost, now.cost, name) for name in limited))]
+    return convex(larger, target, loss)
+
+
+def _adds(cost: Cost, to: Cost, name: str) -> bool:
+    return bool(getattr(cost, name) >= getattr(to, name))
+
+
 def _least(options: Options) -> Cost:
     """What no plan can be below, each kind of cost by itself."""
     kinds = [field.name for field in fields(Cost)]

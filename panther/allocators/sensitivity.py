@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from panther.allocators.base import Divergence, Evaluate, Options, convex, excess, share, total
+from panther.allocators.base import Divergence, Evaluate, Options, convex, excess, improved, share, total
 from panther.allocators.uniform import uniform
 from panther.chains import WHOLE
 from panther.spec import Choice, Target
@@ -18,9 +18,9 @@ POWERS = (1.0, 0.5)  # exponents on the measured divergence: 0.5 trusts differen
 def sensitivity(options: Options, target: Target, *, divergence: Divergence, evaluate: Evaluate | None) -> list[Choice]:
     """The plan of least predicted divergence within the limits, for several floors; the best on the model wins.
 
-    The uniform plan is among those tried, and every layer on the same grid, so the answer is never worse on the samples
-    that `evaluate` uses. Without `evaluate` the middle floor is taken. A plan without floors is made where none with
-    them is within the limits.
+    The uniform plan is among those tried, and every layer on the same grid, as it is and with what it leaves spent, so
+    the answer is never worse on the samples that `evaluate` uses. Without `evaluate` the middle floor is taken. A plan
+    without floors is made where none with them is within the limits.
     """
     even = uniform(options, target, divergence=divergence, evaluate=None)
     tried = [(floor, power) for floor in FLOORS for power in POWERS] if evaluate is not None else [(0.5, 1.0)]
@@ -31,7 +31,9 @@ def sensitivity(options: Options, target: Target, *, divergence: Divergence, eva
             plans.append(plan)
     if not any(target.is_met_by(total(plan)) for plan in plans):
         plans.append(planned(options, target, even, 0.0, powered(divergence, 1.0)))
-    plans += on_one_grid(options)
+    loss = powered(divergence, 1.0)
+    for plan in on_one_grid(options):
+        plans += [plan, improved(plan, options, target, loss)]
     within = [plan for plan in plans if target.is_met_by(total(plan))]
     if not within:
         return min(plans, key=lambda plan: excess(total(plan), target))

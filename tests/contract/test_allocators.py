@@ -16,7 +16,7 @@ import pytest
 
 from panther import chains
 from panther.allocators import ALLOCATORS, Allocator, Options
-from panther.allocators.base import Divergence, Evaluate, convex, lower_hull, share, total
+from panther.allocators.base import Divergence, Evaluate, convex, improved, lower_hull, share, total
 from panther.spec import Choice, Cost, LayerSpec, Target
 
 ROUNDING = 1e-9
@@ -306,6 +306,23 @@ def test_a_layer_whose_smallest_error_breaks_the_model_stays_dense_when_it_can()
 
 
 # The convex machinery
+
+
+def test_what_a_plan_leaves_of_a_limit_is_spent_where_it_gains_most() -> None:
+    options = {
+        name: [Choice(name, "linear", (r,), error=worth / r, cost=Cost(10 * r)) for r in (1, 2, 3)]
+        for name, worth in (("first", 1.0), ("second", 5.0))
+    }
+    plan = [options["first"][1], options["second"][0]]
+
+    def loss(choice: Choice) -> float:
+        return choice.error
+
+    def ranks(limit: int) -> list[int]:
+        return [choice.ranks[0] for choice in improved(plan, options, Target(params=limit), loss)]
+
+    assert [ranks(limit) for limit in (30, 39, 40, 50, 60)] == [[2, 1], [2, 1], [2, 2], [2, 3], [3, 3]]
+    assert ranks(20) == [2, 1]  # beyond the limit already
 
 
 @pytest.mark.parametrize("seed", range(12))
