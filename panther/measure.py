@@ -22,7 +22,7 @@ from panther.errors import CalibrationError
 from panther.factors import Profile
 from panther.gradients import CHUNK, Reactions
 from panther.ops import sparse_sign_sketch
-from panther.products import gram
+from panther.products import add_gram, mirrored
 from panther.progress import Progress
 from panther.sketches import Moments, Seen
 from panther.spec import LayerSpec
@@ -43,6 +43,8 @@ STATISTICS_BYTES = 1_000_000_000  # more than this at once, and the layers are m
 SKETCHED_FROM = 2048  # features
 SKETCH_PER_FEATURE = 12  # rows of all sketches together
 FEWEST_SKETCHED = 64  # rows of one
+# Rows that wait until a product of all is taken, at least, and a feature: few rows at a time take half as long again.
+PENDING_ROWS, PENDING_PER_FEATURE = 2048, 0.5
 
 
 def shrinkage(features: int, rows: int) -> int:
@@ -60,6 +62,10 @@ def shrunk(rows: Tensor, times: int, *, first_row: int, seed: int = 0) -> Tensor
     return sketch
 
 
+def enough_pending(features: int) -> int:
+    return max(PENDING_ROWS, math.ceil(PENDING_PER_FEATURE * features))
+
+
 class Accumulator:
     """Sums of rows and (unless only the mean is wanted) of their products, shifted so that nothing cancels.
 
@@ -69,11 +75,11 @@ class Accumulator:
     def __init__(self, *, products: bool = True, samples: int = 0) -> None:
         self.rows = 0
         self.samples = samples
-        self.pending: list[Tensor] = []  # sketches whose product is still to be taken
+        self.pending: list[Tensor] = []  # rows, or sketches of them, whose product is still to be taken
         self.wants_products = products
         self.shift: Tensor | None = None
         self.total: Tensor | None = None
-        self.products: Tensor | None = None
+        self.products: Tensor | None = None  # in float64, on and below the diagonal
 
     def add(self, rows: Tensor, samples: int = 0) -> None:
         """Take (count, features) rows, of so many samples; products in float32 a batch, sums in float64."""
@@ -93,13 +99,15 @@ class Accumulator:
         rows = rows - self.shift
         self.total += rows.sum(0)
         self.pending.append(shrunk(rows, times, first_row=self.rows))
-        if times == 1 or 2 * sum(map(len, self.pending)) >= rows.shape[1]:
+        if sum(map(len, self.pending)) >= enough_pending(rows.shape[1]):
             self._take_products()
 
     def _take_products(self) -> None:
-        products = gram(torch.cat(self.pending) if len(self.pending) > 1 else self.pending[0])
+        rows = torch.cat(self.pending) if len(self.pending) > 1 else self.pending[0]
         self.pending = []
-        self.products = products.double() if self.products is None else self.products.add_(products)
+        if self.products is None:
+            self.products = rows.new_zeros(rows.shape[1], rows.shape[1], dtype=torch.float64)
+        add_gram(self.products, rows)
 
     def mean(self) -> Tensor | None:
         if self.shift is None or self.total is None:
@@ -113,7 +121,7 @@ class Accumulator:
         if mean is None or self.total is None or self.products is None:
             return None
         shifted = self.total / self.rows
-        covariance = self.products / self.rows - torch.outer(shifted, shifted)
+        covariance = mirrored(self.products) / self.rows - torch.outer(shifted, shifted)
         return Moments(self.rows, mean, covariance.cpu())
 
 
@@ -160,7 +168,7 @@ def passes(
     parts: list[list[LayerSpec]] = [[]]
     used = 0
     for group in _groups(specs):
-        need = _statistics_bytes(group) + sum(8 * s.in_features**2 for s in group if s.name in channels_of)
+        need = _statistics_bytes(group) + sum(_sums_bytes(s.in_features) for s in group if s.name in channels_of)
         if parts[-1] and used + need > limit_bytes:
             parts.append([])
             used = 0
@@ -180,15 +188,15 @@ def _groups(specs: Sequence[LayerSpec]) -> list[list[LayerSpec]]:
 
 def _statistics_bytes(group: Sequence[LayerSpec]) -> int:
     if group[0].kind != "linear":
-        return sum(8 * (s.out_features**2 + s.in_features**2) + SAMPLE_BYTES for s in group)
+        return sum(_sums_bytes(s.out_features) + _sums_bytes(s.in_features) + SAMPLE_BYTES for s in group)
     if _by_outputs(group):
         return sum(_sums_bytes(s.out_features) for s in group)
     return _sums_bytes(group[0].in_features)
 
 
 def _sums_bytes(features: int) -> int:
-    """Of products in float64, and of sketches that wait for theirs in float32."""
-    return (8 if features < SKETCHED_FROM else 10) * features**2
+    """Of products in float64, and of rows that wait for theirs in float32."""
+    return 8 * features**2 + 4 * features * enough_pending(features)
 
 
 def _by_outputs(group: Sequence[LayerSpec]) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-BLOCK = 256  # columns that are multiplied at once, with all columns before them
+BLOCK = 192  # columns that are multiplied at once, with all columns before them
 
 
 def gram(rows: Tensor) -> Tensor:
@@ -18,7 +18,25 @@ def gram(rows: Tensor) -> Tensor:
     result = rows.new_empty(n, n)
     for first in range(0, n, BLOCK):
         last = min(first + BLOCK, n)
-        below = rows[:, first:last].T @ rows[:, :last]
-        result[first:last, :last] = below
-        result[:first, first:last] = below[:, :first].T
-    return result
+        result[first:last, :last] = rows[:, first:last].T @ rows[:, :last]
+    return mirrored(result)
+
+
+def add_gram(total: Tensor, rows: Tensor) -> None:
+    """Add rows^T rows to what is on and below the diagonal of `total`, and anything above it: see `mirrored`.
+
+    Shapes: total (n, n), of any precision; rows (count, n).
+    """
+    n = rows.shape[1]
+    for first in range(0, n, BLOCK) if n >= 2 * BLOCK else (0,):
+        last = min(first + BLOCK, n) if n >= 2 * BLOCK else n
+        total[first:last, :last] += rows[:, first:last].T @ rows[:, :last]
+
+
+def mirrored(matrix: Tensor) -> Tensor:
+    """The symmetric matrix that is as this one on and below the diagonal; in place."""
+    n = len(matrix)
+    for first in range(0, n, BLOCK):
+        last = min(first + BLOCK, n)
+        matrix[:first, first:last] = matrix[first:last, :first].T
+    return matrix
