@@ -82,7 +82,7 @@ class Accumulator:
         self.products: Tensor | None = None  # in float64, on and below the diagonal
 
     def add(self, rows: Tensor, samples: int = 0) -> None:
-        """Take (count, features) rows, of so many samples; products in float32 a batch, sums in float64."""
+        """Take (count, features) rows, of so many samples; products of some batches in float32, sums in float64."""
         if rows.shape[0] == 0:
             return
         with torch.autocast(rows.device.type, enabled=False):  # hooks run inside the model's own autocast

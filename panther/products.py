@@ -28,8 +28,9 @@ def add_gram(total: Tensor, rows: Tensor) -> None:
     Shapes: total (n, n), of any precision; rows (count, n).
     """
     n = rows.shape[1]
-    for first in range(0, n, BLOCK) if n >= 2 * BLOCK else (0,):
-        last = min(first + BLOCK, n) if n >= 2 * BLOCK else n
+    width = BLOCK if n >= 2 * BLOCK else max(1, n)
+    for first in range(0, n, width):
+        last = min(first + width, n)
         total[first:last, :last] += rows[:, first:last].T @ rows[:, :last]
 
 

@@ -22,6 +22,7 @@ def sensitivity(options: Options, target: Target, *, divergence: Divergence, eva
     the answer is never worse on the samples that `evaluate` uses. Without `evaluate` the middle floor is taken. A plan
     without floors is made where none with them is within the limits.
     """
+    loss = powered(divergence, 1.0)
     even = uniform(options, target, divergence=divergence, evaluate=None)
     tried = [(floor, power) for floor in FLOORS for power in POWERS] if evaluate is not None else [(0.5, 1.0)]
     plans = [even] if evaluate is not None else []
@@ -30,8 +31,7 @@ def sensitivity(options: Options, target: Target, *, divergence: Divergence, eva
         if plan not in plans:
             plans.append(plan)
     if not any(target.is_met_by(total(plan)) for plan in plans):
-        plans.append(planned(options, target, even, 0.0, powered(divergence, 1.0)))
-    loss = powered(divergence, 1.0)
+        plans.append(planned(options, target, even, 0.0, loss))
     for plan in on_one_grid(options):
         plans += [plan, improved(plan, options, target, loss)]
     within = [plan for plan in plans if target.is_met_by(total(plan))]
