@@ -3,9 +3,9 @@
 `python -m benchmarks.bytes` takes a few minutes a cell; --minutes is of training, for the healed row. Needs what
 models/requirements-bench.txt lists and what `python -m benchmarks.fetch_data` gets.
 
-Bytes are those of the Linear and convolution weights that can be sketched, with their scales (four bytes each), and
-biases that ranks bring. Rounding to 3 and 2 bits has no layer here: its rows are computed with the numbers that they
-stand for, and cost what such a file would.
+Bytes are those of the Linear and convolution weights that can be sketched, with their scales (two bytes each), and
+biases that ranks bring. Rounding to 2 bits has no layer here: its row is computed with the numbers that they stand
+for, and costs what such a file would.
 """
 
 from __future__ import annotations
@@ -30,11 +30,10 @@ from models.recipe import Recipe
 from panther.factors import dense_weight
 from panther.nn.surgery import with_layers
 from panther.quantise import to_nearest
-from panther.spec import Budget, Capture, Grid
+from panther.spec import BITS, DTYPES, Budget, Capture, Grid
 
 SHARES = (1 / 4, 1 / 8, 0.109, 1 / 16)
 PLAIN = (Grid(8), Grid(4, 32), Grid(4), Grid(3, 32), Grid(3), Grid(2, 32))  # rounding by the weights alone
-SCALE_BYTES = 4
 ROWS = ("plain", "peers", "ranks", "mix", "healed")
 
 
@@ -59,7 +58,7 @@ Cell = tuple[str, float, dict[str, float], str]  # row, share of the bytes, figu
 
 def stored_bytes(found: Capture, grid: Grid) -> int:
     """Of all layers on a grid."""
-    return sum(grid.size_bytes(spec.out_features, spec.fan_in, SCALE_BYTES) for spec in found.sketchable)
+    return sum(grid.size_bytes(spec.out_features, spec.fan_in) for spec in found.sketchable)
 
 
 def dense_bytes(found: Capture) -> int:
@@ -87,7 +86,7 @@ def plain_cells(recipe: Recipe, found: Capture) -> Iterator[Cell]:
         label = f"int{grid.bits}, a scale " + ("a row" if grid.group_size is None else f"for {grid.group_size}")
         say(f"{recipe.name}: {label}")
         figures = recipe.metrics(rounded(recipe.model, found, grid))
-        remark = "" if grid.bits in (4, 8) else "computed, no such layer"
+        remark = "" if grid.bits in BITS.values() else "computed, no such layer"
         yield f"{label}, to nearest", stored_bytes(found, grid) / whole, figures, remark
 
 
@@ -101,7 +100,7 @@ def panther_cells(
     seed: int,
 ) -> Iterator[Cell]:
     """Ranks alone, ranks in 8 bits, and both with 4 bits as well, refitted and trained."""
-    everything = ("float32", "int8", "int4")
+    everything = DTYPES
     rows: dict[str, tuple[str, tuple[str, ...], Any]] = {
         "ranks alone": ("ranks", ("float32",), "refit"),
         "ranks and 8 bits": ("ranks", ("float32", "int8"), "refit"),

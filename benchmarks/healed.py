@@ -21,7 +21,7 @@ from benchmarks.common import METHODS, compressed, header, say, subject, table
 from models import crepe, efficientnet, minilm, whisper
 from models.data import MissingDataError
 from models.recipe import Recipe
-from panther.spec import Budget
+from panther.spec import DTYPES, Budget
 
 COLUMNS = ("", "what is kept", "figure", "dense", "plain SVD", "panther", "seconds, of which healing")
 
@@ -83,7 +83,7 @@ def line(case: Case, recipe: Recipe, minutes: float, seed: int) -> list[str]:
         example_inputs=recipe.example_inputs,
         calib_data=recipe.batches,
         exclude=case.exclude,
-        dtypes=("float32",) if case.bytes is None else ("float32", "int8", "int4"),
+        dtypes=("float32",) if case.bytes is None else DTYPES,
         heal=panther.Heal("auto", time_limit=60 * minutes),
         seed=seed,
         verify=False,

@@ -25,11 +25,11 @@ from panther.converters.weights import ModelSource, check_no_meta, copy_of, make
 from panther.errors import ExportError, LoadError
 from panther.nn import LAYERS
 from panther.nn.narrow import DENSE_SIZES, NARROWED, NORMS, is_narrowed, narrow_config, narrowed_to, sizes_of
-from panther.nn.quantised import StoredWeight
+from panther.nn.quantised import StoredWeight, for_file
 from panther.nn.surgery import inherit, put_layers
 from panther.spec import Plan, Report, to_data
 
-FORMAT = 1
+FORMAT = 2  # 1: before numbers of three bits, and scales of two bytes in a layer of float32
 WEIGHTS = "model.safetensors"
 
 # The fields of panther.json, all of them present.
@@ -192,7 +192,7 @@ def _tensors_of(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
             )
         if name not in tied:
             tensors[name] = value
-    return tensors, tied
+    return for_file(model, tensors), tied
 
 
 def _write_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
@@ -337,20 +337,30 @@ def _check_geometry(dense: nn.Module, layer: nn.Module, name: str, folder: Path,
         )
 
 
-def _check_numbers(model: nn.Module, tensors: Mapping[str, Tensor], names: Mapping[str, str], folder: Path) -> None:
-    """Raise LoadError unless whole numbers are of their own types, and their scales finite and above zero."""
+def _numbers_of(
+    model: nn.Module, tensors: Mapping[str, Tensor], names: Mapping[str, str], folder: Path
+) -> dict[str, Tensor]:
+    """What the file has of whole numbers and their scales, as the model holds them.
+
+    Raises: LoadError unless they are of their own types and sizes, and the scales finite and above zero.
+    """
+    found: dict[str, Tensor] = {}
     for place, module in model.named_modules():
         if not isinstance(module, StoredWeight):
             continue
-        values, scales = (tensors[names[f"{place}.{part}" if place else part]] for part in ("values", "scales"))
-        if values.dtype != module.values.dtype:
-            raise LoadError(f"{folder / WEIGHTS}: {place}.values is {values.dtype}, expected {module.values.dtype}")
-        if scales.dtype not in (torch.float32, torch.bfloat16, torch.float16, module.scales.dtype):
-            raise LoadError(f"{folder / WEIGHTS}: {place}.scales is {scales.dtype}, expected {module.scales.dtype}")
+        stored = [names[f"{place}.{part}".lstrip(".")] for part in ("values", "scales")]
+        values, scales = (tensors[name] for name in stored)
         if not bool((torch.isfinite(scales) & (scales > 0)).all()):
             raise LoadError(
                 f"{folder / WEIGHTS}: {place}.scales holds numbers that no scale can be: the file is damaged"
             )
+        try:
+            found |= dict(zip(stored, module.from_file(values, scales).values(), strict=True))
+        except ValueError as error:
+            raise LoadError(
+                f"{folder / WEIGHTS}: {place}: {error}: give the architecture that was compressed"
+            ) from error
+    return found
 
 
 def _assign(
@@ -367,6 +377,7 @@ def _assign(
             f"({', '.join(missing[:5])}), {len(unknown)} not in the model ({', '.join(unknown[:5])}). Give the "
             "architecture that was compressed."
         )
+    tensors = {**tensors, **_numbers_of(model, tensors, names, folder)}
     for name, stored in names.items():
         got, expected = tensors[stored], wanted[name]
         if got.shape != expected.shape or got.is_floating_point() != expected.is_floating_point():
@@ -374,7 +385,6 @@ def _assign(
                 f"{folder / WEIGHTS}: {name} is {tuple(got.shape)} {got.dtype}, the model's is {tuple(expected.shape)} "
                 f"{expected.dtype}: give the architecture that was compressed"
             )
-    _check_numbers(model, tensors, names, folder)
     # Copies, for the memory of `tensors` is the mapped file.
     own = {stored: tensors[stored].clone().to(device) for stored in dict.fromkeys(names.values())}
     try:

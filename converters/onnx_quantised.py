@@ -21,6 +21,7 @@ from panther.nn.on_grid import CorrectedLinear
 from panther.nn.quantised import StoredWeight
 from panther.nn.surgery import with_layers
 from panther.ops import unpacked_int4
+from panther.spec import BITS, Grid
 
 BLOCKS_FROM = 21  # the opset that has int4 and blocks
 HALF_SCALES_FROM = 19
@@ -65,7 +66,7 @@ def _as_floats(layer: QuantisedLayer) -> nn.Module:
 
 def least_opset(parts: Parts) -> int | None:
     """The opset from which these weights can be written as they are stored; None where any will do."""
-    needs = any(part.grid.bits == 4 or part.grid.group_size is not None for part in parts.values())
+    needs = any(part.grid.bits < 8 or part.grid.group_size is not None for part in parts.values())
     return BLOCKS_FROM if needs else None
 
 
@@ -97,7 +98,8 @@ def put_numbers(program: Any, parts: Parts) -> list[str]:
     graph = program.model.graph
     opset = int(program.model.opset_imports.get("", 0))
     older: list[int] = []  # the opsets that would be needed
-    doubles = lost = widened = 0
+    doubles = lost = 0
+    widened = dict.fromkeys(sorted(BITS.values(), reverse=True), 0)
     for name, part in parts.items():
         needed = _written_from(part)
         if needed is None:
@@ -107,7 +109,7 @@ def put_numbers(program: Any, parts: Parts) -> list[str]:
         elif not _put(graph, name, part, _numbers(part, opset)):
             lost += 1
         else:
-            widened += part.grid.bits == 4 and opset < BLOCKS_FROM
+            widened[part.grid.bits] += _bits_in_file(part.grid, opset) > part.grid.bits
     reasons = {
         "ONNX has no scales of float64, use float32": doubles,
         f"opset {opset} cannot say their blocks or the type of their scales, use {max(older or [0])} or later": len(
@@ -120,9 +122,19 @@ def put_numbers(program: Any, parts: Parts) -> list[str]:
         for reason, count in reasons.items()
         if count
     ]
-    if widened:
-        notes.append(f"weights of 4 bits take 8 in the file: opset {opset} has no int4, use {BLOCKS_FROM} or later")
+    for bits, count in widened.items():
+        if count and opset < BLOCKS_FROM:
+            notes.append(
+                f"weights of {bits} bits take 8 in the file: opset {opset} has no int4, use {BLOCKS_FROM} or later"
+            )
+        elif count:
+            notes.append(f"weights of {bits} bits take 4 in the file: ONNX has no int{bits}")
     return notes
+
+
+def _bits_in_file(grid: Grid, opset: int) -> int:
+    """That a number takes."""
+    return 4 if grid.bits <= 4 and opset >= BLOCKS_FROM else 8
 
 
 def _written_from(part: StoredWeight) -> int | None:
@@ -176,7 +188,7 @@ def _numbers(part: StoredWeight, opset: int) -> _Numbers:
     grid = part.grid
     whole = part.values if grid.bits == 8 else unpacked_int4(part.values, part.columns)
     values, scales = _array(whole), _array(part.scales)
-    if grid.bits == 4 and opset >= BLOCKS_FROM:
+    if _bits_in_file(grid, opset) == 4:
         values = values.astype(ml_dtypes.int4)
     if grid.group_size is not None:
         return _Numbers(values, scales, 1, grid.group_size, part.size)

@@ -204,11 +204,11 @@ def chain_cost(
     return Cost(weights + places, flops, weights * bytes_per_number + places * INDEX_BYTES)
 
 
-def quantised_cost(scheme: str, spec: LayerSpec, ranks: Sequence[int], grids: Sequence[Grid], scale_bytes: int) -> Cost:
-    """Weights, operations and bytes of a layer whose stored weights are on these grids; scales are bytes only."""
+def quantised_cost(scheme: str, spec: LayerSpec, ranks: Sequence[int], grids: Sequence[Grid]) -> Cost:
+    """Weights, operations and bytes in a file of a layer whose weights are on these grids; scales are bytes only."""
     stored = stored_links(scheme, spec, ranks)
     held = sum(
-        grid.size_bytes(link.out_channels, link.params // link.out_channels, scale_bytes)
+        grid.size_bytes(link.out_channels, link.params // link.out_channels)
         for link, grid in zip(stored, grids, strict=True)
     )
     flops = spec.flops if scheme in (WHOLE, CORRECTED) else 0

@@ -191,6 +191,7 @@ def _parser() -> _Parser:
     add("--timeout", type=float, metavar="SECONDS", help="of --search tuned, which then ends with the best so far")
     add("--int8", action="store_true", help="store weights in 8 bits, alone or as factors")
     add("--int4", action="store_true", help="store them in 4 bits; with --int8 in whichever suits each layer")
+    add("--int3", action="store_true", help="store them in 3 bits; beside the others for small files")
     add("--heal", metavar="WAY", help=f"without labels: {', '.join(MODES)} (default: auto; needs --calib)")
     add("--time-limit", type=float, metavar="SECONDS", help=f"of training, at most (default: {TIME_LIMIT:.0f})")
     add("--steps", type=int, metavar="N", help="training steps, instead of as many as fit into the time")

@@ -450,9 +450,7 @@ def candidates(
     ]
     cost = chains.dense_cost(spec, bytes_per_number)
     smaller = [c for c in found if c.cost.params < cost.params]
-    whole_numbers = [
-        c for c in _quantised(factors, bytes_per_number, gained, dtypes) if c.cost.size_bytes < cost.size_bytes
-    ]
+    whole_numbers = [c for c in _quantised(factors, gained, dtypes) if c.cost.size_bytes < cost.size_bytes]
     reason = (
         ""
         if smaller or whole_numbers or not gained.params
@@ -462,13 +460,13 @@ def candidates(
     return (*sorted([*smaller, *whole_numbers], key=lambda c: (c.cost.params, c.cost.size_bytes, c.error)), dense)
 
 
-def _quantised(factors: Factors, scale_bytes: int, gained: Cost, dtypes: Sequence[str]) -> Iterator[Choice]:
+def _quantised(factors: Factors, gained: Cost, dtypes: Sequence[str]) -> Iterator[Choice]:
     """The options of whole numbers: the dense weight, the same with a correction, and every chain."""
     spec = factors.spec
 
     def choice(scheme: str, ranks: tuple[int, ...], dtype: str, grid: Grid, error: float, more: Cost) -> Choice:
         grids = chains.grids_for(scheme, grid, len(chains.stored_links(scheme, spec, ranks)))
-        cost = chains.quantised_cost(scheme, spec, ranks, grids, scale_bytes) + more
+        cost = chains.quantised_cost(scheme, spec, ranks, grids) + more
         return Choice(
             spec.name,
             scheme,

@@ -25,7 +25,7 @@ BLOCK = 128  # columns whose errors are carried over to the others together
 
 @dataclass(frozen=True)
 class Rounded:
-    """A matrix on a grid: values int8 (m, n), scales (m, groups) in the dtype that they are stored in."""
+    """A matrix on a grid: values int8 (m, n), scales (m, groups) as they are stored, in the matrix's dtype."""
 
     values: Tensor
     scales: Tensor
@@ -42,10 +42,11 @@ def spread(scales: Tensor, columns: int, grid: Grid) -> Tensor:
     return scales if size is None else scales.repeat_interleave(size, 1)[:, :columns]
 
 
-def scales_for(matrix: Tensor, grid: Grid, weights: Tensor | None = None) -> Tensor:
+def scales_for(matrix: Tensor, grid: Grid, weights: Tensor | None = None, dtype: torch.dtype = torch.float32) -> Tensor:
     """For each group the scale of least squared error after rounding, of those in CLIPS; 1 for a group of zeros.
 
     weights: (n,) of the columns' errors; without them all count the same.
+    dtype: of the layer. Scales have the digits of bfloat16, or of float16 in a layer of that: two bytes in a file.
 
     Shapes: matrix (m, n) -> (m, groups), of its dtype.
     """
@@ -59,7 +60,7 @@ def scales_for(matrix: Tensor, grid: Grid, weights: Tensor | None = None) -> Ten
     largest = groups.abs().amax(-1)
     best, found = torch.full_like(largest, torch.inf), torch.ones_like(largest)
     for clip in CLIPS:
-        scale = (clip / high * largest).clamp_min(torch.finfo(matrix.dtype).tiny)
+        scale = _storable(clip / high * largest, dtype)
         step = scale.unsqueeze(-1)
         error = ((groups / step).round_().clamp_(low, high).mul_(step) - groups).square_().mul_(counted).sum(-1)
         is_better = error < best
@@ -72,7 +73,8 @@ def to_nearest(matrix: Tensor, grid: Grid, weights: Tensor | None = None, dtype:
 
     dtype: of the scales as they are stored; the matrix's own unless it is given.
     """
-    scales = _storable(scales_for(matrix, grid, weights), dtype or matrix.dtype)
+    dtype = dtype or matrix.dtype
+    scales = scales_for(matrix, grid, weights, dtype).to(dtype)
     steps = spread(scales.to(matrix.dtype), matrix.shape[1], grid)
     return Rounded((matrix / steps).round_().clamp_(*RANGES[grid.bits]).to(torch.int8), scales, grid)
 
@@ -91,7 +93,8 @@ def in_data_norm(matrix: Tensor, moment: Tensor, grid: Grid, dtype: torch.dtype 
     diagonal = moment.diagonal()
     if not bool(diagonal.sum() > 0):
         return to_nearest(matrix, grid, dtype=dtype)
-    scales = _storable(scales_for(wide, grid, diagonal), dtype or matrix.dtype)
+    dtype = dtype or matrix.dtype
+    scales = scales_for(wide, grid, diagonal, dtype).to(dtype)
     order = diagonal.argsort(descending=True)
     steps = spread(scales.double(), wide.shape[1], grid).expand_as(wide)[:, order]
     given = wide[:, order].contiguous()
@@ -153,9 +156,11 @@ def incoherent(down: Tensor, up: Tensor, moment: Tensor | None = None, seed: int
 
 
 def _storable(scales: Tensor, dtype: torch.dtype) -> Tensor:
-    """Scales as they are stored: never zero, so that no number is divided by it."""
-    stored = scales.to(dtype)
-    return torch.where(stored > 0, stored, torch.finfo(dtype).tiny)
+    """Scales with no more digits than are stored, rounded up, and never zero: no number is divided by it."""
+    short = torch.float16 if dtype == torch.float16 else torch.bfloat16
+    found = scales.to(short)
+    found = torch.where(found.to(scales) < scales, torch.nextafter(found, found.new_tensor(torch.inf)), found)
+    return found.clamp(torch.finfo(short).tiny, torch.finfo(short).max).to(scales)
 
 
 def lost(matrix: Tensor, stands_for_it: Tensor, moment: Tensor | None, sensitivity: Tensor | None = None) -> float:

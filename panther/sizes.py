@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from panther.nn.quantised import StoredWeight
+from panther.nn.quantised import StoredWeight, for_file
 
 # In the order in which safetensors lays tensors out.
 _SAFETENSORS_DTYPES = {
@@ -56,7 +56,7 @@ def model_params(model: nn.Module) -> int:
 
 def file_bytes(model: nn.Module) -> int:
     """Bytes of the safetensors file that holds this model: the header, and each stored tensor once."""
-    kept = stored_tensors(model)
+    kept = for_file(model, stored_tensors(model))
     return _header_bytes(kept) + sum(map(tensor_bytes, kept.values()))
 
 

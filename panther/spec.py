@@ -23,7 +23,8 @@ PLAN_VERSION = 1
 MODES = ("none", "refit", "blocks", "distill", "auto")  # of healing
 TIME_LIMIT = 300.0
 
-BITS = {"int8": 8, "int4": 4}  # of the numbers of quantised weights
+BITS = {"int8": 8, "int4": 4, "int3": 3}  # of the numbers of quantised weights
+SCALE_BYTES = 2  # of a scale in a file: none has more digits than bfloat16
 DTYPES = ("float32", *BITS)  # what weights may be stored in; the first stands for the layer's own
 
 BUDGET_FIELDS = ("params", "flops", "size_mb", "latency_ms", "peak_memory_mb", "max_drop")
@@ -177,9 +178,9 @@ class Grid:
         """Scales a row."""
         return 1 if self.group_size is None else max(1, -(-columns // self.group_size))
 
-    def size_bytes(self, rows: int, columns: int, bytes_per_scale: int) -> int:
-        """Of the numbers, each row from a new byte on, and the scales."""
-        return rows * (-(-columns * self.bits // 8) + self.groups(columns) * bytes_per_scale)
+    def size_bytes(self, rows: int, columns: int) -> int:
+        """Of the numbers in a file, each row from a new byte on, and the scales."""
+        return rows * (-(-columns * self.bits // 8) + self.groups(columns) * SCALE_BYTES)
 
 
 @dataclass(frozen=True)

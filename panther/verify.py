@@ -53,6 +53,7 @@ from panther.spec import (
 
 T = TypeVar("T")
 
+BASELINES = ("int8", "int4")  # of BITS: what is usual
 LATENCY_SECONDS = 1.5  # measured time for both models together: medians of fast models then repeat within 2-3 %
 MOST_ROUNDS, FEWEST_ROUNDS = 500, 3
 POOR_COSINE = 0.5  # below this the compressed model is not the same function in any useful sense
@@ -348,10 +349,10 @@ def _stored_cost(spec: LayerSpec, layer: SketchedLayer) -> Cost:
     inputs, outputs = sizes_of(layer)
     now = changed(spec, in_features=inputs, out_features=outputs)
     if isinstance(layer, QuantisedLayer):
-        grids, scales = [part.grid for part in layer.stored], layer.stored[0].scales.element_size()
-        cost = chains.quantised_cost(layer.scheme, now, layer.ranks, grids, scales)
         gained = 0 if spec.has_bias or layer.bias is None else layer.bias.numel()
-        return cost + Cost(gained, 0, gained * scales)
+        size = sum(tensor_bytes(tensor) for part in layer.stored for tensor in part.for_file().values())
+        cost = chains.quantised_cost(layer.scheme, now, layer.ranks, [part.grid for part in layer.stored])
+        return changed(cost, size_bytes=size) + Cost(gained, 0, gained * layer.stored[0].scales.element_size())
     counted = [tensor for name, tensor in stored_tensors(layer).items() if name != layer.BIAS or not spec.has_bias]
     flops = chain_cost(layer.scheme, now, layer.ranks, 1, layer.PACKING).flops
     return Cost(sum(t.numel() for t in counted), flops, sum(map(tensor_bytes, counted)))
@@ -438,7 +439,7 @@ def baselines_of(dense: nn.Module, capture: Capture, example: Call, calls: Seque
     All of them run in turn with the dense model, whose milliseconds theirs are relative to.
     """
     names = [spec.name for spec in capture.sketchable]
-    models = {dtype: _rounded(dense, names, bits) for dtype, bits in BITS.items()}
+    models = {dtype: _rounded(dense, names, BITS[dtype]) for dtype in BASELINES}
     flops = sum(spec.flops for spec in capture.layers)
     _, *times = latencies([dense, *models.values()], example)
     return tuple(

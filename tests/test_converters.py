@@ -631,7 +631,7 @@ def test_a_layer_type_that_names_code_is_refused_and_nothing_imported(saved, kin
     [
         (lambda m: m.update({"import": "os"}), "missing or unknown fields 'import'"),
         (lambda m: m.pop("tied"), "missing or unknown fields 'tied'"),
-        (lambda m: m.update(panther_format=99), "format 99, this panther reads up to 1: upgrade"),
+        (lambda m: m.update(panther_format=99), "format 99, this panther reads up to 2: upgrade"),
         (lambda m: m.update(layers=[]), "layers is list, expected dict"),
         (lambda m: m["layers"]["fc"].update({"import": "os"}), "layer 'fc' cannot be built: .*import"),
         (lambda m: m["layers"]["fc"].update(ranks=[10**30]), "layer 'fc' cannot be built: .*ranks"),

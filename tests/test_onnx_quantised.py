@@ -77,7 +77,7 @@ def kinds(path: Path) -> dict[str, set[str]]:
     }
 
 
-@pytest.mark.parametrize("grid", [Grid(8), Grid(4), Grid(4, 32), Grid(8, 64)], ids=str)
+@pytest.mark.parametrize("grid", [Grid(8), Grid(4), Grid(4, 32), Grid(8, 64), Grid(3), Grid(3, 32)], ids=str)
 @pytest.mark.parametrize("make", [with_whole, with_chains, with_correction], ids=lambda f: f.__name__)
 @pytest.mark.parametrize("build", [net, conv_net], ids=lambda f: f.__name__)
 def test_onnxruntime_agrees_and_the_file_holds_whole_numbers(build: Any, make: Any, grid: Grid, tmp_path: Path) -> None:
@@ -89,7 +89,8 @@ def test_onnxruntime_agrees_and_the_file_holds_whole_numbers(build: Any, make: A
     assert report.ok and report.checks and all(check.ok for check in report.checks), report.notes
     found = kinds(report.path)
     assert "DequantizeLinear" in found["operators"]
-    assert ("INT4" if grid.bits == 4 else "INT8") in found["numbers"]
+    assert ("INT8" if grid.bits == 8 else "INT4") in found["numbers"]
+    assert any("weights of 3 bits take 4 in the file: ONNX has no int3" in n for n in report.notes) == (grid.bits == 3)
     assert not any("float numbers in the file" in note for note in report.notes)
     whole = write(dense.eval(), tmp_path / "dense.onnx", inputs(dense))
     if make is with_whole:
@@ -118,6 +119,7 @@ def test_an_opset_without_blocks_keeps_floats_and_says_so(tmp_path: Path) -> Non
         (torch.float16, Grid(4), "float numbers in the file: opset 18 .*, use 19 or later"),
         (torch.float32, Grid(4, 32), "float numbers in the file: opset 18 .*, use 21 or later"),
         (torch.float32, Grid(4), "weights of 4 bits take 8 in the file: opset 18"),
+        (torch.float32, Grid(3), "weights of 3 bits take 8 in the file: opset 18"),
         (torch.float64, Grid(4), "float numbers in the file: ONNX has no scales of float64"),
     ],
     ids=str,
@@ -127,7 +129,7 @@ def test_an_old_opset_is_told_of_once_and_with_the_one_to_use(
 ) -> None:
     model = with_whole(nn.Sequential(nn.Linear(64, 32)).to(dtype), grid)
     report = write(model, tmp_path / "old.onnx", torch.randn(3, 64, dtype=dtype), opset=18)
-    notes = [note for note in report.notes if "float numbers" in note or "4 bits" in note]
+    notes = [note for note in report.notes if "float numbers" in note or "bits take" in note]
     assert len(notes) == 1 and re.search(told, notes[0]), report.notes
 
 

@@ -12,7 +12,7 @@ from panther.nn.factor import compose
 from panther.quantise import RANGES, Rounded, in_data_norm, incoherent, lost, scales_for, spread, to_nearest
 from panther.spec import Grid
 
-GRIDS = [Grid(8), Grid(4), Grid(4, 32), Grid(4, 128)]
+GRIDS = [Grid(8), Grid(4), Grid(4, 32), Grid(4, 128), Grid(3), Grid(3, 32)]
 
 
 def matrix(rows: int = 24, columns: int = 70, seed: int = 0) -> Tensor:
@@ -50,7 +50,11 @@ def test_a_clipped_scale_loses_no_more_than_the_largest_number_as_limit(grid: Gr
     plain = padded.abs().amax(-1) / RANGES[grid.bits][1]
     steps = spread(plain, 70, grid)
     unclipped = (given / steps).round().clamp(*RANGES[grid.bits]) * steps
-    assert float((to_nearest(given, grid).matrix() - given).norm()) <= float((unclipped - given).norm()) * (1 + 1e-12)
+    # Scales have eight binary digits, and are rounded up: by 1/128 at most. Another scale rounds each of the 1,680
+    # numbers another way, which changes the norm by a few hundredths more or less.
+    got = to_nearest(given, grid)
+    assert torch.equal(got.scales, got.scales.bfloat16().double())
+    assert float((got.matrix() - given).norm()) <= float((unclipped - given).norm()) * 1.03
 
 
 def test_one_huge_number_does_not_cost_the_others_of_another_group() -> None:
@@ -89,7 +93,7 @@ def test_zeros_dead_inputs_and_single_numbers_are_no_problem() -> None:
     assert torch.equal(in_data_norm(given, dead, Grid(8)).values, to_nearest(given, Grid(8)).values)
     dead[0, 0] = 1.0  # all but one input never say anything
     assert bool(torch.isfinite(in_data_norm(given, dead, Grid(4)).matrix()).all())
-    assert to_nearest(torch.tensor([[2.5]]), Grid(8)).matrix().item() == pytest.approx(2.5)
+    assert to_nearest(torch.tensor([[2.5]]), Grid(8)).matrix().item() == pytest.approx(2.5, rel=1 / 128)
     assert to_nearest(torch.zeros(0, 7), Grid(4)).matrix().shape == (0, 7)
 
 
@@ -111,10 +115,12 @@ def test_what_is_lost_is_a_share_of_the_energy_of_the_outputs() -> None:
     assert lost(given, wrong, of, reacts) == pytest.approx(0.0, abs=1e-12) and lost(given, wrong, of) > 0.5
 
 
-@pytest.mark.parametrize(("bits", "size", "wanted"), [(8, None, 70 + 4), (4, None, 35 + 4), (4, 32, 35 + 12)])
+@pytest.mark.parametrize(
+    ("bits", "size", "wanted"), [(8, None, 70 + 2), (4, None, 35 + 2), (4, 32, 35 + 6), (3, None, 27 + 2)]
+)
 def test_bytes_are_those_of_the_numbers_and_of_the_scales(bits: int, size: int | None, wanted: int) -> None:
-    assert Grid(bits, size).size_bytes(6, 70, 4) == 6 * wanted
-    assert Grid(4).size_bytes(1, 71, 4) == 36 + 4
+    assert Grid(bits, size).size_bytes(6, 70) == 6 * wanted
+    assert Grid(4).size_bytes(1, 71) == 36 + 2
 
 
 @pytest.mark.parametrize("sizes", [((6, 40), (30, 6)), ((6, 4, 3, 3), (30, 6, 1, 1)), ((6, 4, 1), (30, 6, 3))], ids=str)

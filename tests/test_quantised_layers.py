@@ -23,7 +23,7 @@ from panther.spec import Grid
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*would be smaller:UserWarning")  # layers this small hardly pay
 
-GRIDS = [Grid(8), Grid(4), Grid(4, 32), Grid(8, 64)]
+GRIDS = [Grid(8), Grid(4), Grid(4, 32), Grid(8, 64), Grid(3), Grid(3, 32)]
 DENSE: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "linear": (lambda: nn.Linear(71, 9), (5, 71)),
     "linear, no bias, 3-d": (lambda: nn.Linear(40, 6, bias=False), (2, 3, 40)),
@@ -86,9 +86,8 @@ def test_a_layer_computes_with_the_numbers_that_it_stores(name: str, grid: Grid)
         close(small.to_dense()(x), meant(x))
         close(small.weight.clone(), meant.weight)
     assert small.weight.shape == layer.weight.shape and small.weight.dtype == layer.weight.dtype
-    held_bytes = sum(t.numel() * t.element_size() for n, t in small.state_dict().items() if n != "bias")
-    rows, columns = layer.weight.flatten(1).shape
-    assert held_bytes == grid.size_bytes(rows, columns, 4)
+    in_file = sum(t.numel() * t.element_size() for t in small.stored[0].for_file().values())
+    assert in_file == grid.size_bytes(*layer.weight.flatten(1).shape)
 
 
 @pytest.mark.parametrize("grid", GRIDS[:2], ids=str)
@@ -188,8 +187,8 @@ def test_scales_that_were_cut_off_do_not_load() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"bits": 3}, "expected 8 or 4"),
-        ({"bits": True}, "expected 8 or 4"),
+        ({"bits": 5}, "expected 8, 4 or 3"),
+        ({"bits": True}, "expected 8, 4 or 3"),
         ({"group_size": 16}, "group_size=16"),
     ],
 )

@@ -1,4 +1,4 @@
-"""Layers whose weights are whole numbers of 8 or 4 bits with scales: the weight itself, or the links of a chain.
+"""Layers whose weights are whole numbers of 8, 4 or 3 bits with scales: the weight itself, or the links of a chain.
 
 Scheme "whole": the dense weight. A chain's scheme: each of its links. "corrected" (linear layers): the dense weight in
 few bits, and a chain of 8 bits that makes up for part of the error of that: y = b + Q x + up (down x).
@@ -10,6 +10,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Self, cast
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -21,11 +22,12 @@ from panther.nn.conv import CONFIG_KEYS as CONV_KEYS
 from panther.nn.conv import SKConv1d, SKConv2d, SKConv3d, SketchedConv
 from panther.nn.factor import compose
 from panther.nn.linear import SKLinear
-from panther.ops import dequantised, low_rank_linear_int8, packed_int4, quantised_linear
+from panther.ops import dequantised, low_rank_linear_int8, packed_int4, quantised_linear, unpacked_int4
 from panther.quantise import Rounded, to_nearest
 from panther.spec import BITS, Grid
 
 GROUP_SIZES = (32, 64, 128)
+HELD_BITS = (8, 4)  # that numbers take in memory and in the ops; others are held in the next larger
 KEYS = ("ranks", "bits", "group_size", "bias", "dtype")
 LINEAR_KEYS = ("in_features", "out_features", "scheme", *KEYS)
 QUANTISED_CONV_KEYS = (*(key for key in CONV_KEYS if key not in COMMON_KEYS), *KEYS)
@@ -36,7 +38,8 @@ CONV_SCHEMES = (chains.WHOLE, *chains.CONV_SCHEMES)
 class StoredWeight(nn.Module):
     """One weight (out, *rest) as whole numbers and scales; its rows are packed each from a new byte on.
 
-    values: int8 (out, columns), or uint8 (out, ceil(columns / 2)) of 4 bits. scales: (out, groups).
+    values: int8 (out, columns), or uint8 (out, ceil(columns / 2)), which hold 4 bits or 3. scales: (out, groups). In a
+    file 3 bits are 3 bits, and scales are bfloat16 where that is the same.
     """
 
     values: Tensor
@@ -72,6 +75,34 @@ class StoredWeight(nn.Module):
         self.scales.copy_(rounded.scales)
         _check_finite("scales of a quantised weight", self.scales)
 
+    def for_file(self) -> dict[str, Tensor]:
+        """`values` and `scales` as a file has them."""
+        values = self.values
+        if self.grid.bits not in HELD_BITS:
+            values = packed_bits(unpacked_int4(values, self.columns), self.grid.bits)
+        short = self.scales.bfloat16()
+        return {
+            "values": values,
+            "scales": short if bool((short.to(self.scales) == self.scales).all()) else self.scales,
+        }
+
+    def from_file(self, values: Tensor, scales: Tensor) -> dict[str, Tensor]:
+        """The buffers that `for_file` made these of.
+
+        Raises: ValueError when they are of other shapes or types.
+        """
+        dtype, short = self.scales.dtype, torch.bfloat16
+        sizes = (self.size[0], -(-self.columns * self.grid.bits // 8)), tuple(self.scales.shape)
+        expected = (values, sizes[0], self.values.dtype), (scales, sizes[1], short if scales.dtype == short else dtype)
+        for name, (tensor, size, kind) in zip(("values", "scales"), expected, strict=True):
+            if tensor.dtype != kind:
+                raise ValueError(f"{name} is {tensor.dtype}, expected {kind}")
+            if tensor.shape != size:
+                raise ValueError(f"{name} is {tuple(tensor.shape)}, expected {size}")
+        if self.grid.bits not in HELD_BITS:
+            values = packed_int4(unpacked_bits(values, self.columns, self.grid.bits))
+        return {"values": values, "scales": scales.to(self.scales.dtype)}
+
     def dense(self) -> Tensor:
         """The weight that is meant, (out, *rest), in the dtype of the scales."""
         return dequantised(self.values, self.scales, self.columns).reshape(self.size)
@@ -83,6 +114,17 @@ class StoredWeight(nn.Module):
     def extra_repr(self) -> str:
         group = "" if self.grid.group_size is None else f", group_size={self.grid.group_size}"
         return f"{self.size}, bits={self.grid.bits}{group}"
+
+
+def for_file(model: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors of a model's state dict as its file has them: whole numbers of few bits are smaller there."""
+    found = dict(tensors)
+    for place, module in model.named_modules(remove_duplicate=False):
+        names = {part: f"{place}.{part}".lstrip(".") for part in ("values", "scales")}
+        if isinstance(module, StoredWeight) and not tensors.keys().isdisjoint(names.values()):
+            parts = module.for_file()
+            found |= {name: parts[part] for part, name in names.items() if name in tensors}
+    return found
 
 
 class QuantisedLayer(SketchedLayer):
@@ -178,7 +220,7 @@ class QuantisedLayer(SketchedLayer):
     ) -> Self:
         """The quantised layer nearest to a dense one, judged by the weight alone (compress() also looks at data).
 
-        bits: 8 or 4. group_size: 32, 64 or 128 neighbours share a scale; None: all of a row. dtype, device, bias and
+        bits: 8, 4 or 3. group_size: 32, 64 or 128 neighbours share a scale; None: all of a row. dtype, device, bias and
         training flag stay as they are.
 
         Raises: TypeError for a class other than the one this layer stands for, its subclasses included.
@@ -230,7 +272,7 @@ class QuantisedLayer(SketchedLayer):
         }
 
     def _read_grid(self, read: Config) -> None:
-        bits, size = read.integer("bits", 4, 8), read.integer("group_size", 0, max(GROUP_SIZES))
+        bits, size = read.integer("bits", min(BITS.values()), 8), read.integer("group_size", 0, max(GROUP_SIZES))
         self.grid = grid_of(read.owner, bits, size or None)
 
     def _describe_terms(self) -> str:
@@ -239,17 +281,35 @@ class QuantisedLayer(SketchedLayer):
         return f"{rank}bits={self.grid.bits}{group}" + ("" if self.bias is not None else ", bias=False")
 
 
+def packed_bits(values: Tensor, bits: int) -> Tensor:
+    """Whole numbers from -2^(bits - 1) on, each plus that, one after another from the lowest bit of a byte on.
+
+    Shapes: int8 (m, n) -> uint8 (m, ceil(n * bits / 8)); what is left of the last byte of a row is zero.
+    """
+    stored = (values.cpu().numpy() + (1 << bits - 1)).astype(np.uint8)
+    each = stored[:, :, None] >> np.arange(bits, dtype=np.uint8) & 1
+    packed = np.packbits(each.reshape(len(stored), -1), axis=1, bitorder="little")
+    return torch.from_numpy(packed).to(values.device)
+
+
+def unpacked_bits(packed: Tensor, columns: int, bits: int) -> Tensor:
+    """The numbers that `packed_bits` stored: uint8 (m, ceil(columns * bits / 8)) -> int8 (m, columns)."""
+    each = np.unpackbits(packed.cpu().numpy(), axis=1, count=columns * bits, bitorder="little")
+    stored = each.reshape(len(each), columns, bits) << np.arange(bits, dtype=np.uint8)
+    return torch.from_numpy(stored.sum(-1, dtype=np.uint8).astype(np.int8) - (1 << bits - 1)).to(packed.device)
+
+
 def grid_of(owner: str, bits: int, group_size: int | None) -> Grid:
     """Raises: ValueError for bits or a group size that no layer stores."""
     if bits not in BITS.values() or isinstance(bits, bool):
-        raise ValueError(f"{owner}(bits={bits!r}): expected {' or '.join(map(str, BITS.values()))}")
+        raise ValueError(f"{owner}(bits={bits!r}): expected 8, 4 or 3")
     if group_size is not None and group_size not in GROUP_SIZES:
         raise ValueError(f"{owner}(group_size={group_size!r}): expected None or one of {GROUP_SIZES}")
     return Grid(bits, group_size)
 
 
 class QuantisedLinear(QuantisedLayer):
-    """nn.Linear in 8 or 4 bits a weight: QuantisedLinear.from_dense(layer, bits=8).
+    """nn.Linear in 8, 4 or 3 bits a weight: QuantisedLinear.from_dense(layer, bits=8).
 
     On a CPU the weight is widened as it is read, a few rows of inputs at a time, and never as a whole.
 

@@ -43,7 +43,7 @@ def parts(report: Report) -> Iterator[str | Table]:
     if sketched:
         yield _sketched(sketched)
         yield "kept: share of the layer's weights that remain" + (
-            "; bytes: of their memory" if any(row.stored for row in sketched) else ""
+            "; bytes: of what they take in the file" if any(row.stored for row in sketched) else ""
         )
         yield (
             "error: predicted share of the layer's output energy that is lost, weighted by how strongly the model's "
