@@ -307,7 +307,9 @@ def _factors(
         names = ", ".join(name for name in pairs if name not in alike)
         notes.append(f"{names} keep all their channels: with fewer the model does something else")
     pairs = alike
-    for part in passes(found.sketchable, pairs) if data is not None else [list(found.sketchable)]:
+    rounds = bool(request.grids)
+    parts = passes(found.sketchable, pairs, for_rounding=rounds) if data is not None else [list(found.sketchable)]
+    for part in parts:
         profiles: dict[str, Profile] = {}
         if data is not None:
             with timed(seconds, "measure"):
@@ -320,6 +322,7 @@ def _factors(
                     channels_of=pairs,
                     gradient_samples=None if chunk else 0,
                     chunk=max(1, chunk),
+                    for_rounding=rounds,
                     seed=seed,
                     progress=progress,
                     total=len(data),

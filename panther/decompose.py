@@ -21,7 +21,7 @@ from panther.chains import CHANNELS
 from panther.columns import channels_of
 from panther.factors import Decomposed, Factors, Profile, Rounding, convolve, dense_weight, mean_patch, on_grid
 from panther.nn.factor import compose
-from panther.quantise import MOST_FEATURES, RIDGE, in_data_norm, incoherent, lost, to_nearest
+from panther.quantise import MOST_FEATURES, RIDGE, Rounded, in_data_norm, incoherent, lost
 from panther.sketches import SENSITIVITY_RIDGE, SKETCHES, LowRank, Moments, Seen, with_ridge
 from panther.spec import BITS, DTYPES, Choice, Cost, Grid, LayerSpec, Pair
 
@@ -67,7 +67,8 @@ def decompose(
         factors = _with_measured_errors(factors)
         mean = mean_patch(spec, module, known.samples)
     if grids:
-        factors = changed(factors, rounding={grid: _rounding(factors, grid) for grid in grids})
+        numbers = _numbers(factors, grids)
+        factors = changed(factors, rounding=_roundings(factors, grids, numbers), numbers=numbers)
     # Samples and other covariances are not needed again; the sensitivity is, by the refit: half the digits will do.
     kept = None if known.seen.sensitivity is None else known.seen.sensitivity.bfloat16()
     return changed(factors, profile=Profile(known.rows, Seen(sensitivity=kept), mean))
@@ -360,16 +361,68 @@ def _interpolate(measured: Mapping[int, float], predicted: Sequence[float]) -> t
 # MiniLM, 1,024 texts, mean of both: 4 bits .0089 -> .0038, 3 bits .031 -> .013; in groups of 32 .0052 -> .0025. Of what
 # rounding the links of a chain adds .45 to .6 are left.
 LEFT_BY_DATA = 0.5
+MOST_MULTIPLIED = 2e10  # multiply-adds of a weight rounded in the data norm: seconds
 CORRECTIONS = (8, 16, 32, 64)  # ranks of the chains that make up for part of an error
 LEAST_OF_CORRECTED = 4  # times as many features has a layer as its correction has ranks
 
 
-def _rounding(factors: Factors, grid: Grid) -> Rounding:
-    """What rounding a layer to a grid loses."""
-    weight = dense_weight(factors.module).float().cpu()
-    moments, sensitivity = factors.profile.seen.inputs, factors.profile.seen.sensitivity
-    moment = None if moments is None or factors.spec.kind != "linear" else moments.covariance.double().cpu()
-    of_outputs = sensitivity if sensitivity is not None and len(sensitivity) == len(weight) else None
+def _numbers(factors: Factors, grids: Sequence[Grid]) -> dict[Grid, Rounded]:
+    """A linear layer's weight in few bits with one scale a row, rounded in the norm of its inputs where they are known.
+
+    It stands for what other scales do: as large a share of the error is left there.
+    """
+    weight, moment = dense_weight(factors.module), _moment(factors)
+    is_slow = weight.numel() * weight[0].numel() > MOST_MULTIPLIED or weight[0].numel() > MOST_FEATURES
+    if moment is None or factors.profile.rows == 0 or is_slow:
+        return {}
+    return {grid: in_data_norm(weight.float().cpu(), moment, grid) for grid in grids if _is_coarse(grid)}
+
+
+def _moment(factors: Factors) -> Tensor | None:
+    """Covariance of a linear layer's inputs, (in, in), float64."""
+    inputs = factors.profile.seen.inputs
+    return None if inputs is None or factors.spec.kind != "linear" else inputs.covariance.double().cpu()
+
+
+def _roundings(factors: Factors, grids: Sequence[Grid], numbers: Mapping[Grid, Rounded]) -> dict[Grid, Rounding]:
+    """What rounding a layer to each grid loses."""
+    weight, found = dense_weight(factors.module).float().cpu(), dict[Grid, Rounding]()
+    share = _lost_by(factors, weight)
+    looks_at_data = factors.profile.rows > 0 and factors.spec.fan_in <= MOST_FEATURES
+    left = {
+        grid.bits: share(rounded.matrix()) / max(share(on_grid(weight, grid)), 1e-30)
+        for grid, rounded in numbers.items()
+    }
+    for grid in grids:
+        by_data = left.get(grid.bits, min(left.values(), default=LEFT_BY_DATA)) if looks_at_data else 1.0
+        nearest = share(on_grid(weight, grid))
+        whole, links = min(1.0, nearest * by_data), 0.0
+        for decomposed in factors.schemes.values():
+            if decomposed.scheme != CHANNELS and decomposed.ranks:
+                parts = decomposed.links(weight, decomposed.ranks[len(decomposed.ranks) // 2])
+                parts = incoherent(*parts) if len(parts) == 2 else parts
+                rounded = compose([on_grid(part, grid) for part in parts])
+                # In units of the whole layer's output, as far as the chain's own is it.
+                links = max(links, share(weight - (compose(parts) - rounded)))
+        links *= LEFT_BY_DATA if looks_at_data else 1.0
+        corrected = dict[int, float]()
+        if _is_coarse(grid):
+            rounded = numbers[grid].matrix() if grid in numbers else on_grid(weight, grid)
+            corrected = _corrected(factors, weight, rounded, whole)
+        found[grid] = Rounding(nearest, whole, links, corrected)
+    return found
+
+
+def _is_coarse(grid: Grid) -> bool:
+    """Whether its errors are worth making up for; scales of groups are the cheaper correction where there are some."""
+    return grid.bits < max(BITS.values()) and grid.group_size is None
+
+
+def _lost_by(factors: Factors, weight: Tensor) -> Callable[[Tensor], float]:
+    """How large a share of a layer's output energy a stand-in for its weight loses."""
+    seen = factors.profile.seen
+    moment = _moment(factors)
+    of_outputs = seen.sensitivity if seen.sensitivity is not None and len(seen.sensitivity) == len(weight) else None
     has_samples = factors.profile.samples is not None
     energy = _energy(factors, weight) if has_samples else 0.0
 
@@ -378,31 +431,16 @@ def _rounding(factors: Factors, grid: Grid) -> Rounding:
             return _energy(factors, weight - stand_in) / energy if energy > 0 else 0.0
         return lost(weight.flatten(1), stand_in.flatten(1), moment, of_outputs)
 
-    nearest = share(on_grid(weight, grid))
-    looks_at_data = factors.profile.rows > 0 and factors.spec.fan_in <= MOST_FEATURES
-    whole = nearest * (LEFT_BY_DATA if looks_at_data else 1.0)
-    links = 0.0
-    for decomposed in factors.schemes.values():
-        if decomposed.scheme != CHANNELS and decomposed.ranks:
-            parts = decomposed.links(weight, decomposed.ranks[len(decomposed.ranks) // 2])
-            parts = incoherent(*parts) if len(parts) == 2 else parts
-            rounded = compose([on_grid(part, grid) for part in parts])
-            # In units of the whole layer's output, as far as the chain's own is it.
-            links = max(links, share(weight - (compose(parts) - rounded)))
-    links *= LEFT_BY_DATA if looks_at_data else 1.0
-    return Rounding(nearest, whole, links, _corrected(factors, grid, moment, whole))
+    return share
 
 
-def _corrected(factors: Factors, grid: Grid, moment: Tensor | None, whole: float) -> dict[int, float]:
+def _corrected(factors: Factors, weight: Tensor, rounded: Tensor, whole: float) -> dict[int, float]:
     """Of a linear layer of few bits: what is left of its error by the rank of the chain that makes up for it."""
-    weight = dense_weight(factors.module).float().cpu()
     ranks = [rank for rank in CORRECTIONS if LEAST_OF_CORRECTED * rank <= min(weight.shape)]
-    # Scales of groups are the cheaper correction where there are some.
-    is_coarse = grid.bits < max(BITS.values()) and grid.group_size is None
-    if factors.spec.kind != "linear" or not is_coarse or not ranks or max(weight.shape) > EXACT_UP_TO:
+    if factors.spec.kind != "linear" or not ranks or max(weight.shape) > EXACT_UP_TO:
         return {}
-    rounded = to_nearest(weight, grid) if moment is None else in_data_norm(weight, moment, grid)
-    whitened = weight.double() - rounded.matrix().double()
+    whitened = weight.double() - rounded.double()
+    moment = _moment(factors)
     if moment is not None:
         whitened = whitened @ with_ridge(moment, RIDGE)
     values = torch.linalg.eigvalsh(

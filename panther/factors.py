@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from panther.chains import CHANNELS, CORRECTED, WHOLE
 from panther.nn.factor import compose
-from panther.quantise import to_nearest
+from panther.quantise import Rounded, to_nearest
 from panther.sketches import Moments, Seen
 from panther.spec import Choice, Grid, LayerSpec, Pair
 
@@ -79,6 +79,7 @@ class Factors:
     axis: int = 0
     narrow: dict[int, Factors] = field(default_factory=dict)  # the layer with so many channels, as far as was asked for
     rounding: Mapping[Grid, Rounding] = field(default_factory=dict)  # of the grids that its weights may be stored on
+    numbers: Mapping[Grid, Rounded] = field(default_factory=dict)  # of the dense weight, rounded in the data norm
 
     def at(self, choice: Choice) -> Factors:
         """The layer that a choice is of: this one, or with fewer channels."""
@@ -125,15 +126,19 @@ class Factors:
         return weight.index_copy(0, kept, whole), every
 
     def _rounded_whole(self, choice: Choice) -> Tensor:
-        """The dense weight with the error that a choice is expected to leave: part of what plain rounding does."""
+        """The dense weight with the error that a choice is expected to leave."""
         weight = dense_weight(self.module)
         if choice.grid is None:
             return weight
-        known = self.rounding[choice.grid]
+        known, wide = self.rounding[choice.grid], weight.float().cpu()
         left = known.whole if choice.scheme == WHOLE else known.corrected[choice.ranks[0]]
-        share = math.sqrt(left / known.nearest) if known.nearest > 0 else 1.0
-        wide = weight.float().cpu()
-        return wide.lerp(on_grid(wide, choice.grid), min(1.0, share))
+        bits = choice.grid.bits
+        alike = min(self.numbers, key=lambda grid: abs(grid.bits - bits), default=None)
+        if alike is None:
+            rounded, lost = on_grid(wide, choice.grid), known.nearest
+        else:  # errors of other grids point the same way
+            rounded, lost = self.numbers[alike].matrix(), self.rounding[alike].whole
+        return wide.lerp(rounded, min(1.0, math.sqrt(left / lost)) if lost > 0 else 1.0)
 
     def _mean_shift(self, weight: Tensor, parts: tuple[Tensor, ...]) -> Tensor | None:
         """Mean of (dense - chain), (m,), without biases."""

@@ -1,9 +1,9 @@
 """Calibration batches in, the moments of every layer's inputs or outputs out, in one streaming pass.
 
 Linear layers: the covariance of the inputs, once for all layers that read the same tensor, or of the outputs where
-they are fewer. Convolutions: of the outputs and of the input channels, over a fixed random subset of the positions,
-and a few inputs as they are, on which the schemes are compared. Layers whose input channels may become fewer: of those
-as well.
+they are fewer and weights are not rounded. Convolutions: of the outputs and of the input channels, over a fixed random
+subset of the positions, and a few inputs as they are, on which the schemes are compared. Layers whose input channels
+may become fewer: of those as well.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import math
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -24,6 +25,7 @@ from panther.gradients import CHUNK, Reactions
 from panther.ops import sparse_sign_sketch
 from panther.products import add_gram, mirrored
 from panther.progress import Progress
+from panther.quantise import MOST_FEATURES
 from panther.sketches import Moments, Seen
 from panther.spec import LayerSpec
 
@@ -159,16 +161,22 @@ class _Watch:
 
 
 def passes(
-    specs: Sequence[LayerSpec], channels_of: Collection[str] = (), limit_bytes: int = STATISTICS_BYTES
+    specs: Sequence[LayerSpec],
+    channels_of: Collection[str] = (),
+    limit_bytes: int = STATISTICS_BYTES,
+    *,
+    for_rounding: bool = False,
 ) -> list[list[LayerSpec]]:
     """The layers in groups whose statistics fit into memory together; layers that share an input stay together.
 
-    channels_of: see `measure`.
+    channels_of, for_rounding: see `measure`.
     """
     parts: list[list[LayerSpec]] = [[]]
     used = 0
     for group in _groups(specs):
-        need = _statistics_bytes(group) + sum(_sums_bytes(s.in_features) for s in group if s.name in channels_of)
+        need = _statistics_bytes(group, for_rounding=for_rounding) + sum(
+            _sums_bytes(s.in_features) for s in group if s.name in channels_of
+        )
         if parts[-1] and used + need > limit_bytes:
             parts.append([])
             used = 0
@@ -186,10 +194,10 @@ def _groups(specs: Sequence[LayerSpec]) -> list[list[LayerSpec]]:
     return list(groups.values())
 
 
-def _statistics_bytes(group: Sequence[LayerSpec]) -> int:
+def _statistics_bytes(group: Sequence[LayerSpec], *, for_rounding: bool) -> int:
     if group[0].kind != "linear":
         return sum(_sums_bytes(s.out_features) + _sums_bytes(s.in_features) + SAMPLE_BYTES for s in group)
-    if _by_outputs(group):
+    if _by_outputs(group, for_rounding=for_rounding):
         return sum(_sums_bytes(s.out_features) for s in group)
     return _sums_bytes(group[0].in_features)
 
@@ -199,9 +207,11 @@ def _sums_bytes(features: int) -> int:
     return 8 * features**2 + 4 * features * enough_pending(features)
 
 
-def _by_outputs(group: Sequence[LayerSpec]) -> bool:
-    """Whether the outputs of layers that read one tensor are cheaper to watch than that tensor."""
+def _by_outputs(group: Sequence[LayerSpec], *, for_rounding: bool) -> bool:
+    """Whether the outputs of layers that read one tensor are cheaper to watch than that tensor, and tell enough."""
     inputs = group[0].in_features
+    if for_rounding and inputs <= MOST_FEATURES:
+        return False
     return all(s.out_features < inputs for s in group) and sum(s.out_features**2 for s in group) < inputs**2
 
 
@@ -222,6 +232,7 @@ def measure(
     channels_of: Collection[str] = (),
     gradient_samples: int | None = None,
     chunk: int = CHUNK,
+    for_rounding: bool = False,
     seed: int = 0,
     progress: Progress | None = None,
     total: int | None = None,
@@ -233,6 +244,7 @@ def measure(
     gradient_samples: how many of them also run backward (None: as many as pay); where that fails all are measured
         without.
     chunk: samples a backward pass.
+    for_rounding: whether weights are to be rounded, for which a linear layer's inputs have to be known, too.
 
     Raises: CalibrationError when a batch does not run, or holds or produces values that are not finite.
     """
@@ -240,14 +252,15 @@ def measure(
     reason = None
     if gradient_samples is None:
         gradient_samples = affordable_gradients(samples)
+    watches = partial(_watches, specs, samples, seed, channels_of, for_rounding=for_rounding)
     for size in (chunk, WHOLE_BATCH) if gradient_samples > 0 else ():  # some models are written for one batch size
         try:
-            return _measure(model, specs, shown, samples, gradient_samples, size, seed, channels_of)
+            return _measure(model, watches(), shown, gradient_samples, size, seed)
         except _NotDifferentiableError as error:
             reason = str(error)
         # Out here the error is gone, and with it the activations and the progress bar that its traceback held.
         shown = (progress or Progress(False)).track(batches, "measuring again", total)
-    return replace(_measure(model, specs, shown, samples, 0, chunk, seed, channels_of), not_differentiated=reason)
+    return replace(_measure(model, watches(), shown, 0, chunk, seed), not_differentiated=reason)
 
 
 def affordable_gradients(samples: int) -> int:
@@ -261,22 +274,19 @@ class _NotDifferentiableError(Exception):
 
 def _measure(
     model: nn.Module,
-    specs: Sequence[LayerSpec],
+    watches: Sequence[_Watch],
     batches: Iterable[Call],
-    samples: int,
     gradient_samples: int,
     chunk: int,
     seed: int,
-    channels_of: Collection[str],
 ) -> Measured:
-    watches = _watches(specs, samples, seed, channels_of)
     context: dict[str, Any] = {"masks": {}, "samples": 1}
     hooks = [  # before the user's own hooks: what those make of an output is not what the layer is replaced for
         model.get_submodule(w.spec.name).register_forward_hook(_hook(w, context), with_kwargs=True, prepend=True)
         for w in watches
     ]
     try:
-        with inference(model), Reactions(model, specs, seed, chunk) as reactions:
+        with inference(model), Reactions(model, [watch.spec for watch in watches], seed, chunk) as reactions:
             for index, call in enumerate(batches):
                 _refuse_non_finite(call, index)
                 if gradient_samples <= 0:
@@ -296,10 +306,12 @@ def _measure(
     return Measured(profiles, None)
 
 
-def _watches(specs: Sequence[LayerSpec], samples: int, seed: int, channels_of: Collection[str]) -> list[_Watch]:
+def _watches(
+    specs: Sequence[LayerSpec], samples: int, seed: int, channels_of: Collection[str], *, for_rounding: bool
+) -> list[_Watch]:
     watches = []
     for group in _groups(specs):
-        by_outputs = _by_outputs(group) or group[0].kind != "linear"
+        by_outputs = _by_outputs(group, for_rounding=for_rounding) or group[0].kind != "linear"
         wants_inputs = group[0].kind == "linear" and not by_outputs
         shared = Accumulator(samples=samples) if wants_inputs else None
         mean = shared or Accumulator(products=False)

@@ -5,7 +5,7 @@ import math
 import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import replace as changed
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import pytest
 import torch
@@ -14,15 +14,16 @@ from torch import Tensor, nn
 from panther import decompose as stage
 from panther.batches import Call
 from panther.capture import capture
-from panther.chains import COLUMNS, PIVOTED, ROWS, TWO_GEMM, smallest_params
+from panther.chains import COLUMNS, PIVOTED, ROWS, TWO_GEMM, WHOLE, smallest_params
 from panther.decompose import candidates, decompose, with_pair
 from panther.factors import Factors, Profile
 from panther.measure import measure
 from panther.nn.factor import compose, factorise
 from panther.pack import packed
+from panther.quantise import to_nearest
 from panther.replace import sketched_layer
 from panther.sketches import SENSITIVITY_RIDGE, with_ridge
-from panther.spec import Choice, LayerSpec
+from panther.spec import Choice, Grid, LayerSpec
 
 # Even kernels with padding="same" pad one side more; torch says that this copies the input, of the dense layer too.
 pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths:UserWarning")
@@ -93,7 +94,12 @@ def study(layer: nn.Module, batches: list[Tensor], *, gradient_samples: int = 0,
     calls = [Call((batch,)) for batch in batches]
     (spec,) = capture(model, calls[0]).sketchable
     measured = measure(
-        model, [spec], calls, samples=sum(len(b) for b in batches), gradient_samples=gradient_samples
+        model,
+        [spec],
+        calls,
+        samples=sum(len(b) for b in batches),
+        gradient_samples=gradient_samples,
+        for_rounding="grids" in options,
     ).profiles
     profile = measured["0"]
     return Studied(decompose(layer, spec, profile, **options), layer, torch.cat(batches), profile.seen.sensitivity)
@@ -397,6 +403,29 @@ def test_statistics_are_given_up_once_a_layer_is_decomposed() -> None:
         seen = factors.profile.seen
         assert factors.profile.rows and seen.inputs is None and seen.outputs is None
         assert seen.sensitivity is None or seen.sensitivity.dtype == torch.bfloat16
+
+
+@torch.no_grad()
+def test_plans_of_whole_numbers_are_judged_as_the_data_will_round_them() -> None:
+    torch.manual_seed(0)
+    mix = torch.linalg.qr(torch.randn(48, 48)).Q * torch.logspace(1, -3, 48)
+    layer, data = nn.Linear(48, 30), [torch.randn(64, 48) @ mix.T for _ in range(8)]
+    grids = [Grid(8), Grid(4), Grid(4, 32), Grid(3)]
+    studied = study(layer, data, grids=grids)
+    centred = (studied.given - studied.given.mean(0)).double()
+
+    def energy(weight: Tensor) -> float:
+        return float((centred @ weight.double().T).square().sum())
+
+    whole = {c.grid: c for c in candidates(studied.factors, 4) if c.scheme == WHOLE}
+    assert set(whole) == set(grids)
+    for grid, choice in whole.items():
+        weight, bias = studied.factors.dense_equivalent(choice)
+        assert bias is not None and energy(layer.weight - weight) == pytest.approx(
+            choice.error * energy(layer.weight), rel=0.02
+        )
+        nearest = energy(layer.weight - to_nearest(layer.weight, cast(Grid, grid)).matrix())
+        assert energy(layer.weight - weight) < 0.3 * nearest  # far less than half, which is usual
 
 
 def test_factors_hold_no_copy_of_the_dense_weight() -> None:
