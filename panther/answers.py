@@ -6,10 +6,17 @@ import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
+from torch.nn.functional import kl_div
 
 from panther.batches import float_outputs
 
+# Parts of an output, by their names, that are on the way to the scores beside them.
+BYPRODUCTS = ("hidden_state", "attentions")
+# Least divergence that is a unit: about what 10 classes have when their scores vary by 0.3 from row to row. A few rows
+# may have less by chance, and all that say the same do; the errors of neither should count a thousandfold.
+LEAST_UNIT = 0.05
 CLASSIFIER_NAMES = frozenset({"classifier", "fc", "head", "heads", "lm_head", "logits", "score"})
 
 
@@ -21,6 +28,31 @@ def class_scores(output: Any) -> Tensor:
 def named_logits(output: Any) -> Tensor | None:
     logits = output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", None)
     return logits if isinstance(logits, Tensor) and logits.dim() in (2, 3) and logits.shape[-1] >= 2 else None
+
+
+def answers_of(output: Any) -> list[Tensor]:
+    """The tensors of an output that are answers: beside scores that it calls logits, hidden states are none."""
+    if named_logits(output) is None or not isinstance(output, Mapping):
+        return float_outputs(output)
+    parts = [part for name, part in output.items() if not any(word in str(name) for word in BYPRODUCTS)]
+    return [tensor for part in parts for tensor in float_outputs(part)]
+
+
+def class_divergence(student: Tensor, teacher: Tensor) -> Tensor:
+    """Kullback-Leibler divergence of log-probabilities (rows, classes), in units of that of the mean probabilities."""
+    usable = torch.isfinite(teacher).any(-1)
+    student, teacher = student[usable].clamp_min(-1e4), teacher[usable].clamp_min(-1e4)
+    lost = kl_div(student, teacher, reduction="batchmean", log_target=True)
+    mean = teacher.exp().mean(0, keepdim=True).clamp_min(1e-12).log()
+    unit = kl_div(mean.expand_as(teacher), teacher, reduction="batchmean", log_target=True)
+    return lost / unit.clamp_min(_least_unit(teacher))
+
+
+def _least_unit(teacher: Tensor) -> float:
+    """Less the more rows there are whose answer is not the most frequent one."""
+    answers = teacher.argmax(-1)
+    others = int((answers != answers.mode().values).sum()) if len(answers) else 0
+    return LEAST_UNIT / (1 + others)
 
 
 def is_classifier(output: Any, last: Sequence[tuple[str, Tensor]]) -> bool:

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from panther.batches import Call, device_of, float_outputs, run, scale_of
+from panther.answers import answers_of
+from panther.batches import Call, device_of, run, scale_of
 from panther.factors import dense_weight
 from panther.products import gram
 from panther.spec import LayerSpec
@@ -107,7 +108,7 @@ class Reactions:
         """
         # cuDNN's recurrent layers refuse a backward pass in evaluation mode; torch's own do not.
         with torch.enable_grad(), torch.backends.cudnn.flags(enabled=not self._is_recurrent):
-            outputs = float_outputs(run(self.model, call, tensors=self._tensors))
+            outputs = answers_of(run(self.model, call, tensors=self._tensors))
             _project(outputs, call.to(device_of(self.model)), self.generator).backward()
 
     def chunks(self, call: Call) -> Iterator[Call]:

@@ -13,8 +13,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor, nn
+from torch.nn.functional import log_softmax
 
-from panther.batches import Call, float_outputs, inference, run, runs, squared_error
+from panther.answers import answers_of, class_divergence, named_logits
+from panther.batches import Call, inference, masked_rows, run, runs, squared_error
 from panther.factors import Factors
 from panther.progress import Progress
 from panther.spec import Capture, Choice
@@ -45,6 +47,7 @@ class Reference:
     model: nn.Module
     calls: tuple[Call, ...]
     outputs: tuple[tuple[Tensor, ...], ...]
+    scores: int | None = None  # which of the outputs are scores of classes by their name
 
     @property
     def is_comparable(self) -> bool:
@@ -54,7 +57,8 @@ class Reference:
     def divergence(self, factors: Mapping[str, Factors], choices: Sequence[Choice]) -> float:
         """Mean squared error of the model's outputs when these layers are what the choices say.
 
-        In units of each output's variance; padded positions of (batch, length, ...) outputs are left out.
+        In units of each output's variance; padded positions of (batch, length, ...) outputs are left out. What is named
+        logits counts by the divergence of its probabilities, in units of that of a constant answer.
         """
         tensors: dict[str, Tensor] = {}
         gained: dict[nn.Module, Tensor] = {}
@@ -71,10 +75,21 @@ class Reference:
         with inference(self.model), _with_biases(gained):
             for call, answers in zip(self.calls, self.outputs, strict=True):
                 output = run(self.model, call, tensors=tensors)
-                for answer, got in itertools.zip_longest(answers, float_outputs(output)[: len(answers)]):
-                    lost += squared_error(answer, got, call)
+                for place, (answer, got) in enumerate(
+                    itertools.zip_longest(answers, answers_of(output)[: len(answers)])
+                ):
+                    lost += (_class_error if place == self.scores else squared_error)(answer, got, call)
                     count += answer.numel()
         return lost / max(1, count)
+
+
+def _class_error(answer: Tensor, got: Tensor | None, call: Call) -> float:
+    """The divergence of class probabilities, times the numbers that it is of."""
+    if got is None or got.shape != answer.shape:
+        return float(answer.numel())
+    masks = call.masks()
+    lost = class_divergence(*(log_softmax(masked_rows(scores, masks).float(), -1) for scores in (got, answer)))
+    return float(lost) * answer.numel() if math.isfinite(float(lost)) else math.inf
 
 
 @contextlib.contextmanager
@@ -110,8 +125,11 @@ def reference(model: nn.Module, calls: Sequence[Call], samples: int = SAMPLES) -
     if left < 0 and runs(model, last := chosen[-1].rows(0, chosen[-1].batch_size + left)):
         chosen[-1] = last
     with inference(model):
-        outputs = tuple(tuple(float_outputs(run(model, call))) for call in chosen)
-    return Reference(model, tuple(chosen), outputs)
+        found = [run(model, call) for call in chosen]
+    outputs = tuple(tuple(answers_of(output)) for output in found)
+    named = named_logits(found[0]) if found else None
+    scores = next((place for place, answer in enumerate(outputs[0] if outputs else ()) if answer is named), None)
+    return Reference(model, tuple(chosen), outputs, scores)
 
 
 def importance(

@@ -139,6 +139,38 @@ def test_padded_positions_do_not_count() -> None:
     assert first == pytest.approx(second, rel=1e-2) and first > 0
 
 
+class Speaker(nn.Module):
+    """Scores from a hidden state, which is given out as well."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self.hidden, self.score, self.name = nn.Linear(16, 16), nn.Linear(16, 24), name
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        hidden = self.hidden(x).relu()
+        return {"encoder_hidden_states": hidden, self.name: self.score(hidden)}
+
+
+def test_scores_count_by_their_probabilities_and_hidden_states_beside_them_do_not() -> None:
+    torch.manual_seed(0)
+    prepared = Prepared(Speaker("logits"), calls_for(2))
+    choices = [prepared.options["hidden"][4]]
+    with torch.no_grad():
+        dense, small = prepared.model, replace(prepared.model, prepared.factors, Plan(tuple(choices)))
+        lost = []
+        for call in prepared.calls:
+            wanted, got = (model(*call.args)["logits"].log_softmax(-1) for model in (dense, small))
+            mean = wanted.exp().mean(0).log()
+            unit = float((wanted.exp() * (wanted - mean)).sum(1).mean())
+            lost.append(float((wanted.exp() * (wanted - got)).sum(1).mean()) / unit)
+    assert prepared.reference.divergence(prepared.factors, choices) == pytest.approx(sum(lost) / 2, rel=1e-3)
+    # What another name has is a vector, and nothing is known to be on the way to it.
+    torch.manual_seed(0)
+    other = Prepared(Speaker("vector"), calls_for(2))
+    assert other.reference.scores is None and len(other.reference.outputs[0]) == 2
+    assert other.reference.divergence(other.factors, choices) != pytest.approx(sum(lost) / 2, rel=0.01)
+
+
 def test_an_output_that_is_not_finite_is_infinitely_far() -> None:
     class Log(nn.Module):
         def __init__(self) -> None:

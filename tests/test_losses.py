@@ -21,6 +21,17 @@ def test_the_teachers_own_answer_loses_nothing(shape: tuple[int, ...]) -> None:
     assert float(tensor_loss(y, y.clone(), {})) == 0.0
 
 
+def test_hidden_states_beside_logits_are_no_answers_and_alone_they_are() -> None:
+    logits, hidden = torch.randn(6, 4), torch.randn(6, 3, 5)
+    target, got = ({"logits": logits, "encoder_last_hidden_state": h, "boxes": b} for h, b in [(hidden, logits)] * 2)
+    got["encoder_last_hidden_state"] = torch.randn(6, 3, 5)
+    assert float(answer_loss(got, target, CALL, classifies=True)) == 0.0
+    got["boxes"] = torch.randn(6, 4)
+    assert float(answer_loss(got, target, CALL, classifies=True)) > 0.1
+    alone = ({"last_hidden_state": torch.randn(6, 3, 5)} for _ in range(2))
+    assert float(answer_loss(*alone, CALL, classifies=False)) > 0.1
+
+
 @pytest.mark.parametrize(("shape", "lost"), [((64, 5), 1.0), ((32, 3, 6, 6), 1.0), ((16, 7, 5), 2.0)])
 def test_the_mean_answer_loses_one_and_of_a_sequence_one_more_for_its_mean(shape: tuple[int, ...], lost: float) -> None:
     y = torch.randn(shape) + 3

@@ -14,17 +14,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import kl_div, log_softmax
+from torch.nn.functional import log_softmax
 
-from panther.answers import named_logits
+from panther.answers import answers_of, class_divergence, named_logits
 from panther.batches import Call, float_outputs, masked_rows, run
 
 Masks = Mapping[tuple[int, ...], Tensor]
 
 SUM_TOLERANCE = 1e-2  # of probabilities in bfloat16, which are right to 2^-9 each
-# Least divergence that is a unit: about what 10 classes have when their scores vary by 0.3 from row to row. A few rows
-# may have less by chance, and all that say the same do; the errors of neither should count a thousandfold.
-LEAST_UNIT = 0.05
 LEAST_PROBABILITY = 1e-30  # the gradient of the logarithm of a smaller one would overflow
 
 
@@ -34,7 +31,7 @@ def answer_loss(answer: Any, target: Any, call: Call, *, classifies: bool) -> Te
     classifies: a single output is class scores (or their probabilities) even where it is not named `logits`.
     """
     masks = call.masks()
-    answers, targets = float_outputs(answer), float_outputs(target)
+    answers, targets = answers_of(answer), answers_of(target)
     named = named_logits(target)
     found = targets[0] if named is None and classifies else None
     total = torch.zeros((), dtype=torch.float32, device=targets[0].device if targets else None)
@@ -108,7 +105,7 @@ def _relative(error: Tensor, values: Tensor) -> Tensor:
 
 def _class_loss(got: Tensor, target: Tensor, masks: Masks) -> Tensor:
     """Divergence of the class probabilities that scores stand for."""
-    return _divergence(*(log_softmax(_rows(scores, masks).float(), dim=-1) for scores in (got, target)))
+    return class_divergence(*(log_softmax(_rows(scores, masks).float(), dim=-1) for scores in (got, target)))
 
 
 def _found_scores_loss(got: Tensor, target: Tensor, masks: Masks) -> Tensor:
@@ -122,7 +119,7 @@ def _found_scores_loss(got: Tensor, target: Tensor, masks: Masks) -> Tensor:
     if _are_within(rows, 0.0, 1.0):
         if not _are_ones(rows.sum(-1)):
             return tensor_loss(got, target, masks)
-        return _divergence(*(_rows(p.float(), masks).clamp_min(LEAST_PROBABILITY).log() for p in (got, target)))
+        return class_divergence(*(_rows(p.float(), masks).clamp_min(LEAST_PROBABILITY).log() for p in (got, target)))
     divergence = _class_loss(got, target, masks)
     if _are_within(rows, -torch.inf, 0.0) and _are_ones(rows.exp().sum(-1)):
         return divergence
@@ -142,20 +139,3 @@ def _are_within(rows: Tensor, low: float, high: float) -> bool:
 
 def _are_ones(sums: Tensor) -> bool:
     return bool(((sums - 1).abs() < SUM_TOLERANCE).all())
-
-
-def _divergence(student: Tensor, teacher: Tensor) -> Tensor:
-    """Divergence of log-probabilities (rows, classes), in units of that of the mean probabilities."""
-    usable = torch.isfinite(teacher).any(-1)
-    student, teacher = student[usable].clamp_min(-1e4), teacher[usable].clamp_min(-1e4)
-    lost = kl_div(student, teacher, reduction="batchmean", log_target=True)
-    mean = teacher.exp().mean(0, keepdim=True).clamp_min(1e-12).log()
-    unit = kl_div(mean.expand_as(teacher), teacher, reduction="batchmean", log_target=True)
-    return lost / unit.clamp_min(_least_unit(teacher))
-
-
-def _least_unit(teacher: Tensor) -> float:
-    """Less the more rows there are whose answer is not the most frequent one."""
-    answers = teacher.argmax(-1)
-    others = int((answers != answers.mode().values).sum()) if len(answers) else 0
-    return LEAST_UNIT / (1 + others)
