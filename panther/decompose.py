@@ -389,14 +389,11 @@ def _roundings(factors: Factors, grids: Sequence[Grid], numbers: Mapping[Grid, R
     weight, found = dense_weight(factors.module).float().cpu(), dict[Grid, Rounding]()
     share = _lost_by(factors, weight)
     looks_at_data = factors.profile.rows > 0 and factors.spec.fan_in <= MOST_FEATURES
-    left = {
-        grid.bits: share(rounded.matrix()) / max(share(on_grid(weight, grid)), 1e-30)
-        for grid, rounded in numbers.items()
-    }
+    nearest = {grid: share(on_grid(weight, grid)) for grid in grids}
+    left = {grid.bits: share(part.matrix()) / max(nearest[grid], 1e-30) for grid, part in numbers.items()}
     for grid in grids:
         by_data = left.get(grid.bits, min(left.values(), default=LEFT_BY_DATA)) if looks_at_data else 1.0
-        nearest = share(on_grid(weight, grid))
-        whole, links = min(1.0, nearest * by_data), 0.0
+        whole, links = min(1.0, nearest[grid] * by_data), 0.0
         for decomposed in factors.schemes.values():
             if decomposed.scheme != CHANNELS and decomposed.ranks:
                 parts = decomposed.links(weight, decomposed.ranks[len(decomposed.ranks) // 2])
@@ -409,7 +406,7 @@ def _roundings(factors: Factors, grids: Sequence[Grid], numbers: Mapping[Grid, R
         if _is_coarse(grid):
             rounded = numbers[grid].matrix() if grid in numbers else on_grid(weight, grid)
             corrected = _corrected(factors, weight, rounded, whole)
-        found[grid] = Rounding(nearest, whole, links, corrected)
+        found[grid] = Rounding(nearest[grid], whole, links, corrected)
     return found
 
 
