@@ -23,6 +23,7 @@ py::dict build_info() {
   py::list names;
   for (const InstructionSet set : instruction_sets()) names.append(name_of(set));
   info["instruction_sets"] = names;
+  info["mkl_keeps_to_avx2"] = mkl_keeps_to_avx2();
   return info;
 }
 

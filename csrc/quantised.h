@@ -6,6 +6,7 @@
 #include <optional>
 #include <vector>
 
+#include "gemm.h"
 #include "tensors.h"
 #include "threads.h"
 
@@ -115,7 +116,7 @@ inline Tensor tiled_linear(const Tensor& x, const Quantised& given, const std::o
                                   : widened_tile<float>(x, matrix, first, count, ScalarType::Float);
     std::optional<Tensor> part;
     if (bias) part = torch::stable::narrow(const_cast<Tensor&>(*bias), 0, first, count);
-    const Tensor found = linear(x, tile, part);
+    const Tensor found = fast_linear(x, tile, part);
     if (count == out) return found;
     if (first == 0) {
       std::vector<int64_t> shape(x.sizes().begin(), x.sizes().end());

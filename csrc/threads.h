@@ -14,9 +14,6 @@ namespace panther {
 // (OMP_WAIT_POLICY=PASSIVE), a quarter of this left a single row at 0.6 of torch's speed, and this at 1.0.
 inline constexpr int64_t kGrain = 131072;
 
-// The most rows of float32 that run in the kernel: `few`, and more of them where the rank is large.
-inline int64_t few_rows_of(int64_t rank, int64_t few) { return rank < 192 ? few : 32; }
-
 template <class W>
 void run(const core::ThinLinear<W>& product) {
   const int64_t work = std::max<int64_t>(1, product.rows * product.in);

@@ -17,7 +17,7 @@ from torch.utils.hooks import RemovableHandle
 from panther.answers import answers_of
 from panther.batches import Call, device_of, run, scale_of
 from panther.factors import dense_weight
-from panther.products import gram
+from panther.products import gram, product
 from panther.spec import LayerSpec
 
 CHUNK = 8  # samples a backward pass, at most: its activations are held, unlike those of a forward pass
@@ -44,7 +44,7 @@ class _Sum:
     def _add(self, rows: Tensor) -> None:
         self.energy += float(rows.square().sum())
         if self.spec.kind == "linear" and self.spec.out_features > self.spec.in_features:
-            rows = rows @ self.weight.float()
+            rows = product(rows, self.weight.float())
         products = gram(rows)
         self.products = products if self.products is None else self.products.add_(products)
 

@@ -44,6 +44,7 @@ from panther.healers.losses import held_out_loss
 from panther.healers.terms import reorder
 from panther.healers.training import Progressed
 from panther.nn.surgery import copied
+from panther.products import fast_linear
 from panther.progress import Progress
 from panther.request import parse_seed
 from panther.spec import Heal, Healed, LayerSpec
@@ -105,7 +106,7 @@ def heal(
         calib_data if isinstance(calib_data, Calibration) else calibration(calib_data, as_call(example_inputs), teacher)
     )
     shown = progress if isinstance(progress, Progress) else Progress(progress)
-    with _without_caches(teacher), _without_caches(student):
+    with _without_caches(teacher), _without_caches(student), fast_linear():
         healer = _Healer(teacher, student, data, wanted, seed, shown)
         if checkpoint is not None:
             healer.checkpoint = Checkpoint(Path(checkpoint), {**healer.identity(), **(identity or {})})

@@ -18,6 +18,7 @@ from torch.nn.functional import log_softmax
 from panther.answers import answers_of, class_divergence, named_logits
 from panther.batches import Call, inference, masked_rows, run, runs, squared_error
 from panther.factors import Factors
+from panther.products import fast_linear
 from panther.progress import Progress
 from panther.spec import Capture, Choice
 
@@ -72,7 +73,7 @@ class Reference:
                 elif bias is not None:
                     gained[module] = bias.reshape(-1, *(1,) * len(factors[choice.layer].spec.kernel_size))
         lost, count = 0.0, 0
-        with inference(self.model), _with_biases(gained):
+        with inference(self.model), fast_linear(), _with_biases(gained):
             for call, answers in zip(self.calls, self.outputs, strict=True):
                 output = run(self.model, call, tensors=tensors)
                 for place, (answer, got) in enumerate(
@@ -124,7 +125,7 @@ def reference(model: nn.Module, calls: Sequence[Call], samples: int = SAMPLES) -
         left -= call.batch_size
     if left < 0 and runs(model, last := chosen[-1].rows(0, chosen[-1].batch_size + left)):
         chosen[-1] = last
-    with inference(model):
+    with inference(model), fast_linear():
         found = [run(model, call) for call in chosen]
     outputs = tuple(tuple(answers_of(output)) for output in found)
     named = named_logits(found[0]) if found else None

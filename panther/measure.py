@@ -23,7 +23,7 @@ from panther.errors import CalibrationError
 from panther.factors import Profile
 from panther.gradients import CHUNK, Reactions
 from panther.ops import sparse_sign_sketch
-from panther.products import add_gram, mirrored
+from panther.products import add_gram, fast_linear, mirrored
 from panther.progress import Progress
 from panther.quantise import MOST_FEATURES
 from panther.sketches import Moments, Seen
@@ -286,7 +286,8 @@ def _measure(
         for w in watches
     ]
     try:
-        with inference(model), Reactions(model, [watch.spec for watch in watches], seed, chunk) as reactions:
+        reacting = Reactions(model, [watch.spec for watch in watches], seed, chunk)
+        with inference(model), fast_linear(), reacting as reactions:
             for index, call in enumerate(batches):
                 _refuse_non_finite(call, index)
                 if gradient_samples <= 0:

@@ -1,11 +1,15 @@
-"""The product of rows with themselves, in blocks, against the plain one."""
+"""Products by the faster kernel, and of rows with themselves in blocks, against the plain ones."""
 
 from __future__ import annotations
 
 import pytest
 import torch
+from torch import nn
+from torch.nn import functional
 
-from panther.products import BLOCK, add_gram, gram, mirrored
+from panther import products
+from panther.ops import LINEAR
+from panther.products import BLOCK, add_gram, fast_linear, gram, mirrored, product
 
 
 @pytest.mark.parametrize("features", [0, 1, BLOCK, 2 * BLOCK - 1, 2 * BLOCK, 2 * BLOCK + 1, 3 * BLOCK, 3 * BLOCK + 7])
@@ -32,3 +36,82 @@ def test_sums_of_products_are_the_product_of_all_rows(features):
 def test_rows_that_are_views():
     rows = torch.randn(700, 50, generator=torch.Generator().manual_seed(0)).T
     assert torch.allclose(gram(rows), rows.T @ rows, atol=1e-4)
+
+
+@pytest.fixture
+def faster(monkeypatch):
+    """As on a processor whose products torch is slow with, whatever this one is."""
+    monkeypatch.setattr(products, "has_faster_kernel", lambda: True)
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """The shapes that the op is called with."""
+    seen = []
+
+    def counted(x, weight, bias=None):
+        seen.append((tuple(x.shape), tuple(weight.shape)))
+        return LINEAR(x, weight, bias)
+
+    monkeypatch.setattr(products, "linear", counted)
+    return seen
+
+
+LARGE = (40, 200, 150)  # enough rows and numbers for the op
+
+
+def sides(rows, size_in, size_out, **kinds):
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randn(*shape, generator=generator, **kinds) for shape in ((rows, size_in), (size_out, size_in))]
+
+
+@pytest.mark.usefixtures("faster")
+def test_large_products_run_in_the_op_and_small_ones_do_not(calls):
+    x, weight = sides(*LARGE)
+    torch.testing.assert_close(product(x, weight.T), x @ weight.T, atol=1e-4, rtol=0)  # sums of 200 numbers
+    assert calls == [((40, 200), (150, 200))]
+    product(x[:3], weight.T)
+    product(x.double(), weight.T.double())
+    assert len(calls) == 1
+
+
+@pytest.mark.usefixtures("faster")
+def test_layers_and_their_gradients_are_the_same_within(calls):
+    layer = nn.Linear(200, 150)
+    x = torch.randn(4, 10, 200, requires_grad=True)
+    got = []
+    for context in (fast_linear(), torch.enable_grad()):
+        layer.zero_grad()
+        x.grad = None
+        with context:
+            y = layer(x)
+        y.square().mean().backward()
+        got.append([y, x.grad, layer.weight.grad, layer.bias.grad])
+    assert len(calls) == 1
+    torch.testing.assert_close(*got, atol=1e-4, rtol=0)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")  # torch's own, of its decompositions
+@pytest.mark.usefixtures("faster")
+def test_what_needs_standard_operations_gets_them(calls):
+    x, weight = sides(*LARGE)
+    layer = nn.Linear(200, 150)
+    with fast_linear():
+        with torch.autocast("cpu", torch.bfloat16):
+            assert functional.linear(x, weight).dtype == torch.bfloat16
+        torch.func.vmap(functional.linear, (0, None))(torch.stack([x, x]), weight)
+        torch.func.jvp(lambda given: functional.linear(given, weight), (x,), (x,))
+        functional.linear(x.double(), weight.double())
+        functional.linear(x[0], weight)
+    layer(x)
+    assert not calls
+
+
+@pytest.mark.parametrize("count", [30, 300])
+def test_without_a_faster_kernel_nothing_is_intercepted(monkeypatch, calls, count):
+    monkeypatch.setattr(products, "has_faster_kernel", lambda: False)
+    x, weight = sides(count, 200, 150)
+    with fast_linear():
+        functional.linear(x, weight)
+    product(x, weight.T)
+    assert not calls

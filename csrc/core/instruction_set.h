@@ -49,6 +49,15 @@ inline bool has(InstructionSet set) {
   return set == InstructionSet::scalar;
 }
 
+// MKL, which torch multiplies with on x86, takes AVX2 where Intel did not make the processor, whatever that could do.
+inline bool mkl_keeps_to_avx2() {
+#if PANTHER_HAS_AVX
+  return has(InstructionSet::avx512) && !__builtin_cpu_is("intel");
+#else
+  return false;
+#endif
+}
+
 // The sets this processor can run, the best one last.
 inline std::vector<InstructionSet> instruction_sets() {
   std::vector<InstructionSet> sets;

@@ -12,6 +12,7 @@
 #include <optional>
 #include <vector>
 
+#include "gemm.h"
 #include "threads.h"
 
 namespace {
@@ -72,7 +73,7 @@ Tensor low_rank_linear(const Tensor& x, const Tensor& down, const Tensor& up, co
   check(inputs);
   const int64_t rows = inputs.in() ? x.numel() / inputs.in() : 0;
   const bool is_bfloat16 = x.scalar_type() == ScalarType::BFloat16;
-  if (rows < 1 || rows > few_rows_of(inputs)) return linear(linear(x, down, {}), up, bias);
+  if (rows < 1 || rows > few_rows_of(inputs)) return fast_linear(fast_linear(x, down, {}), up, bias);
 
   const Tensor y = new_output(inputs);
   const Tensor packed_x = packed(x), packed_down = packed(down), packed_up = packed(up);

@@ -18,7 +18,7 @@ namespace {
 
 using namespace panther;
 
-constexpr int64_t kFewRows = 48;  // above, widening the factors once costs less than widening them for each few rows
+constexpr int64_t kFewRows = 48;  // before torch's own product
 struct Inputs {
   const Tensor& x;
   const Quantised down;
@@ -88,7 +88,7 @@ Tensor low_rank_linear_int8(const Tensor& x, const Tensor& down, const Tensor& d
   const Inputs inputs{x, {down, down_scales, columns_of(down)}, {up, up_scales, columns_of(up)}, bias};
   check(inputs);
   const int64_t rows = down.size(1) ? x.numel() / down.size(1) : 0;
-  if (rows < 1 || rows > kFewRows || x.scalar_type() == ScalarType::Double) {
+  if (rows < 1 || rows > few_whole_rows(kFewRows) || x.scalar_type() == ScalarType::Double) {
     return tiled_linear(tiled_linear(x, inputs.down, {}), inputs.up, bias);
   }
   std::vector<int64_t> shape(x.sizes().begin(), x.sizes().end());

@@ -13,6 +13,7 @@
 #include <string>
 #include <vector>
 
+#include "gemm.h"
 #include "tensors.h"
 #include "threads.h"
 
@@ -144,15 +145,15 @@ Tensor many_rows(const Inputs& p, const std::vector<int64_t>& shape) {
   const int64_t rank = p.rank();
   if (!p.has_rows()) {
     const Tensor x = p.order ? index_select(p.x, *p.order) : p.x;
-    const Tensor inner = linear(channels(x, rank, p.in() - rank), p.down, {});
-    return linear(torch::stable::subtract(inner, channels(x, 0, rank), -1.0), p.up, p.bias);
+    const Tensor inner = fast_linear(channels(x, rank, p.in() - rank), p.down, {});
+    return fast_linear(torch::stable::subtract(inner, channels(x, 0, rank), -1.0), p.up, p.bias);
   }
   std::optional<Tensor> first, second;
   if (p.bias) {
     first = channels(*p.bias, 0, rank);
     second = channels(*p.bias, rank, p.out() - rank);
   }
-  const Tensor pivots = packed(linear(p.x, p.down, first)), others = packed(linear(pivots, p.up, second));
+  const Tensor pivots = packed(fast_linear(p.x, p.down, first)), others = packed(fast_linear(pivots, p.up, second));
   const Tensor y = torch::stable::new_empty(p.x, shape);
   switch (y.element_size()) {
     case 2: put_together<uint16_t>(pivots, others, p.order, y); break;

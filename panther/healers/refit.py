@@ -25,7 +25,7 @@ from panther.factors import dense_weight
 from panther.healers.lockstep import Arrival, LeftStepError, Lockstep, in_precision, stretches
 from panther.nn import SketchedLayer
 from panther.nn.narrow import sizes_of
-from panther.products import gram
+from panther.products import gram, product
 from panther.progress import Progress
 from panther.sketches import with_ridge
 from panther.spec import LayerSpec
@@ -73,7 +73,7 @@ class Products:
         self.rows += len(h)
         self.totals = [total + rows.sum(0).double() for total, rows in zip(self.totals, (x, h), strict=True)]
         self.own = self.own + gram(h).double()
-        self.cross = self.cross + (x.T @ h).double()
+        self.cross = self.cross + product(x.T, h).double()
 
     def means(self) -> tuple[Tensor, Tensor]:
         mean_x, mean_h = (t / self.rows + s for t, s in zip(self.totals, self.shift, strict=True))
@@ -485,7 +485,7 @@ def _least_squares(inputs: Tensor, targets: Tensor, start: Tensor, gate: Gate | 
     weight, wanted = start, targets
     for _ in range(RELU_ROUNDS):
         mean_out = wanted.mean(0, dtype=torch.float64)
-        cross = (wanted.sub(mean_out.float()).T @ centred).double() / len(centred) + ridge * weight
+        cross = product(wanted.sub(mean_out.float()).T, centred).double() / len(centred) + ridge * weight
         weight = torch.cholesky_solve(cross.T, lower).T
         if gate is None:
             break

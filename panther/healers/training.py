@@ -17,6 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from panther.products import product
+
 WARM_UP = 0.05  # of the whole
 LAST_RATE = 0.05  # of the peak
 CHECKS = 12  # held-out figures over the whole
@@ -116,15 +118,15 @@ def orthogonalised(matrix: Tensor, rounds: int = 4) -> Tensor:
     a, b, c = NEWTON_SCHULZ
     is_tall = matrix.shape[0] > matrix.shape[1]
     x = (matrix.T if is_tall else matrix) / (matrix.norm() + 1e-12)
-    gram = x @ x.T
-    product = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
+    gram = product(x, x.T)
+    whole = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
     for left in reversed(range(rounds)):
-        factor = b * gram + c * gram @ gram
+        factor = b * gram + c * product(gram, gram)
         factor.diagonal().add_(a)
-        product = factor @ product
+        whole = product(factor, whole)
         if left:
-            gram = factor @ gram @ factor
-    result: Tensor = product @ x
+            gram = product(product(factor, gram), factor)
+    result = product(whole, x)
     return result.T if is_tall else result
 
 

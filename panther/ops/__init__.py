@@ -11,6 +11,7 @@ from panther.ops import _kernels
 from panther.ops._define import Op
 from panther.ops._quantised import dequantised, packed_int4, quantised, unpacked_int4
 from panther.ops.hadamard import HADAMARD, hadamard
+from panther.ops.linear import LINEAR, linear
 from panther.ops.low_rank_linear import LOW_RANK_LINEAR, low_rank_linear
 from panther.ops.low_rank_linear_int8 import LOW_RANK_LINEAR_INT8, low_rank_linear_int8
 from panther.ops.pivoted_linear import PIVOTED_LINEAR, pivoted_linear
@@ -18,6 +19,7 @@ from panther.ops.quantised_linear import QUANTISED_LINEAR, quantised_linear
 from panther.ops.sparse_sign_sketch import SPARSE_SIGN_SKETCH, sparse_sign_sketch
 
 OPS: dict[str, Op] = {
+    "linear": LINEAR,
     "low_rank_linear": LOW_RANK_LINEAR,
     "low_rank_linear_int8": LOW_RANK_LINEAR_INT8,
     "pivoted_linear": PIVOTED_LINEAR,
@@ -40,6 +42,7 @@ __all__ = [
     "Op",
     "dequantised",
     "hadamard",
+    "linear",
     "low_rank_linear",
     "low_rank_linear_int8",
     "packed_int4",

@@ -1,10 +1,12 @@
 // Runs the kernels of csrc/core over sizes at the edges, in every instruction set of this processor: each result is
 // near what it should be, and the same bits however the columns are shared.
 #include <algorithm>
+#include <array>
 #include <cstring>
 #include <stdexcept>
 
 #include "check.h"
+#include "core/gemm.h"
 #include "core/hadamard.h"
 #include "core/sparse_sign_sketch.h"
 #include "core/thin_linear.h"
@@ -102,6 +104,85 @@ void check_products() {
   }
 }
 
+enum class Layout { rows, columns, neither };  // whose numbers lie side by side
+
+// A matrix in a buffer of its own.
+class StridedMatrix {
+ public:
+  StridedMatrix(int64_t rows, int64_t columns, Layout layout, bool is_aligned)
+      : row_(layout == Layout::columns ? 1
+             : layout == Layout::rows  ? columns + !is_aligned
+                                       : 2 * columns + 1),
+        column_(layout == Layout::rows      ? 1
+                : layout == Layout::columns ? rows + !is_aligned
+                                            : 2),
+        size_(rows && columns ? (rows - 1) * row_ + (columns - 1) * column_ + 1 : 0),
+        numbers_(size_, is_aligned) {
+    for (int64_t i = 0; i < size_; ++i) numbers_.data()[i] = check::random_number();
+  }
+  Strided strided() const { return {numbers_.data(), row_, column_}; }
+  float* data() const { return numbers_.data(); }
+  int64_t row() const { return row_; }
+  int64_t column() const { return column_; }
+  int64_t size() const { return size_; }
+  float at(int64_t i, int64_t j) const { return *strided().at(i, j); }
+
+ private:
+  int64_t row_, column_, size_;
+  Buffer<float> numbers_;
+};
+
+struct Layouts {
+  Layout a, b, c;
+};
+
+void check_gemm(int64_t m, int64_t n, int64_t k, const Layouts& of, bool is_aligned, int bias_kind) {
+  const StridedMatrix a(m, k, of.a, is_aligned), b(n, k, of.b, is_aligned), c(m, n, of.c, is_aligned),
+      again(m, n, of.c, true);
+  const Buffer<float> bias(std::max(m, n), is_aligned);
+  for (int64_t i = 0; i < std::max(m, n); ++i) bias.data()[i] = check::random_number();
+  const bool of_rows = bias_kind == 2;
+  const Gemm product{
+      a.strided(), b.strided(), bias_kind ? bias.data() : nullptr, of_rows, c.data(), c.row(), c.column(), m, n, k};
+  gemm(product);
+  Gemm shared = product;
+  shared.c = again.data();
+  shared.c_row = again.row();
+  shared.c_column = again.column();
+  for (int64_t first = 0; first < n; first += 20) {
+    const Gemm part = shared.columns(first, std::min(first + 20, n));
+    for (int64_t row = 0; row < m; row += 33) gemm(part.rows(row, std::min(row + 33, m)).transposed());
+  }
+  for (int64_t i = 0; i < m; ++i) {
+    for (int64_t j = 0; j < n; ++j) {
+      check::Exact exact;
+      for (int64_t r = 0; r < k; ++r) exact.add(double{a.at(i, r)} * b.at(j, r));
+      if (bias_kind) exact.add(bias.data()[of_rows ? i : j]);
+      require(exact.is_near(c.at(i, j)), "a product of any strides is near the exact one");
+      require(c.at(i, j) == again.at(i, j), "sharing rows and columns changes no bit");
+    }
+  }
+}
+
+void check_gemms() {
+  int count = 0;
+  for (int64_t m : {1, 15, 16, 17, 33, 48, 49, 97}) {
+    for (int64_t n : {1, 7, 8, 9, 16, 23}) {
+      for (int64_t k : {0, 1, 15, 16, 17, 40}) {
+        for (Layout a : {Layout::rows, Layout::columns, Layout::neither}) {
+          for (Layout c : {Layout::rows, Layout::columns, Layout::neither}) {
+            const Layout b = std::array{Layout::rows, Layout::columns, Layout::neither}[count % 3];
+            check_gemm(m, n, k, {a, b, c}, count % 2 == 0, count / 2 % 3);
+            ++count;
+          }
+        }
+      }
+    }
+  }
+  check_gemm(200, 19, 1100, {Layout::rows, Layout::columns, Layout::rows}, false, 1);  // more than is packed at once
+  check_gemm(397, 5, 513, {Layout::columns, Layout::rows, Layout::columns}, true, 2);
+}
+
 // Widened rows are the numbers themselves, bit for bit, in every instruction set.
 template <class Matrix>
 void check_widening() {
@@ -197,6 +278,7 @@ int main() {
     check_products<WholeMatrix<int8_t, 62>>();
     check_products<WholeMatrix<Nibbles, 5>>();
     check_products<WholeMatrix<Nibbles, 62>>();
+    check_gemms();
     check_widening<WholeMatrix<int8_t, 5>>();
     check_widening<WholeMatrix<Nibbles, 5>>();
     check_widening<WholeMatrix<Nibbles, 62>>();
