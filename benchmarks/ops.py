@@ -1,7 +1,7 @@
 """How fast the linear layers of panther.ops are, beside what they replace.
 
-low_rank_linear and its form for int8 stand beside two F.linear; quantised_linear ("dense int8" with a scale a row,
-"dense int4" with a scale for 32 numbers) beside the F.linear of the dense layer.
+low_rank_linear and its form for int8 stand beside two F.linear; linear ("dense float32") and quantised_linear ("dense
+int8" with a scale a row, "dense int4" with a scale for 32 numbers) beside the F.linear of the dense layer.
 
 `python -m benchmarks.ops` takes the layers of MiniLM, BERT, ViT and GPT-2 and 4096-wide ones.
 
@@ -29,7 +29,7 @@ from torch.nn import functional as F
 
 from benchmarks.common import command, say, table
 from panther.build_info import build_info
-from panther.ops import low_rank_linear, low_rank_linear_int8, packed_int4, quantised, quantised_linear
+from panther.ops import linear, low_rank_linear, low_rank_linear_int8, packed_int4, quantised, quantised_linear
 
 LAYERS = {
     "MiniLM": [(384, 384), (384, 1536), (1536, 384)],
@@ -39,7 +39,7 @@ LAYERS = {
 }
 KEEPS = (0.5, 0.25)
 ROWS = (1, 2, 4, 6, 8, 12, 16, 32, 128, 512)
-BITS = {"float32": 32, "bfloat16": 16, "int8": 8, "dense int8": 8, "dense int4": 4}
+BITS = {"float32": 32, "bfloat16": 16, "int8": 8, "dense float32": 32, "dense int8": 8, "dense int4": 4}
 COLD_BYTES = 300_000_000  # of weights that calls take in turn: far more than any cache
 TURN_SECONDS = 0.002
 READ_BYTES = 400_000_000
@@ -126,6 +126,7 @@ OPS: dict[str, Callable[..., Tensor]] = {
     "float32": low_rank_linear,
     "bfloat16": low_rank_linear,
     "int8": low_rank_linear_int8,
+    "dense float32": linear,
     "dense int8": quantised_linear,
     "dense int4": quantised_linear,
 }

@@ -51,39 +51,34 @@ inline int64_t few_whole_rows(int64_t before_torch) {
   return runs_in_gemm(kFewer + 1) ? kFewer : before_torch;
 }
 
+inline constexpr int64_t kFewDenseRows = 8;
+
 inline bool is_float(const Tensor& tensor) { return tensor.scalar_type() == ScalarType::Float; }
 
-// x (rows, in) as the kernel takes it: rows at any distance, where they are not those of more dimensions.
 inline core::Strided strided(const Tensor& matrix) {
   return {numbers<float>(matrix), matrix.stride(0), matrix.stride(1)};
 }
 
-// The first dimensions of x as one. `kept` holds what the result points into.
-inline core::Strided strided_rows(const Tensor& x, Tensor& kept) {
-  kept = x.dim() == 2 ? x : packed(x);
-  if (x.dim() == 2) return strided(kept);
-  return {numbers<float>(kept), x.size(x.dim() - 1), 1};
-}
-
-// F.linear of float32 into y (rows, out), whose rows are `y_row` numbers apart.
-inline void linear_into(const core::Strided& x, int64_t rows, const Tensor& weight, const std::optional<Tensor>& bias,
-                        float* y, int64_t y_row) {
-  const Tensor offset = bias ? packed(*bias) : Tensor();
-  run({x, strided(weight), bias ? numbers<float>(offset) : nullptr, false, y, y_row, 1, rows, weight.size(0),
-       weight.size(1)});
-}
-
-// F.linear of tensors that fit together.
+// F.linear of tensors that fit together. What is not contiguous is copied for few rows, so that strides change no bit.
 inline Tensor fast_linear(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias) {
-  const int64_t in = weight.size(1), rows = in ? x.numel() / in : 0;
+  const int64_t in = weight.size(1), out = weight.size(0), rows = in ? x.numel() / in : 0;
   const bool is_all_float = is_float(x) && is_float(weight) && (!bias || is_float(*bias));
-  if (!is_all_float || x.dim() < 2 || !runs_in_gemm(rows)) return linear(x, weight, bias);
+  const bool is_thin = rows <= few_rows_of(0, kFewDenseRows);
+  if (!is_all_float || rows < 1 || !(is_thin || runs_in_gemm(rows))) return linear(x, weight, bias);
+  const bool keeps_strides = x.dim() == 2 && !is_thin;
+  const Tensor from = keeps_strides ? x : packed(x), w = is_thin ? packed(weight) : weight;
+  const Tensor offset = bias ? packed(*bias) : Tensor();
+  const float* added = bias ? numbers<float>(offset) : nullptr;
   std::vector<int64_t> shape(x.sizes().begin(), x.sizes().end());
-  shape.back() = weight.size(0);
-  Tensor kept;
-  const core::Strided from = strided_rows(x, kept);
+  shape.back() = out;
   const Tensor y = torch::stable::new_empty(x, shape);
-  linear_into(from, rows, weight, bias, static_cast<float*>(y.mutable_data_ptr()), weight.size(0));
+  float* to = static_cast<float*>(y.mutable_data_ptr());
+  if (is_thin) {
+    run<core::Plain<float>>({numbers<float>(from), {numbers<float>(w), in}, added, to, rows, in, out, in, out});
+  } else {
+    const core::Strided some = keeps_strides ? strided(from) : core::Strided{numbers<float>(from), in, 1};
+    run({some, strided(w), added, false, to, out, 1, rows, out, in});
+  }
   return y;
 }
 

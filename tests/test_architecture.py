@@ -62,7 +62,7 @@ ALLOWED = {
     "nn": {"ops", "quantise", *NOUNS},
     "sketches": {*NOUNS, "products"},
     "allocators": {*NOUNS, "tuner"},
-    "products": set(),
+    "products": {"ops"},
     "tuner": {"errors", "progress"},
     "factors": {"nn", "quantise", "sketches", *NOUNS},
     "report": {*NOUNS},

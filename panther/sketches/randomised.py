@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from panther.products import gram
+from panther.products import gram, product
 from panther.sketches.base import RIDGE, SENSITIVITY_RIDGE, LowRank, Moments, Seen, tail_errors, with_ridge
 from panther.sketches.whitened import whitened
 
@@ -34,7 +34,7 @@ class Ridged:
     def __matmul__(self, block: Tensor) -> Tensor:
         if self.matrix is None:
             return block if self.ridge == 1 else self.ridge * block
-        return product(self.matrix, block).add_(block, alpha=self.ridge)
+        return in_parts(self.matrix, block).add_(block, alpha=self.ridge)
 
 
 @dataclass(frozen=True)
@@ -56,9 +56,9 @@ class Problem:
         """C block."""
         parts = []
         if self.factor is not None:
-            parts.append(self.factor @ (self.middle @ (self.factor.T @ block)))
+            parts.append(product(self.factor, self.middle @ product(self.factor.T, block)))
         if self.known is not None:
-            parts.append(product(self.known, block))
+            parts.append(in_parts(self.known, block))
         return parts[0] if len(parts) == 1 else parts[0].add_(parts[1])
 
     def total(self) -> float:
@@ -95,7 +95,7 @@ def randomised(weight: Tensor, seen: Seen, *, max_rank: int, generator: torch.Ge
     basis, energy = krylov(problem, width, generator)
     values, vectors = torch.linalg.eigh(energy)
     errors = tail_errors(values.flip(0)[:rank], total)
-    best = basis @ vectors.flip(1)[:, :rank].float()
+    best = product(basis, vectors.flip(1)[:, :rank].float())
     image = problem.metric @ best
     lift, drop = (best, image) if problem.on_the_left else (image, best)
     return LowRank(errors, lift, drop.T, problem.on_the_left)
@@ -116,14 +116,14 @@ def krylov(problem: Problem, width: int, generator: torch.Generator) -> tuple[Te
         known, seen = basis[:, :start], image[:, :start]
         noise = torch.randn(size, width, generator=generator, dtype=torch.float32)
         block += noise.mul_(block.norm(dim=0) * (NOISE / size**0.5))
-        block -= known @ (seen.T @ block)
+        block -= product(known, product(seen.T, block))
         block = torch.linalg.qr(block).Q
         for _ in range(2):  # once leaves more than rounding of what the blocks have in common
-            block -= known @ (seen.T @ block)
+            block -= product(known, product(seen.T, block))
             block, ahead = upright(block, problem.metric)
         basis[:, start:end], image[:, start:end] = block, ahead
         block = problem.energy(ahead)
-        products = image[:, :end].T @ block
+        products = product(image[:, :end].T, block)
         energy[:end, start:end], energy[start:end, :end] = products, products.T
     return basis, energy
 
@@ -131,9 +131,9 @@ def krylov(problem: Problem, width: int, generator: torch.Generator) -> tuple[Te
 def upright(block: Tensor, metric: Ridged) -> tuple[Tensor, Tensor]:
     """The block with its columns mixed so that block^T M block = I, and M block."""
     image = metric @ block
-    root = with_ridge((block.T @ image).double(), 0.0)
+    root = with_ridge(product(block.T, image).double(), 0.0)
     mix = torch.linalg.solve_triangular(root, torch.eye(len(root), dtype=torch.float64), upper=False).T.float()
-    return block @ mix, image @ mix
+    return product(block, mix), product(image, mix)
 
 
 def problem_of(weight: Tensor, seen: Seen, room: int) -> Problem:
@@ -168,11 +168,11 @@ def ridged(matrix: Tensor | None, share: float) -> Ridged:
     return Ridged() if matrix is None else Ridged(matrix, share * (float(matrix.diagonal().mean()) or 1.0))
 
 
-def product(matrix: Tensor, block: Tensor) -> Tensor:
+def in_parts(matrix: Tensor, block: Tensor) -> Tensor:
     """A matrix of statistics times a block in float32, without a copy of the whole matrix."""
     result = block.new_empty(len(matrix), block.shape[1])
     for rows, part in zip(matrix.split(ROWS), result.split(ROWS), strict=True):
-        torch.mm(rows.float(), block, out=part)
+        part.copy_(product(rows.float(), block))
     return result
 
 
@@ -185,7 +185,7 @@ def traced(factor: Tensor, middle: Ridged, outer: Ridged) -> float:
     total = 0.0
     for start in range(0, len(factor), ROWS):
         end = min(start + ROWS, len(factor))
-        products = (middle @ factor[start:end].T).T @ factor[:end].T
+        products = product((middle @ factor[start:end].T).T, factor[:end].T)
         total += outer.ridge * float(products[:, start:].trace())
         products[:, :start] *= 2
         total += float((products * outer.matrix[start:end, :end]).sum(dtype=torch.float64))
