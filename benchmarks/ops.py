@@ -170,7 +170,9 @@ def summary(found: Sequence[Case], reads: dict[int, float]) -> str:
     """By threads, type and cache: the ratio at every number of rows, the worst, and what a single row tells."""
     lines = []
     rows = sorted({case.rows for case in found})
-    single_rows = {_without_dtype(case): case.op for case in found if case.dtype == "float32" and case.rows == rows[0]}
+    single_rows = {
+        _without_dtype(case): case.op for case in found if case.dtype.endswith("float32") and case.rows == rows[0]
+    }
     for key, group in itertools.groupby(found, key=lambda case: (case.threads, case.dtype, case.is_cold)):
         part = list(group)
         threads, dtype, is_cold = key

@@ -326,15 +326,15 @@ def test_the_op_script_prints_every_layer_and_the_means(
     assert torch.get_num_threads() == before
     rows = printed_table(capsys.readouterr().out)
     # Layers x keeps x types x caches, and layers x types x caches of dense ones; types x caches.
-    assert len(rows) == (2 + 2 * 2 * 3 * 2 + 2 * 2 * 2) + (2 + 5 * 2)
+    assert len(rows) == (2 + 2 * 2 * 3 * 2 + 2 * 3 * 2) + (2 + 6 * 2)
     assert rows[0] == ["in x rank x out", "1 rows", "3 rows"]
     assert rows[2][0].startswith("MiniLM, 64 x 16 x 96, float32, 1 threads, warm")
-    assert [row[0] for row in rows[-10:]] == [
+    assert [row[0] for row in rows[-12:]] == [
         f"1 threads, {dtype}, {cache}"
-        for dtype in ("float32", "bfloat16", "int8", "dense int8", "dense int4")
+        for dtype in ("float32", "bfloat16", "int8", "dense float32", "dense int8", "dense int4")
         for cache in ("the same weights", "other weights each call")
     ]
-    assert all(float(cell) >= 0 for row in rows[2:34] for cell in row[1:])
+    assert all(float(cell) >= 0 for row in rows[2:38] for cell in row[1:])
 
 
 def test_the_sketch_script_prints_every_way_and_the_exact_one_loses_nothing(
