@@ -149,7 +149,7 @@ PANTHER_AVX512 inline void store_column(const Block& to, __m512 sum, int64_t j) 
 template <int Columns>
 PANTHER_AVX512 inline void store_rows(const Block& to, const __m512* sums, int64_t j) {
   __m512 rows[16];
-  for (int s = 0; s < 8; ++s) {  // twice over, so that rows of eight lie in one half each
+  for (int s = 0; s < 8; ++s) {  // the first half of each row, once transposed
     rows[s] = s < Columns ? sums[s] : _mm512_setzero_ps();
     rows[s + 8] = _mm512_setzero_ps();
   }
