@@ -36,6 +36,8 @@ inline bool runs_in_gemm(int64_t rows) {
   return can && rows > 0 && (core::mkl_keeps_to_avx2() || rows <= 32);
 }
 
+inline bool is_float(const Tensor& tensor) { return tensor.scalar_type() == ScalarType::Float; }
+
 // The most rows of float32 that run in the kernel of core/thin_linear.h. Before torch's own product: `few`, and more of
 // them where the rank is large. Before core/gemm.h, which takes sixteen rows at a time: measured with AVX-512, one
 // thread, ranks of 64 to 512.
@@ -46,14 +48,13 @@ inline int64_t few_rows_of(int64_t rank, int64_t few) {
 }
 
 // The same for numbers that are widened as they are read: above, widening them once costs less. Measured the same way.
-inline int64_t few_whole_rows(int64_t before_torch) {
+// Other types than float32 would be rounded on the way to torch's own product.
+inline int64_t few_whole_rows(const Tensor& x, int64_t before_torch) {
   constexpr int64_t kFewer = 28;
-  return runs_in_gemm(kFewer + 1) ? kFewer : before_torch;
+  return is_float(x) && runs_in_gemm(before_torch + 1) ? kFewer : before_torch;
 }
 
 inline constexpr int64_t kFewDenseRows = 8;
-
-inline bool is_float(const Tensor& tensor) { return tensor.scalar_type() == ScalarType::Float; }
 
 inline core::Strided strided(const Tensor& matrix) {
   return {numbers<float>(matrix), matrix.stride(0), matrix.stride(1)};

@@ -56,9 +56,14 @@ class _FastLinear(TorchFunctionMode):
     ) -> Any:
         if func is functional.linear and not kwargs and len(args) >= 2 and _is_eager() and _pays(args[0], args[1]):
             bias = args[2] if len(args) > 2 else None
-            if bias is None or (type(bias) in _PLAIN and bias.dtype == torch.float32):
+            if bias is None or (type(bias) in _PLAIN and _is_offset(bias, args[1])):
                 return linear(args[0], args[1], bias)
         return func(*args, **(kwargs or {}))
+
+
+def _is_offset(bias: Tensor, weight: Tensor) -> bool:
+    """A number for each output, and not one of the other shapes that F.linear spreads."""
+    return bias.dtype == torch.float32 and bias.is_cpu and bias.shape == weight.shape[:1]
 
 
 def _is_eager() -> bool:

@@ -115,3 +115,23 @@ def test_without_a_faster_kernel_nothing_is_intercepted(monkeypatch, calls, coun
         functional.linear(x, weight)
     product(x, weight.T)
     assert not calls
+
+
+@pytest.mark.usefixtures("faster")
+def test_a_bias_of_another_shape_is_spread_as_ever(calls):
+    x, weight = sides(*LARGE)
+    with fast_linear():
+        assert functional.linear(x, weight, torch.ones(1)).shape == (40, 150)
+    assert not calls
+
+
+@pytest.mark.usefixtures("faster")
+def test_what_no_gradient_needs_may_be_changed_in_place(calls):
+    x, weight = sides(*LARGE)
+    h = x.requires_grad_() * 1
+    with fast_linear():
+        y = functional.linear(h, weight)
+    h += 1
+    y.sum().backward()
+    torch.testing.assert_close(x.grad, weight.sum(0).expand(40, 200), atol=1e-4, rtol=0)
+    assert len(calls) == 1

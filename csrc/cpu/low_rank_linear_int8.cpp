@@ -88,7 +88,7 @@ Tensor low_rank_linear_int8(const Tensor& x, const Tensor& down, const Tensor& d
   const Inputs inputs{x, {down, down_scales, columns_of(down)}, {up, up_scales, columns_of(up)}, bias};
   check(inputs);
   const int64_t rows = down.size(1) ? x.numel() / down.size(1) : 0;
-  if (rows < 1 || rows > few_whole_rows(kFewRows) || x.scalar_type() == ScalarType::Double) {
+  if (rows < 1 || rows > few_whole_rows(x, kFewRows) || x.scalar_type() == ScalarType::Double) {
     return tiled_linear(tiled_linear(x, inputs.down, {}), inputs.up, bias);
   }
   std::vector<int64_t> shape(x.sizes().begin(), x.sizes().end());

@@ -24,7 +24,7 @@ constexpr int64_t kFewScalarRows = 1;
 int64_t few_rows_of(const Tensor& x) {
   if (x.scalar_type() == ScalarType::Double) return 0;
   const bool is_scalar = core::instruction_set_in_use().load() == core::InstructionSet::scalar;
-  return is_scalar ? kFewScalarRows : few_whole_rows(kFewRows);
+  return is_scalar ? kFewScalarRows : few_whole_rows(x, kFewRows);
 }
 
 struct Inputs {

@@ -39,17 +39,20 @@ def _check(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
 
 
 def _setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor | None], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs[:2])
+    """Keeps what F.linear keeps: models may change in place what no gradient needs."""
+    x, weight, _ = inputs
+    wants_x, wants_weight = ctx.needs_input_grad[:2]
+    ctx.save_for_backward(x if wants_weight else None, weight if wants_x else None)
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     x, weight = ctx.saved_tensors
     wants_x, wants_weight, wants_bias = ctx.needs_input_grad
-    count = math.prod(x.shape[:-1])  # -1 would not do where there are no numbers
-    rows, grad_rows = x.reshape(count, x.shape[-1]), grad.reshape(count, grad.shape[-1])
+    count = math.prod(grad.shape[:-1])  # -1 would not do where there are no numbers
+    grad_rows = grad.reshape(count, grad.shape[-1])
     return (
-        linear(grad_rows, weight.T).reshape(x.shape) if wants_x else None,
-        linear(grad_rows.T, rows.T) if wants_weight else None,
+        linear(grad_rows, weight.T).reshape(*grad.shape[:-1], weight.shape[1]) if wants_x else None,
+        linear(grad_rows.T, x.reshape(count, x.shape[-1]).T) if wants_weight else None,
         grad_rows.sum(0) if wants_bias else None,
     )
 
