@@ -1,5 +1,6 @@
 // What the ops with quantised matrices share: which scales fit, and the product with a matrix that is widened, a tile
-// at a time, for torch's own. Bytes moved: those of the matrix and its scales, and of a tile that stays in the caches.
+// at a time, for core/gemm.h or torch's own. Bytes moved: those of the matrix and its scales, and of a tile that stays
+// in the caches.
 #pragma once
 
 #include <algorithm>

@@ -246,8 +246,9 @@ PANTHER_AVX512 inline void packed_rows(const Gemm& p, int64_t i, int64_t rows, i
   }
   const Strided b{p.b.at(0, r), p.b.row, p.b.column};
   const bool is_last = r + depth == p.k;
-  for (int64_t j = 0; j < p.n; j += 16) {
-    const int64_t end = std::min<int64_t>(p.n, j + 16);
+  constexpr int64_t kColumns = most_columns(1);
+  for (int64_t j = 0; j < p.n; j += kColumns) {
+    const int64_t end = std::min(p.n, j + kColumns);
     for (int64_t q = 0; q < panels; ++q) {
       const int64_t row = i + starts[q] * kLanes, width = starts[q + 1] - starts[q];
       const float* panel = packed + starts[q] * kLanes * depth;

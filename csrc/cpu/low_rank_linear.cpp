@@ -1,8 +1,8 @@
 // panther::low_rank_linear on the CPU: y = (x down^T) up^T + bias.
 //
-// Few rows of float32 or bfloat16 run in the kernel of core/thin_linear.h; the rest is two products of torch's
-// own. Bytes moved by the kernel: those of R * (in + out) numbers, each factor once, plus x, y and rows * R floats
-// between.
+// Few rows of float32 or bfloat16 run in the kernel of core/thin_linear.h; the rest is two products, in
+// core/gemm.h where gemm.h says that it is faster, else torch's own. Bytes moved by the kernel: those of R * (in + out)
+// numbers, each factor once, plus x, y and rows * R floats between.
 #include "low_rank_linear.h"
 
 #include <torch/csrc/stable/library.h>
@@ -24,7 +24,7 @@ using panther::core::Plain;
 // Above these a product is bound by arithmetic and no longer by reading the weights, and torch's own can be faster; so
 // it is for fewer rows where the rank is small, since the second product then sums up few numbers at a time. Measured
 // with benchmarks/ops.py, AVX-512, twenty layers read again and again, 1 and 2 threads.
-constexpr int64_t kFewRows = 8;
+constexpr int64_t kFewRows = 8;  // before torch's own; gemm.h says how many before core/gemm.h
 constexpr int64_t kFewBFloat16Rows = 6;
 
 // The most rows that run in the kernel.

@@ -1,7 +1,7 @@
 // panther::low_rank_linear_int8 on the CPU: y = (x down^T) up^T + bias with factors of eight bits.
 //
 // Few rows run in the kernel of core/thin_linear.h, which widens the numbers as it reads them. For more rows the
-// factors are widened a tile at a time, for torch's own products. Bytes moved: R * (in + out) of factors, and their
+// factors are widened a tile at a time (quantised.h). Bytes moved: R * (in + out) of factors, and their
 // scales.
 #include <torch/csrc/stable/library.h>
 
@@ -18,7 +18,8 @@ namespace {
 
 using namespace panther;
 
-constexpr int64_t kFewRows = 48;  // before torch's own product
+constexpr int64_t kFewRows = 48;  // before torch's own product; gemm.h says how many before core/gemm.h
+
 struct Inputs {
   const Tensor& x;
   const Quantised down;

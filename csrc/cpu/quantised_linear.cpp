@@ -1,7 +1,7 @@
 // panther::quantised_linear on the CPU: y = x W^T + bias with a W of eight or four bits.
 //
-// Few rows run in the kernel of core/thin_linear.h, which widens the numbers as it reads them; more of them in torch's
-// own products with W widened a tile at a time. Bytes moved: in * out, or half of them for four bits, and the scales.
+// Few rows run in the kernel of core/thin_linear.h, which widens the numbers as it reads them; more of them with W
+// widened a tile at a time (quantised.h). Bytes moved: in * out, or half of them for four bits, and the scales.
 #include <torch/csrc/stable/library.h>
 
 #include <optional>
@@ -18,7 +18,7 @@ using namespace panther;
 
 // The most rows that run in the kernel: above, torch's own products are as fast though they need W widened. Measured
 // with AVX-512 and one thread, the same weights read again and again. Without vector instructions torch is faster.
-constexpr int64_t kFewRows = 128;
+constexpr int64_t kFewRows = 128;  // before torch's own; gemm.h says how many before core/gemm.h
 constexpr int64_t kFewScalarRows = 1;
 
 int64_t few_rows_of(const Tensor& x) {
