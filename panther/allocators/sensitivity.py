@@ -18,23 +18,20 @@ POWERS = (1.0, 0.5)  # exponents on the measured divergence: 0.5 trusts differen
 def sensitivity(options: Options, target: Target, *, divergence: Divergence, evaluate: Evaluate | None) -> list[Choice]:
     """The plan of least predicted divergence within the limits, for several floors; the best on the model wins.
 
-    The uniform plan is among those tried, and every layer on the same grid, as it is and with what it leaves spent, so
-    the answer is never worse on the samples that `evaluate` uses. Without `evaluate` the middle floor is taken. A plan
-    without floors is made where none with them is within the limits.
+    The uniform plan is among those tried, and every layer on the same grid, each as it is and with what it leaves
+    spent, so the answer is never worse on the samples that `evaluate` uses. Without `evaluate` the middle floor is
+    taken. A plan without floors is made where none with them is within the limits.
     """
     loss = powered(divergence, 1.0)
     even = uniform(options, target, divergence=divergence, evaluate=None)
     tried = [(floor, power) for floor in FLOORS for power in POWERS] if evaluate is not None else [(0.5, 1.0)]
-    plans = [even] if evaluate is not None else []
-    for floor, power in tried:
-        plan = planned(options, target, even, floor, powered(divergence, power))
-        if plan not in plans:
-            plans.append(plan)
+    plans = [even, improved(even, options, target, loss)] if evaluate is not None else []
+    plans += [planned(options, target, even, floor, powered(divergence, power)) for floor, power in tried]
     if not any(target.is_met_by(total(plan)) for plan in plans):
         plans.append(planned(options, target, even, 0.0, loss))
     for plan in on_one_grid(options):
         plans += [plan, improved(plan, options, target, loss)]
-    within = [plan for plan in plans if target.is_met_by(total(plan))]
+    within = [p for index, p in enumerate(plans) if p not in plans[:index] and target.is_met_by(total(p))]
     if not within:
         return min(plans, key=lambda plan: excess(total(plan), target))
     return within[0] if evaluate is None else min(within, key=evaluate)

@@ -294,6 +294,24 @@ def test_sensitivity_finds_a_plan_within_the_limits_where_equal_shares_have_none
     assert ALLOCATORS["sensitivity"](options, target, evaluate=sum_of_errors, **given) == [wide[0], long[0]]
 
 
+def test_sensitivity_spends_what_equal_shares_leave_without_taking_from_any_layer() -> None:
+    def layer(name: str, sizes: Sequence[int]) -> list[Choice]:
+        low_rank = [Choice(name, "even", (n,), error=1 - n / 12, cost=Cost(n)) for n in sizes]
+        return [*low_rank, Choice(name, packing="dense", cost=Cost(12))]
+
+    options = {"coarse": layer("coarse", [4]), **{name: layer(name, range(1, 11)) for name in ("first", "second")}}
+    even = {"coarse": 4, "first": 10, "second": 10}
+
+    def evaluate(plan: Sequence[Choice]) -> float:  # what the importance of single layers does not foretell
+        return sum(100.0 * (c.cost.params < even[c.layer]) + c.error for c in plan)
+
+    def importance(layer: str, error: float) -> float:
+        return 10 * error if layer == "coarse" else error
+
+    plan = ALLOCATORS["sensitivity"](options, Target(params=28), divergence=importance, evaluate=evaluate)
+    assert sorted(c.cost.params for c in plan) == [4, 12, 12]
+
+
 def test_a_layer_whose_smallest_error_breaks_the_model_stays_dense_when_it_can() -> None:
     options = {name: Problem._layer(name, 10, random.Random(2)) for name in ("fragile", "other")}
     target = Target(params=int(0.7 * sum(choices[-1].cost.params for choices in options.values())))
