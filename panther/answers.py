@@ -39,13 +39,16 @@ def answers_of(output: Any) -> list[Tensor]:
 
 
 def class_divergence(student: Tensor, teacher: Tensor) -> Tensor:
-    """Kullback-Leibler divergence of log-probabilities (rows, classes), in units of that of the mean probabilities."""
+    """Kullback-Leibler divergence of log-probabilities (rows, classes), in units of that of the mean probabilities.
+
+    At least zero: that of answers that hardly differ, added up in float32, may come out below.
+    """
     usable = torch.isfinite(teacher).any(-1)
     student, teacher = student[usable].clamp_min(-1e4), teacher[usable].clamp_min(-1e4)
     lost = kl_div(student, teacher, reduction="batchmean", log_target=True)
     mean = teacher.exp().mean(0, keepdim=True).clamp_min(1e-12).log()
     unit = kl_div(mean.expand_as(teacher), teacher, reduction="batchmean", log_target=True)
-    return lost / unit.clamp_min(_least_unit(teacher))
+    return lost.clamp_min(0.0) / unit.clamp_min(_least_unit(teacher))
 
 
 def _least_unit(teacher: Tensor) -> float:
