@@ -124,6 +124,7 @@ class Accumulator:
             return None
         shifted = self.total / self.rows
         covariance = mirrored(self.products) / self.rows - torch.outer(shifted, shifted)
+        covariance.diagonal().clamp_min_(0.0)  # of what does not vary, rounding leaves less than nothing
         return Moments(self.rows, mean, covariance.cpu())
 
 

@@ -242,6 +242,18 @@ def test_a_model_that_does_not_run_on_the_example_inputs(watched: Watched) -> No
         compress(watched.model, example_inputs=torch.randn(2, 99))
 
 
+@pytest.mark.parametrize("heal", ["none", "refit"])
+def test_layers_between_which_hardly_anything_is_left(heal: str) -> None:
+    """Squares of such numbers are zero in float32, and those of their means are not in float64."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(16, 64), nn.ReLU(), nn.Linear(64, 16)).eval()
+    with torch.no_grad():
+        model[0].weight.mul_(1e-24)
+        model[0].bias.mul_(1e-24)
+    result = compress(model, heal=heal)
+    assert result.budget_met and torch.allclose(result.model(X), model(X), atol=1e-5)
+
+
 def test_a_dead_layer_is_compressed_like_the_others() -> None:
     class Dead(Net):
         def forward(self, x: Tensor) -> Tensor:

@@ -510,3 +510,10 @@ def test_at_equal_numbers_pivots_allow_a_higher_rank_and_a_smaller_error() -> No
 
 def square_spec(size: int) -> LayerSpec:
     return LayerSpec("layer", "linear", size, size, rows=1)
+
+
+@pytest.mark.parametrize("diagonal", [(0.0, 0.0), (-1e-48, -3e-50), (1.0, -1e-9), (1e-320, 0.0), (1e300, 1e300)])
+def test_a_ridge_makes_any_matrix_of_products_positive(diagonal: tuple[float, float]) -> None:
+    """What does not vary has a covariance that rounding can leave below zero."""
+    factor = with_ridge(torch.tensor(diagonal, dtype=torch.float64).diag(), 0.0)
+    assert bool(torch.isfinite(factor).all()) and bool((factor.diagonal() > 0).all())

@@ -134,7 +134,7 @@ def with_ridge(matrix: Tensor, ridge: float) -> Tensor:
     """
     if not bool(torch.isfinite(matrix).all()):
         raise LinAlgError("a matrix of products holds NaN or Inf")
-    scale = float(matrix.diagonal().mean()) or 1.0
+    scale = float(matrix.diagonal().abs().mean()) or 1.0  # where all are rounding errors, some are negative
     identity = torch.eye(matrix.shape[0], dtype=matrix.dtype)
     while True:  # rounding can leave a covariance slightly indefinite; a ridge of its mean diagonal always ends this
         factor, failed = torch.linalg.cholesky_ex(matrix + ridge * scale * identity)
