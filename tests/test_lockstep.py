@@ -330,6 +330,34 @@ def test_each_call_has_what_it_left_on_the_modules_and_its_own_noise(kind: Calla
     }
 
 
+class HooksItself(nn.Module):
+    """Watches its own layers by hooks from its first forward on, as transformers' models do for hidden states."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.third = nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 8)
+        self.is_watched = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.is_watched:
+            for layer in (self.first, self.second):
+                layer.register_forward_hook(lambda _m, _args, y: self.hidden.append(y))
+            self.is_watched = True
+        self.hidden: list[Tensor] = []
+        self.second(self.first(x))
+        answer: Tensor = self.third(torch.stack(self.hidden).sum(0))
+        return answer
+
+
+def test_a_model_that_hooks_itself_does_so_once_for_all_calls() -> None:
+    model, given = HooksItself(), calls()
+    seen = dict(walk(model, given, ["second", "third"]))
+    assert hooks_of(model) == 0 and not model.is_watched
+    for call, second, third in zip(given, seen["second"], seen["third"], strict=True):
+        hidden = model.first(call.args[0])
+        assert torch.equal(second.first, hidden) and torch.equal(third.first, hidden + model.second(hidden))
+
+
 def test_a_module_that_runs_alone_draws_what_it_would_inside_the_model() -> None:
     model = nn.Sequential(nn.Linear(8, 8), Noisy(nn.Linear(8, 8)))
     given = calls()

@@ -32,6 +32,7 @@ CPU = torch.device("cpu")
 LIBRARIES = ("torch.nn.", "panther.nn.")  # whose modules keep nothing of a forward that another call must not see
 CONTAINERS = (list, dict, set)
 MACHINERY = ("_hooks", "_hooks_with_kwargs", "_hooks_always_called", "_parameters", "_modules")
+MARKS = (bool, int, str, RemovableHandle)  # by which a model knows that it has hooks already
 ABSENT = object()
 LOCKS = (type(threading.Lock()), type(threading.RLock()), threading.Condition, threading.Semaphore)
 
@@ -170,6 +171,10 @@ def _same(value: Any, inside: Any) -> bool:
     return list(map(id, value)) == list(map(id, inside))
 
 
+def _hooks_on(model: nn.Module) -> int:
+    return sum(len(module._forward_hooks) + len(module._forward_pre_hooks) for module in model.modules())
+
+
 def _holds_a_lock(entries: Held) -> bool:
     return any(isinstance(value, LOCKS) for names in entries.values() for value, _ in names.values())
 
@@ -280,10 +285,13 @@ class Lockstep:
         put(_as_in(self._before, changed(self._before)))  # what the caller's own runs of a module left
         for place, runner in enumerate(self._runners):
             put(runner.state)
+            hooks = 0 if place else _hooks_on(self.model)
             try:
                 runner.advance()
             finally:  # looking at all modules for every call would take longer than a small model
                 runner.state = changed(self._touched if place else self._before)
+                if not place and _hooks_on(self.model) != hooks:
+                    self._take_over(runner)
                 put(_as_in(self._before, runner.state))
                 self._touched |= {module: self._before[module] for module in runner.state}
             if runner.at is not None:
@@ -292,6 +300,11 @@ class Lockstep:
         if len(names) > 1:
             raise LeftStepError(f"the batches run through different layers ({', '.join(map(str, names))})")
         return names.pop() if names else None
+
+    def _take_over(self, runner: _Runner) -> None:
+        """Let the marks that a call has left be there for all: it gave itself hooks, and must not for each call."""
+        for module, names in runner.state.items():
+            self._before[module].update({name: e for name, e in names.items() if isinstance(e[0], MARKS)})
 
     @property
     def arrivals(self) -> list[Arrival]:
