@@ -128,15 +128,18 @@ def output_covariance(matrix: Tensor, seen: Seen) -> Tensor:
 
 
 def with_ridge(matrix: Tensor, ridge: float) -> Tensor:
-    """The Cholesky factor of a positive matrix after `ridge` times its mean diagonal (1 where it is zero) was added.
+    """The Cholesky factor of a positive matrix after `ridge` times the mean size of its diagonal was added.
 
+    Where the diagonal is zero, that size counts as 1; where rounding left the matrix indefinite, the ridge grows.
+
+    Shapes: matrix (n, n), float64 -> (n, n), lower.
     Raises: torch.linalg.LinAlgError for a matrix that is not finite.
     """
     if not bool(torch.isfinite(matrix).all()):
         raise LinAlgError("a matrix of products holds NaN or Inf")
     scale = float(matrix.diagonal().abs().mean()) or 1.0  # where all are rounding errors, some are negative
     identity = torch.eye(matrix.shape[0], dtype=matrix.dtype)
-    while True:  # rounding can leave a covariance slightly indefinite; a ridge of its mean diagonal always ends this
+    while True:  # a ridge of about the diagonal's size always ends this
         factor, failed = torch.linalg.cholesky_ex(matrix + ridge * scale * identity)
         if not int(failed):
             return cast(Tensor, factor)
