@@ -168,7 +168,7 @@ class _Flat(nn.Module):
 
 def _without_gathers(model: nn.Module) -> nn.Module:
     """The model with the pivoted linear layers that gather as products; the model itself where there are none."""
-    gathering = {n: m for n, m in model.named_modules() if isinstance(m, SKPivotedLinear) and m.gathers}
+    gathering = {n: m for n, m in model.named_modules() if type(m) is SKPivotedLinear and m.gathers}
     if not gathering:
         return model
     return with_layers(model, {name: layer.to_products() for name, layer in gathering.items()})

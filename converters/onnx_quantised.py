@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from panther import chains
-from panther.nn import SKETCHED, QuantisedLayer
+from panther.nn import IN_WHOLE_NUMBERS, SKETCHED, QuantisedLayer, QuantisedPivotedLayer
 from panther.nn.on_grid import CorrectedLinear
 from panther.nn.quantised import StoredWeight
 from panther.nn.surgery import with_layers
@@ -36,7 +36,7 @@ def with_floats(model: nn.Module) -> tuple[nn.Module, Parts]:
 
     The model itself where it has none.
     """
-    quantised = {name: layer for name, layer in model.named_modules() if isinstance(layer, QuantisedLayer)}
+    quantised = {name: layer for name, layer in model.named_modules() if isinstance(layer, IN_WHOLE_NUMBERS)}
     if not quantised:
         return model, {}
     layers = {name: _as_floats(layer) for name, layer in quantised.items()}
@@ -48,12 +48,16 @@ def with_floats(model: nn.Module) -> tuple[nn.Module, Parts]:
     return (layers[""] if "" in layers else with_layers(model, layers)), parts
 
 
-def _parameters(layer: QuantisedLayer) -> tuple[str, ...]:
+def _parameters(layer: QuantisedLayer | QuantisedPivotedLayer) -> tuple[str, ...]:
     """What the stored weights of a layer are called in its float form."""
+    if isinstance(layer, QuantisedPivotedLayer):
+        return layer.stored_names
     return tuple("weight" if name == "whole" else name for name in layer._weight_names)
 
 
-def _as_floats(layer: QuantisedLayer) -> nn.Module:
+def _as_floats(layer: QuantisedLayer | QuantisedPivotedLayer) -> nn.Module:
+    if isinstance(layer, QuantisedPivotedLayer):
+        return layer.to_pivoted()
     dense, weights = layer.to_dense(), layer.active_weights()
     if layer.scheme == chains.WHOLE:
         return dense

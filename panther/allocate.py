@@ -10,7 +10,7 @@ from typing import cast
 
 from panther.allocators import ALLOCATORS, Allocator, Evaluate, Options
 from panther.allocators.base import Divergence, total
-from panther.chains import CHANNELS, CORRECTED, PIVOTED, QUANTISED, WHOLE, dense_cost, stored_names
+from panther.chains import CHANNELS, CORRECTED, PIVOTED, WHOLE, dense_cost, stored_names
 from panther.sizes import header_growth
 from panther.spec import Budget, Capture, Choice, Cost, LayerSpec, Measured, Plan, Target
 
@@ -99,13 +99,14 @@ def in_file(options: Options, capture: Capture) -> dict[str, tuple[Choice, ...]]
 
 
 def _in_file(choice: Choice, spec: LayerSpec, file_bytes: int) -> Choice:
-    growth = _header_growth(spec, choice.scheme, choice.packing, bool(choice.channels), file_bytes)
+    of = spec, choice.scheme, choice.packing, choice.grid is not None, bool(choice.channels)
+    growth = _header_growth(*of, file_bytes)
     return changed(choice, cost=choice.cost + Cost(size_bytes=growth)) if growth else choice
 
 
 @lru_cache(maxsize=2**14)  # a few forms a layer, of a hundred options
-def _header_growth(spec: LayerSpec, scheme: str, packing: str, is_narrow: bool, file_bytes: int) -> int:
-    """Bytes of the header that a layer adds to in this form."""
+def _header_growth(spec: LayerSpec, scheme: str, packing: str, is_whole: bool, is_narrow: bool, file_bytes: int) -> int:
+    """Bytes of the header that a layer adds to in this form; is_whole: in whole numbers."""
     if scheme == "dense":
         return 0
     added: dict[str, int] = {}
@@ -113,7 +114,7 @@ def _header_growth(spec: LayerSpec, scheme: str, packing: str, is_narrow: bool, 
     if scheme != CHANNELS:
         added = dict.fromkeys(stored_names(scheme), 2 + len(spec.kernel_size))
         removed["weight"] = (spec.out_features, spec.fan_in // math.prod(spec.kernel_size), *spec.kernel_size)
-    if packing == QUANTISED:  # a weight is two tensors then
+    if is_whole:  # a weight is two tensors then
         added = {f"{name}.{part}": 2 for name in added for part in ("values", "scales")}
     gains_bias = not spec.has_bias and (is_narrow or scheme not in (WHOLE, CORRECTED))
     if packing == PIVOTED:

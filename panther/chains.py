@@ -159,6 +159,13 @@ def pivoted(chain: Sequence[Link], sides: Sequence[str]) -> tuple[Link, ...]:
     return (first, *middle, last)
 
 
+def sides_for(scheme: str, inputs: int, outputs: int) -> tuple[str, ...]:
+    """Where pivots are, when no neighbour takes their order over: a linear layer gathers its smaller side."""
+    if scheme == LINEAR:
+        return (COLUMNS,) if outputs > inputs else (ROWS,)
+    return PIVOTS[scheme]
+
+
 def packings_for(scheme: str) -> tuple[str, ...]:
     return PACKINGS if PIVOTS[scheme] else (TWO_GEMM,)
 
@@ -204,17 +211,31 @@ def chain_cost(
     return Cost(weights + places, flops, weights * bytes_per_number + places * INDEX_BYTES)
 
 
-def quantised_cost(scheme: str, spec: LayerSpec, ranks: Sequence[int], grids: Sequence[Grid]) -> Cost:
-    """Weights, operations and bytes in a file of a layer whose weights are on these grids; scales are bytes only."""
+def quantised_cost(
+    scheme: str, spec: LayerSpec, ranks: Sequence[int], grids: Sequence[Grid], packing: str = QUANTISED
+) -> Cost:
+    """Weights, operations and bytes in a file of a layer whose weights are on these grids; scales are bytes only.
+
+    packing: "pivoted" for a chain without its identity, which counts the places of its channels as `chain_cost` does.
+    """
+    if packing == PIVOTED:
+        stored = pivoted(links(scheme, spec, ranks), sides_for(scheme, spec.in_features, spec.out_features))
+        whole = chain_cost(scheme, spec, ranks, 0, PIVOTED)
+        return replace(whole, size_bytes=whole.size_bytes + _size_bytes(stored, grids))
     stored = stored_links(scheme, spec, ranks)
-    held = sum(
-        grid.size_bytes(link.out_channels, link.params // link.out_channels)
-        for link, grid in zip(stored, grids, strict=True)
-    )
+    held = _size_bytes(stored, grids)
     flops = spec.flops if scheme in (WHOLE, CORRECTED) else 0
     if scheme != WHOLE:
         flops += chain_cost(LINEAR if scheme == CORRECTED else scheme, spec, ranks, 1).flops
     return Cost(sum(link.params for link in stored), flops, held)
+
+
+def _size_bytes(stored: Sequence[Link], grids: Sequence[Grid]) -> int:
+    return sum(
+        grid.size_bytes(link.out_channels, link.params // link.out_channels)
+        for link, grid in zip(stored, grids, strict=True)
+        if link.params
+    )
 
 
 def grids_for(scheme: str, grid: Grid, links: int) -> tuple[Grid, ...]:

@@ -21,6 +21,7 @@ from panther.chains import CHANNELS
 from panther.columns import channels_of
 from panther.factors import Decomposed, Factors, Profile, Rounding, convolve, dense_weight, mean_patch, on_grid
 from panther.nn.factor import compose
+from panther.nn.pivoted import rounded_pivots
 from panther.quantise import MOST_FEATURES, RIDGE, Rounded, in_data_norm, incoherent, lost
 from panther.sketches import SENSITIVITY_RIDGE, SKETCHES, LowRank, Moments, Seen, with_ridge
 from panther.spec import BITS, DTYPES, Choice, Cost, Grid, LayerSpec, Pair
@@ -362,6 +363,7 @@ def _interpolate(measured: Mapping[int, float], predicted: Sequence[float]) -> t
 # rounding the links of a chain adds .45 to .6 are left.
 LEFT_BY_DATA = 0.5
 MOST_MULTIPLIED = 2e10  # multiply-adds of a weight rounded in the data norm: seconds
+FEWEST_BITS = 4  # of pivoted chains
 CORRECTIONS = (8, 16, 32, 64)  # ranks of the chains that make up for part of an error
 LEAST_OF_CORRECTED = 4  # times as many features has a layer as its correction has ranks
 
@@ -393,21 +395,37 @@ def _roundings(factors: Factors, grids: Sequence[Grid], numbers: Mapping[Grid, R
     left = {grid.bits: share(part.matrix()) / max(nearest[grid], 1e-30) for grid, part in numbers.items()}
     for grid in grids:
         by_data = left.get(grid.bits, min(left.values(), default=LEFT_BY_DATA)) if looks_at_data else 1.0
-        whole, links = min(1.0, nearest[grid] * by_data), 0.0
+        whole, links = min(1.0, nearest[grid] * by_data), dict[str, float]()
         for decomposed in factors.schemes.values():
             if decomposed.scheme != CHANNELS and decomposed.ranks:
                 parts = decomposed.links(weight, decomposed.ranks[len(decomposed.ranks) // 2])
-                parts = incoherent(*parts) if len(parts) == 2 else parts
-                rounded = compose([on_grid(part, grid) for part in parts])
                 # In units of the whole layer's output, as far as the chain's own is it.
-                links = max(links, share(weight - (compose(parts) - rounded)))
-        links *= LEFT_BY_DATA if looks_at_data else 1.0
+                for packing, rounded in _rounded_chain(decomposed.scheme, factors.spec, parts, grid).items():
+                    lost = share(weight - (compose(parts) - rounded.to(weight)))
+                    links[packing] = max(links.get(packing, 0.0), lost * (LEFT_BY_DATA if looks_at_data else 1.0))
         corrected = dict[int, float]()
         if _is_coarse(grid):
             rounded = numbers[grid].matrix() if grid in numbers else on_grid(weight, grid)
             corrected = _corrected(factors, weight, rounded, whole)
         found[grid] = Rounding(nearest[grid], whole, links, corrected)
     return found
+
+
+def _rounded_chain(scheme: str, spec: LayerSpec, parts: Sequence[Tensor], grid: Grid) -> dict[str, Tensor]:
+    """What a chain amounts to with each number rounded by itself, by packing."""
+    turned = incoherent(parts[0], parts[1]) if len(parts) == 2 else parts
+    found = {chains.QUANTISED: compose([on_grid(part, grid) for part in turned])}
+    if chains.PIVOTED in packings_in(scheme, grid):
+        sides = chains.sides_for(scheme, spec.in_features, spec.out_features)
+        ranks = [len(part) for part in parts[:-1]]
+        if chains.COLUMNS not in sides or ranks[0] < spec.in_features:
+            found[chains.PIVOTED] = rounded_pivots(parts, sides, lambda part: on_grid(part, grid))
+    return found
+
+
+def packings_in(scheme: str, grid: Grid) -> tuple[str, ...]:
+    """Of chains in whole numbers: pivots hand their errors on, and 3 bits have too many of them."""
+    return (chains.QUANTISED, *((chains.PIVOTED,) if chains.PIVOTS[scheme] and grid.bits >= FEWEST_BITS else ()))
 
 
 def _is_coarse(grid: Grid) -> bool:
@@ -499,14 +517,22 @@ def _quantised(factors: Factors, gained: Cost, dtypes: Sequence[str]) -> Iterato
     """The options of whole numbers: the dense weight, the same with a correction, and every chain."""
     spec = factors.spec
 
-    def choice(scheme: str, ranks: tuple[int, ...], dtype: str, grid: Grid, error: float, more: Cost) -> Choice:
+    def choice(
+        scheme: str,
+        ranks: tuple[int, ...],
+        dtype: str,
+        grid: Grid,
+        error: float,
+        more: Cost,
+        packing: str = chains.QUANTISED,
+    ) -> Choice:
         grids = chains.grids_for(scheme, grid, len(chains.stored_links(scheme, spec, ranks)))
-        cost = chains.quantised_cost(scheme, spec, ranks, grids) + more
+        cost = chains.quantised_cost(scheme, spec, ranks, grids, packing) + more
         return Choice(
             spec.name,
             scheme,
             ranks,
-            chains.QUANTISED,
+            packing,
             dtype,
             min(1.0, error),
             cost,
@@ -522,10 +548,13 @@ def _quantised(factors: Factors, gained: Cost, dtypes: Sequence[str]) -> Iterato
         for rank, error in known.corrected.items():
             yield choice(chains.CORRECTED, (rank,), dtype, grid, error, Cost())
         for scheme, decomposed in factors.schemes.items():
-            if scheme != CHANNELS:
+            for packing, added in known.links.items():
+                if scheme == CHANNELS or packing not in packings_in(scheme, grid):
+                    continue
+                stored_as = chains.PIVOTED if packing == chains.PIVOTED else chains.TWO_GEMM
                 for ranks, error in zip(decomposed.ranks, decomposed.errors, strict=True):
-                    if chains.chain_cost(scheme, spec, ranks, 1).params < spec.params:
-                        yield choice(scheme, ranks, dtype, grid, error + known.links, gained)
+                    if chains.chain_cost(scheme, spec, ranks, 1, stored_as).params < spec.params:
+                        yield choice(scheme, ranks, dtype, grid, error + added, gained, packing)
 
 
 def _check_packings(packings: Sequence[str]) -> None:

@@ -14,8 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from panther.chains import CHANNELS, CORRECTED, WHOLE
+from panther.chains import CHANNELS, CORRECTED, PIVOTED, WHOLE, sides_for
 from panther.nn.factor import compose
+from panther.nn.pivoted import rounded_pivots
 from panther.quantise import Rounded, to_nearest
 from panther.sketches import Moments, Seen
 from panther.spec import Choice, Grid, LayerSpec, Pair
@@ -56,12 +57,12 @@ class Rounding:
     """Shares of a layer's output energy that are lost on one grid, predicted.
 
     nearest: with every number of the weight rounded by itself. whole: with the data looked at. links: what rounding its
-    links adds to the loss of a chain. corrected: by the rank of the chain that makes up for the error.
+    links adds to the loss of a chain, by packing. corrected: by the rank of the chain that makes up for the error.
     """
 
     nearest: float
     whole: float
-    links: float
+    links: Mapping[str, float]
     corrected: Mapping[int, float]
 
 
@@ -112,7 +113,7 @@ class Factors:
             whole, bias = known._rounded_whole(choice), None if own is None else own.detach()
         else:
             parts, bias = known.slice(choice)
-            whole = compose(parts if choice.grid is None else [on_grid(part, choice.grid) for part in parts])
+            whole = _composed(parts, choice, known.spec)
         whole, bias = whole.to(weight), None if bias is None else bias.to(weight)
         if known.kept is None:
             return whole, bias
@@ -148,6 +149,17 @@ class Factors:
         if self.spec.kind == "linear":
             return weight @ mean - parts[1] @ (parts[0] @ mean)
         return (weight - compose(parts)).flatten(1) @ mean
+
+
+def _composed(parts: Sequence[Tensor], choice: Choice, spec: LayerSpec) -> Tensor:
+    """The weight that a chain amounts to as a choice stores it."""
+    grid = choice.grid
+    if grid is None:
+        return compose(parts)
+    if choice.packing == PIVOTED:
+        sides = sides_for(choice.scheme, spec.in_features, spec.out_features)
+        return rounded_pivots(parts, sides, lambda part: on_grid(part, grid))
+    return compose([on_grid(part, grid) for part in parts])
 
 
 def on_grid(weight: Tensor, grid: Grid) -> Tensor:

@@ -6,6 +6,7 @@ Where the neighbour can take that order over, nothing has to be gathered when th
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterable, Sequence
 from typing import Any, cast
 
@@ -13,7 +14,18 @@ import torch
 from torch import Tensor, nn
 
 from panther import chains
-from panther.nn import PIVOTED, QUANTISED, PivotedLayer, QuantisedLayer, SketchedLayer, SKLinear, SKPivotedLinear
+from panther.nn import (
+    IN_WHOLE_NUMBERS,
+    PIVOTED,
+    QUANTISED,
+    QUANTISED_PIVOTED,
+    PivotedLayer,
+    QuantisedLayer,
+    QuantisedPivotedLayer,
+    SketchedLayer,
+    SKLinear,
+    SKPivotedLinear,
+)
 from panther.nn.narrow import DENSE_SIZES, NUMBERS, is_narrowed
 from panther.nn.on_grid import CorrectedLinear, corrected, held, hold, let_go
 from panther.nn.surgery import as_plain, inherit, put_layers
@@ -53,27 +65,49 @@ def packed(
 
     has_follower: another layer takes the outputs in any order.
     """
-    if choice.grid is not None:
-        return _quantised(layer, choice)
-    if choice.packing != chains.PIVOTED or not isinstance(layer, SketchedLayer) or type(layer) not in PIVOTED:
+    if choice.packing == chains.PIVOTED and isinstance(layer, SketchedLayer) and type(layer) in PIVOTED:
+        is_whole = choice.grid is not None
+        try:
+            layer = pivoted(layer, has_follower=has_follower and not is_whole)
+        except ValueError as error:
+            weights = layer.active_weights()
+            is_larger = sum(weight.numel() for weight in weights) >= layer.weight.numel()
+            if notes is not None:
+                becomes = "it is dense" if is_larger and not is_whole else "it keeps its products"
+                notes.append(not_pivoted(choice, becomes, error))
+            layer = layer.to_dense() if is_larger and not is_whole else layer
+    if choice.grid is None:
         return layer
-    try:
-        return _pivoted(layer, has_follower)
-    except ValueError as error:
-        weights = layer.active_weights()
-        is_larger = sum(weight.numel() for weight in weights) >= layer.weight.numel()
-        if notes is not None:
-            becomes = "it is dense" if is_larger else "it keeps its products"
-            notes.append(f"{choice.layer} is not pivoted, {becomes}: {error}")
-        return layer.to_dense() if is_larger else layer
+    return _quantised_pivots(layer, choice) if isinstance(layer, PivotedLayer) else _quantised(layer, choice)
 
 
-def _pivoted(layer: SketchedLayer, has_follower: bool) -> PivotedLayer:
+def not_pivoted(choice: Choice, becomes: str, error: ValueError) -> str:
+    """What users are told where pivots would cost accuracy."""
+    return f"{choice.layer} is not pivoted, {becomes}: {error}"
+
+
+def pivoted(layer: SketchedLayer, *, has_follower: bool) -> PivotedLayer:
+    """A layer of two products without the identity in one of them.
+
+    has_follower: another layer takes the outputs in any order.
+
+    Raises: ValueError where pivots would cost accuracy.
+    """
     if not isinstance(layer, SKLinear):
         return PIVOTED[type(layer)].from_sketched(layer)
-    # Without a follower, the smaller side is the cheaper to gather.
-    on_inputs = layer.out_features > layer.in_features and not has_follower
-    return SKPivotedLinear.from_sketched(layer, side=chains.COLUMNS if on_inputs else chains.ROWS)
+    (side,) = (chains.ROWS,) if has_follower else chains.sides_for(layer.scheme, layer.in_features, layer.out_features)
+    return SKPivotedLinear.from_sketched(layer, side=side)
+
+
+def _quantised_pivots(layer: PivotedLayer, choice: Choice) -> QuantisedPivotedLayer:
+    """A pivoted layer that was held to its grid, or is rounded here and now, as whole numbers."""
+    parts = [held(layer, name) or _nearest(getattr(layer, name), grid) for name, grid in _grids(layer, choice)]
+    let_go(layer)
+    kind = next(kind for kind in QUANTISED_PIVOTED if isinstance(layer, kind))
+    new = QUANTISED_PIVOTED[kind].from_rounded(layer, parts)
+    if is_narrowed(layer):
+        vars(new)[DENSE_SIZES] = vars(layer)[DENSE_SIZES]
+    return new
 
 
 def _quantised(layer: nn.Module, choice: Choice) -> QuantisedLayer:
@@ -92,6 +126,9 @@ def _quantised(layer: nn.Module, choice: Choice) -> QuantisedLayer:
 def hold_nearest(layer: nn.Module, choice: Choice) -> nn.Module:
     """A layer held to its grid with each number rounded by itself, as `packed` stores one that is held to none."""
     layer = _corrected(layer, choice)
+    if choice.packing == chains.PIVOTED and isinstance(layer, SketchedLayer):
+        with contextlib.suppress(ValueError):  # as `packed` does
+            layer = pivoted(layer, has_follower=False)
     for name, grid in _grids(layer, choice):
         hold(layer, name, _nearest(getattr(layer, name), grid))
     return layer
@@ -109,7 +146,8 @@ def _corrected(layer: nn.Module, choice: Choice) -> nn.Module:
 def _grids(layer: nn.Module, choice: Choice) -> list[tuple[str, Grid]]:
     """The weights of a layer that are whole numbers, and of what grid."""
     names = {chains.WHOLE: ("weight",), chains.CORRECTED: ("weight", "down", "up")}.get(choice.scheme)
-    names = cast(SketchedLayer, layer)._weight_names if names is None else names
+    if names is None:
+        names = tuple(n for n in cast(SketchedLayer, layer)._weight_names if getattr(layer, n) is not None)
     return list(zip(names, chains.grids_for(choice.scheme, cast(Grid, choice.grid), len(names)), strict=True))
 
 
@@ -121,7 +159,7 @@ def _absorb(model: nn.Module, pair: Pair) -> None:
     """Store the channels between two layers in the order in which one of them wants them anyway."""
     producer: Any = model.get_submodule(pair.producer)
     consumer: Any = model.get_submodule(pair.consumer)
-    if isinstance(producer, QuantisedLayer) or isinstance(consumer, QuantisedLayer):
+    if isinstance(producer, IN_WHOLE_NUMBERS) or isinstance(consumer, IN_WHOLE_NUMBERS):
         return
     index = _wanted_order(producer, consumer)
     if index is None:

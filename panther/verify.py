@@ -31,8 +31,9 @@ from panther.batches import Call, device_of, drawing, float_outputs, inference, 
 from panther.build_info import build_info
 from panther.chains import CHANNELS, chain_cost, dense_cost
 from panther.errors import CalibrationError, one_line
-from panther.nn import QUANTISED, QuantisedLayer, SketchedLayer
+from panther.nn import IN_WHOLE_NUMBERS, QUANTISED, SketchedLayer
 from panther.nn.narrow import is_narrowed, sizes_of
+from panther.nn.pivoted import ORDERS
 from panther.nn.surgery import as_plain, with_layers
 from panther.sizes import file_bytes, model_params, stored_tensors, tensor_bytes
 from panther.spec import (
@@ -306,7 +307,7 @@ def layer_report(spec: LayerSpec, choice: Choice | None, compressed: nn.Module) 
         after=after,
         packing=layer.PACKING,
         channels=_channels(spec, layer),
-        stored=str(layer.grid) if isinstance(layer, QuantisedLayer) else "",
+        stored=str(layer.grid) if isinstance(layer, IN_WHOLE_NUMBERS) else "",
     )
 
 
@@ -348,10 +349,12 @@ def _stored_cost(spec: LayerSpec, layer: SketchedLayer) -> Cost:
     """
     inputs, outputs = sizes_of(layer)
     now = changed(spec, in_features=inputs, out_features=outputs)
-    if isinstance(layer, QuantisedLayer):
+    if isinstance(layer, IN_WHOLE_NUMBERS):
         gained = 0 if spec.has_bias or layer.bias is None else layer.bias.numel()
         size = sum(tensor_bytes(tensor) for part in layer.stored for tensor in part.for_file().values())
-        cost = chains.quantised_cost(layer.scheme, now, layer.ranks, [part.grid for part in layer.stored])
+        size += sum(tensor_bytes(order) for name in ORDERS if (order := getattr(layer, name, None)) is not None)
+        grids = [part.grid for part in layer.stored]
+        cost = chains.quantised_cost(layer.scheme, now, layer.ranks, grids, layer.PACKING)
         return changed(cost, size_bytes=size) + Cost(gained, 0, gained * layer.stored[0].scales.element_size())
     counted = [tensor for name, tensor in stored_tensors(layer).items() if name != layer.BIAS or not spec.has_bias]
     flops = chain_cost(layer.scheme, now, layer.ranks, 1, layer.PACKING).flops

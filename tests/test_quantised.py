@@ -20,7 +20,7 @@ from panther import chains, prepared, verify
 from panther.batches import Call, as_call
 from panther.errors import LoadError
 from panther.healers.rounding import round_layers
-from panther.nn import QuantisedLayer
+from panther.nn import IN_WHOLE_NUMBERS
 from panther.nn.on_grid import held, is_held
 from panther.nn.quantised import packed_bits, unpacked_bits
 from panther.spec import Choice, Plan
@@ -106,8 +106,8 @@ def error(dense: nn.Module, small: nn.Module, seed: int = 5) -> float:
     return float((got - wanted).square().sum() / (wanted - wanted.mean(0)).square().sum())
 
 
-def quantised_layers(model: nn.Module) -> dict[str, QuantisedLayer]:
-    return {name: layer for name, layer in model.named_modules() if isinstance(layer, QuantisedLayer)}
+def quantised_layers(model: nn.Module) -> dict[str, Any]:
+    return {name: layer for name, layer in model.named_modules() if isinstance(layer, IN_WHOLE_NUMBERS)}
 
 
 def everything(model: nn.Module, dtype: str, scheme: str = chains.WHOLE, group_size: int = 0) -> Plan:
@@ -164,8 +164,7 @@ def test_a_budget_of_operations_takes_ranks_and_stores_them_in_whole_numbers_whe
     assert small.budget_met and len(quantised_layers(small.model)) == 6
     assert any(layer.ranks for layer in quantised_layers(small.model).values())
     assert small.report.compressed.size_bytes < 0.35 * floats.report.compressed.size_bytes
-    # Pivots, which have more ranks for the same operations, are not stored in whole numbers.
-    assert error(model, small.model) < 3 * error(model, floats.model)
+    assert error(model, small.model) < 1.5 * error(model, floats.model)
 
 
 def test_bytes_and_operations_are_both_held() -> None:

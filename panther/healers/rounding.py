@@ -32,9 +32,10 @@ from panther.healers.refit import (
     places_in,
     rows_of,
 )
-from panther.nn import SketchedLayer
+from panther.nn import PivotedLayer, SketchedLayer
 from panther.nn.on_grid import CorrectedLinear, corrected, hold
 from panther.nn.surgery import put_layers
+from panther.pack import not_pivoted, pivoted
 from panther.progress import Progress
 from panther.quantise import Rounded, in_data_norm, incoherent, to_nearest
 from panther.sketches import with_ridge
@@ -61,6 +62,7 @@ class _Found:
     layer: nn.Module
     numbers: Sequence[tuple[str, Rounded]]
     has_unseen: bool = False  # whether some of them were rounded without looking at data
+    remark: str | None = None
 
 
 _Triple = tuple[Call, Arrival, Arrival]  # a call, and what the layer gets in both models
@@ -89,6 +91,7 @@ def round_layers(
     walked = [name for name in by_name if specs[name].calls == 1] if calls else []
     done: list[str] = []
     blind: list[str] = []
+    remarks: list[str] = []
 
     def wanted(name: str, numbers: int) -> int:
         rows = max(1, numbers // specs[name].out_features)
@@ -103,6 +106,7 @@ def round_layers(
                     found.append(one)
                     done.append(one.name)
                     blind += [one.name] if one.has_unseen else []
+                    remarks += [one.remark] if one.remark else []
                     bar(len(done) / len(by_name), one.name)
             except Exception as error:  # a user's module may raise anything, and the calls may part ways
                 said.append(f"rounding stopped looking at the data: {one_line(error)}")
@@ -110,10 +114,9 @@ def round_layers(
             if said:
                 break
         left = [name for name in by_name if name not in done]
-        _hold(
-            student,
-            [_round(student, student.get_submodule(n), by_name[n], specs[n], None, (), seed) for n in left],
-        )
+        rest = [_round(student, student.get_submodule(n), by_name[n], specs[n], None, (), seed) for n in left]
+        _hold(student, rest)
+        remarks += [one.remark for one in rest if one.remark]
     if calls and left:
         said.append(f"{_listed(left)} {'was' if len(left) == 1 else 'were'} rounded without looking at data")
     if blind:
@@ -121,7 +124,7 @@ def round_layers(
             f"{_listed(blind)}: weights that multiply more than {MOST_FEATURES:,} inputs at once, or whose layer pads "
             "with other numbers than zeros, were rounded without looking at data"
         )
-    return said
+    return said + remarks
 
 
 def _listed(names: Sequence[str]) -> str:
@@ -165,9 +168,10 @@ def _round(
 ) -> _Found:
     """Put the numbers of a grid into one layer."""
     found: list[tuple[str, Rounded]] = []
+    old, (layer, remark) = layer, _as_stored(layer, choice)
     links, has_unseen = _links(layer, choice, spec), False
     seen = None if dense is None else _products(layer, dense, links[0], found, spec, given, seed)
-    if len(links) == 2:
+    if len(links) == 2 and not isinstance(layer, PivotedLayer):
         first, second = (cast(Tensor, getattr(layer, link.name)) for link in links)
         moment = seen.about_zero()[0] if seen is not None and seen.rows else None
         turned = incoherent(first.detach(), second.detach(), moment, seed)
@@ -182,10 +186,8 @@ def _round(
             weight.flatten(1).double().cpu(), products, link.grid, weight.dtype, has_bias=layer.bias is not None
         )
         found.append((link.name, rounded))
-        if link is links[-1] and layer.bias is not None and products is not None and products.rows:
-            mean_x, mean_h = products.means()  # the norm of the data is about the mean, which the bias sets right
-            shift = weight.flatten(1).double().cpu() @ mean_x - rounded.matrix().double().cpu() @ mean_h
-            cast(Tensor, layer.bias).data.add_(shift.to(layer.bias))  # type: ignore[arg-type]
+        if layer.bias is not None and products is not None and products.rows:
+            _keep_mean(layer, link, links, weight.flatten(1).double().cpu(), rounded.matrix().double(), products)
         if choice.scheme == chains.CORRECTED:
             sees_data = products is not None and products.rows
             lower = with_ridge(products.covariances()[0], LEFT_RIDGE) if products is not None and sees_data else None
@@ -195,7 +197,48 @@ def _round(
     for name, rounded in found:
         weight = cast(Tensor, getattr(layer, name))
         weight.data.copy_(rounded.matrix().reshape(weight.shape))
-    return _Found(choice.layer, layer, found, has_unseen)
+    if isinstance(layer, PivotedLayer):
+        _compute_as(cast(SketchedLayer, old), layer)
+    return _Found(choice.layer, layer, found, has_unseen, remark)
+
+
+def _as_stored(layer: nn.Module, choice: Choice) -> tuple[nn.Module, str | None]:
+    """A chain without its identity where its Choice wants that; the chain and a remark where it would cost accuracy."""
+    if choice.packing != chains.PIVOTED or not isinstance(layer, SketchedLayer):
+        return layer, None
+    try:
+        return pivoted(layer, has_follower=False), None
+    except ValueError as error:
+        return layer, not_pivoted(choice, "it keeps its products", error)
+
+
+def _compute_as(layer: SketchedLayer, new: PivotedLayer) -> None:
+    """Let a layer of two products compute what its pivoted form does: calls that have stopped here still run it."""
+    for name, weight in zip(layer._weight_names, new.active_weights(), strict=True):
+        getattr(layer, name).data.copy_(weight)
+    if layer.bias is not None and new.bias is not None:
+        layer.bias.data.copy_(new.bias)
+
+
+def _keep_mean(
+    layer: nn.Module, link: _Link, links: Sequence[_Link], weight: Tensor, rounded: Tensor, products: Products
+) -> None:
+    """Let a layer's bias make up for what rounding one of its links does to the mean output.
+
+    The norm of the data is about the mean. weight, rounded: (m, n), float64.
+    """
+    mean_x, mean_h = products.means()
+    if not isinstance(layer, PivotedLayer) or chains.ROWS not in layer.sides:
+        if link is links[-1]:
+            cast(Tensor, layer.bias).data.add_((weight @ mean_x - rounded @ mean_h).to(layer.bias))  # type: ignore[arg-type]
+        return
+    # What pivots give is an output and goes on to the others, each with its part of the offset.
+    offset, rank = cast(Tensor, layer.offset).data, layer.ranks[-1]
+    if link.name == layer._weight_names[-2]:
+        given = mean_h if link is links[0] else mean_x  # of the student, whose weight this is
+        offset[:rank].add_((weight @ given - rounded @ mean_h).to(offset))
+    elif link.name == layer._weight_names[-1]:
+        offset[rank:].add_(((weight - rounded) @ (mean_x + offset[:rank].double().cpu())).to(offset))
 
 
 def _hold(student: nn.Module, found: Sequence[_Found]) -> None:
@@ -212,7 +255,8 @@ def _links(layer: Any, choice: Choice, spec: LayerSpec) -> list[_Link]:
         sizes = () if spec.kind == "linear" else (layer.kernel_size, layer.stride, layer.padding, layer.dilation)
         inputs, outputs = layer.weight.shape[1], layer.weight.shape[0]
         return [_Link("weight", chains.Link(inputs, outputs, *sizes), grid)]
-    return [_Link(name, link, grid) for name, link in zip(layer._weight_names, layer._links, strict=True)]
+    parts = zip(layer._weight_names, layer._links, strict=True)
+    return [_Link(name, link, grid) for name, link in parts if link.params]
 
 
 def _rounded(
@@ -270,6 +314,10 @@ def _before(layer: Any, link: _Link, arrival: Arrival, rounded: Mapping[str, Ten
     inner = cast(Tensor, arrival.first)
     if not isinstance(layer, SketchedLayer):
         return inner
+    if isinstance(layer, PivotedLayer):
+        stand_ins = {name: rounded[name].reshape(getattr(layer, name).shape).to(inner) for name in rounded}
+        with in_precision(arrival.precision):
+            return layer.given_to(link.name, inner, stand_ins)
     apply: Callable[..., Tensor] = _multiplied if layer._shape.kernel_size == () else cast(Any, layer).CONVOLVE
     with in_precision(arrival.precision):
         for name, part in zip(layer._weight_names, layer._links, strict=True):

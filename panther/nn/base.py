@@ -123,10 +123,18 @@ class SketchedLayer(nn.Module):
         self.rank = max(self.ranks)
         self.num_terms = self._active_terms = math.ceil(self.rank / (2 * low_rank))
         for name, link in zip(self._weight_names, chain, strict=True):
-            zeros = nn.Parameter(torch.zeros(link.weight_shape, device=device, dtype=dtype)) if link.params else None
-            self.register_parameter(name, zeros)
+            if link.params:
+                self._make_room(name, link, device, dtype)
+            else:
+                self.register_parameter(name, None)
         zeros = nn.Parameter(torch.zeros(shape.out_features, device=device, dtype=dtype)) if bias else None
         self.register_parameter(self.BIAS, zeros)
+
+    def _make_room(
+        self, name: str, link: chains.Link, device: torch.device | str | None, dtype: torch.dtype | None
+    ) -> None:
+        """Register zeros for the weight of one link."""
+        self.register_parameter(name, nn.Parameter(torch.zeros(link.weight_shape, device=device, dtype=dtype)))
 
     def _chain(self, scheme: str, shape: chains.Geometry, ranks: Sequence[int]) -> tuple[chains.Link, ...]:
         """The links whose weights this layer stores."""
@@ -322,7 +330,7 @@ class SketchedLayer(nn.Module):
             "low_rank": self.low_rank,
             "active_terms": self._active_terms,
             "bias": self.bias is not None,
-            "dtype": str(next(self.parameters()).dtype).removeprefix("torch."),
+            "dtype": str(self._first_weight().dtype).removeprefix("torch."),
         }
 
     @classmethod

@@ -11,7 +11,7 @@ as a layer: PIFA, ICML 2025 (arXiv 2501.19090).
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, Self, cast
 
 import torch
@@ -81,6 +81,35 @@ def _pivot_columns(weights: Sequence[Tensor]) -> tuple[list[Tensor], Tensor]:
     return [coefficients.T.reshape(rank, -1, *ones), after, *last], order
 
 
+def pivot(weights: Sequence[Tensor], sides: Sequence[str]) -> tuple[list[Tensor], dict[str, Tensor]]:
+    """The weights of a chain without the identity at these sides, and the orders of channels by name; float64."""
+    parts, orders = list(weights), dict[str, Tensor]()
+    if chains.COLUMNS in sides:
+        parts, orders["column_order"] = _pivot_columns(parts)
+    if chains.ROWS in sides:
+        parts, orders["row_order"] = _pivot_rows(parts)
+    return parts, orders
+
+
+def with_identity(rest: Tensor, rank: int, axis: int, order: Tensor | None) -> Tensor:
+    """A weight with the identity that it was stored without, along an axis; order: of the channels there."""
+    identity = torch.eye(rank, dtype=rest.dtype, device=rest.device).reshape(rank, rank, *rest.shape[2:])
+    whole = torch.cat((identity, rest), axis)
+    return whole if order is None else whole.index_select(axis, order)
+
+
+def rounded_pivots(weights: Sequence[Tensor], sides: Sequence[str], rounded: Callable[[Tensor], Tensor]) -> Tensor:
+    """The dense weight that a chain amounts to once its pivoted form was rounded, each weight by `rounded`; float64."""
+    ranks = [len(weight) for weight in weights[:-1]]
+    parts, orders = pivot([weight.double() for weight in weights], sides)
+    parts = [rounded(part.float()).double() if part.numel() else part for part in parts]
+    if chains.COLUMNS in sides:
+        parts[0] = with_identity(parts[0], ranks[0], 1, orders["column_order"].argsort())
+    if chains.ROWS in sides:
+        parts[-1] = with_identity(parts[-1], ranks[-1], 0, orders["row_order"])
+    return compose(parts)
+
+
 class PivotedLayer(SketchedLayer):
     """A sketched layer that stores r * (in + out - r) numbers: one factor without the identity that is part of it.
 
@@ -137,37 +166,44 @@ class PivotedLayer(SketchedLayer):
     @property
     def bias(self) -> Tensor | None:  # type: ignore[override]  # computed here, a parameter in the other layers
         """What the dense layer that computes the same adds to its outputs."""
-        if self.offset is None or chains.ROWS not in self.sides or self.up is None:
+        up = self._weight("up")
+        if self.offset is None or chains.ROWS not in self.sides or up is None:
             return self.offset if self.offset is None else self._in_order(self.offset)
         wide = torch.promote_types(self.offset.dtype, torch.float32)
-        pivots, rest = self.offset.to(wide).split((self.ranks[-1], self.up.shape[0]))
-        whole = torch.cat((pivots, rest + self.up.flatten(1).to(wide) @ pivots)).to(self.offset.dtype)
+        pivots, rest = self.offset.to(wide).split((self.ranks[-1], up.shape[0]))
+        whole = torch.cat((pivots, rest + up.flatten(1).to(wide) @ pivots)).to(self.offset.dtype)
         return self._in_order(whole)
+
+    def _weight(self, name: str) -> Tensor | None:
+        """The weight of a link as floating-point numbers; None where it is all identity."""
+        weight: Tensor | None = getattr(self, name)
+        return weight
 
     def _in_order(self, stored: Tensor) -> Tensor:
         return stored if self.row_order is None else stored.index_select(0, self.row_order)
 
     def active_weights(self) -> tuple[Tensor, ...]:
         """The weights of the links with their identity, first link first."""
-        weights = [getattr(self, name) for name in self._weight_names]
+        weights = [self._weight(name) for name in self._weight_names]
         if chains.COLUMNS in self.sides:
             order = None if self.column_order is None else self.column_order.argsort()
             weights[0] = self._with_identity(weights[0], self.ranks[0], 1, order)
         if chains.ROWS in self.sides:
             weights[-1] = self._with_identity(weights[-1], self.ranks[-1], 0, self.row_order)
-        return tuple(weights)
+        return cast(tuple[Tensor, ...], tuple(weights))
 
     def _with_identity(self, rest: Tensor | None, rank: int, axis: int, order: Tensor | None) -> Tensor:
-        like, ones = self._first_weight(), (1,) * len(self._shape.kernel_size)
-        identity = torch.eye(rank, dtype=like.dtype, device=like.device).reshape(rank, rank, *ones)
-        whole = identity if rest is None else torch.cat((identity, rest), axis)
-        return whole if order is None else whole.index_select(axis, order)
+        if rest is None:
+            sizes = [rank, rank]
+            sizes[axis] = 0
+            rest = self._first_weight().new_zeros(*sizes, *(1,) * len(self._shape.kernel_size))
+        return with_identity(rest, rank, axis, order)
 
     def _first_weight(self) -> Tensor:
         weights: list[Tensor | None] = [getattr(self, name) for name in self._weight_names]
         return next(weight for weight in weights if weight is not None)
 
-    def _product(self, x: Tensor, weight: Tensor, bias: Tensor | None, link: chains.Link) -> Tensor:
+    def _product(self, x: Tensor, weight: Any, bias: Tensor | None, link: chains.Link) -> Tensor:
         raise NotImplementedError(f"{type(self).__name__} does not say how to apply a link")
 
     @property
@@ -197,16 +233,31 @@ class PivotedLayer(SketchedLayer):
             return (*missing[1:], self.offset)
         return (*missing[2:], self.offset[: self.ranks[-1]], self.offset[self.ranks[-1] :])
 
-    def _onto_pivots(self, x: Tensor, weight: Tensor | None, link: chains.Link) -> Tensor:
+    def given_to(self, name: str, input: Tensor, weights: Mapping[str, Tensor]) -> Tensor:
+        """What the weight of this name is multiplied with for an input of the layer, biases left out.
+
+        weights: stand in for those before it, by name.
+        """
+        x = input
+        for index, (own, link) in enumerate(zip(self._weight_names, self._links, strict=True)):
+            weight = weights.get(own, getattr(self, own))
+            is_onto = index == 0 and chains.COLUMNS in self.sides
+            if own == name:
+                return self._pivots_and_rest(x, link)[1] if is_onto else x
+            x = self._onto_pivots(x, weight, link) if is_onto else self._product(x, weight, None, link)
+        raise KeyError(f"{type(self).__name__} has no weight {name!r}")
+
+    def _pivots_and_rest(self, x: Tensor, link: chains.Link) -> tuple[Tensor, Tensor]:
         if self.column_order is not None:
             x = x.index_select(self._axis, self.column_order)
-        if weight is None:
-            return x
         pivots = x.narrow(self._axis, 0, link.out_channels)
-        rest = x.narrow(self._axis, link.out_channels, link.in_channels)
-        return pivots + self._product(rest, weight, None, link)
+        return pivots, x.narrow(self._axis, link.out_channels, link.in_channels)
 
-    def _beside_pivots(self, x: Tensor, weight: Tensor | None, bias: Tensor | None, link: chains.Link) -> Tensor:
+    def _onto_pivots(self, x: Tensor, weight: Any, link: chains.Link) -> Tensor:
+        pivots, rest = self._pivots_and_rest(x, link)
+        return pivots if weight is None else pivots + self._product(rest, weight, None, link)
+
+    def _beside_pivots(self, x: Tensor, weight: Any, bias: Tensor | None, link: chains.Link) -> Tensor:
         if weight is not None:
             x = torch.cat((x, self._product(x, weight, bias, link)), self._axis)
         return x if self.row_order is None else x.index_select(self._axis, self.row_order)
@@ -266,12 +317,8 @@ class PivotedLayer(SketchedLayer):
 
     @torch.no_grad()
     def _fill_from(self, weights: Sequence[Tensor], layer: SketchedLayer) -> None:
-        parts, device = list(weights), layer._first_weight().device
-        orders: dict[str, Tensor] = {}
-        if chains.COLUMNS in self.sides:
-            parts, orders["column_order"] = _pivot_columns(parts)
-        if chains.ROWS in self.sides:
-            parts, orders["row_order"] = _pivot_rows(parts)
+        device = layer._first_weight().device
+        parts, orders = pivot(weights, self.sides)
         for name, order in orders.items():
             setattr(self, name, _order(order.to(device)))
         trainable = any(p.requires_grad for name, p in layer.named_parameters() if name != layer.BIAS)
@@ -430,7 +477,7 @@ class SKPivotedLinear(PivotedLayer):
             return super().forward(input)
         return pivoted_linear(input, self.down, self.up, self.offset, order)
 
-    def _product(self, x: Tensor, weight: Tensor, bias: Tensor | None, link: chains.Link) -> Tensor:
+    def _product(self, x: Tensor, weight: Any, bias: Tensor | None, link: chains.Link) -> Tensor:
         return F.linear(x, weight, bias)
 
     def to_dense(self) -> nn.Linear:
@@ -478,11 +525,14 @@ class PivotedConv(PivotedLayer, SketchedConv):
             dtype=like.dtype,
         )
 
-    def _product(self, x: Tensor, weight: Tensor, bias: Tensor | None, link: chains.Link) -> Tensor:
+    def _product(self, x: Tensor, weight: Any, bias: Tensor | None, link: chains.Link) -> Tensor:
         return self.CONVOLVE(x, weight, bias, link.stride, link.padding, link.dilation)
 
     def forward(self, input: Tensor) -> Tensor:
         return super().forward(self._padded(input))
+
+    def given_to(self, name: str, input: Tensor, weights: Mapping[str, Tensor]) -> Tensor:
+        return super().given_to(name, self._padded(input), weights)
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> Self:

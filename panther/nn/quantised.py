@@ -271,10 +271,6 @@ class QuantisedLayer(SketchedLayer):
             "dtype": str(self._first_weight().dtype).removeprefix("torch."),
         }
 
-    def _read_grid(self, read: Config) -> None:
-        bits, size = read.integer("bits", min(BITS.values()), 8), read.integer("group_size", 0, max(GROUP_SIZES))
-        self.grid = grid_of(read.owner, bits, size or None)
-
     def _describe_terms(self) -> str:
         rank = f"rank={self.ranks[0] if len(self.ranks) == 1 else self.ranks}, " if self.ranks else ""
         group = "" if self.grid.group_size is None else f", group_size={self.grid.group_size}"
@@ -306,6 +302,12 @@ def grid_of(owner: str, bits: int, group_size: int | None) -> Grid:
     if group_size is not None and group_size not in GROUP_SIZES:
         raise ValueError(f"{owner}(group_size={group_size!r}): expected None or one of {GROUP_SIZES}")
     return Grid(bits, group_size)
+
+
+def read_grid(read: Config) -> Grid:
+    """That of a config, from the keys "bits" and "group_size"."""
+    bits, size = read.integer("bits", min(BITS.values()), 8), read.integer("group_size", 0, max(GROUP_SIZES))
+    return grid_of(read.owner, bits, size or None)
 
 
 class QuantisedLinear(QuantisedLayer):
@@ -370,7 +372,7 @@ class QuantisedLinear(QuantisedLayer):
         ranks = read.integers("ranks", 0 if scheme == chains.WHOLE else 1, high=MAX_SIZE)
         read.check_numbers(sum(link.params for link in chains.stored_links(scheme, shape, ranks)))
         new = cls._bare()
-        new._read_grid(read)
+        new.grid = read_grid(read)
         new._build(shape, scheme, ranks, bias=read.flag("bias"), dtype=read.dtype())
         return new
 
@@ -413,7 +415,7 @@ class QuantisedConv(QuantisedLayer, SketchedConv):
         ranks = read.integers("ranks", count, high=MAX_SIZE)
         read.check_numbers(sum(link.params for link in chains.stored_links(scheme, shape, ranks)))
         new = cls._bare()
-        new._read_grid(read)
+        new.grid = read_grid(read)
         bias, dtype = read.flag("bias"), read.dtype()
         new._build(shape, mode, scheme, ranks, low_rank=max(ranks, default=1), bias=bias, dtype=dtype)
         return new

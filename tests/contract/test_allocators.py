@@ -326,6 +326,64 @@ def test_a_layer_whose_smallest_error_breaks_the_model_stays_dense_when_it_can()
 # The convex machinery
 
 
+def lower_bound(problem: Problem, target: Target) -> float:
+    """No plan within the limits loses less: the best of many weights on what is used of each limit beyond all of it."""
+    limits = target.limits()
+    tables = [
+        [(problem.loss(c), [getattr(c.cost, name) / limit for name, limit in limits.items()]) for c in choices]
+        for choices in problem.options.values()
+    ]
+
+    def bound(weights: Sequence[float]) -> float:
+        def lagrangian(row: tuple[float, list[float]]) -> float:
+            return row[0] + sum(w * used for w, used in zip(weights, row[1], strict=True))
+
+        return sum(min(map(lagrangian, rows)) for rows in tables) - sum(weights)
+
+    steps = [0.0, *(2.0 ** (n / 2) for n in range(-4, 13))]
+    return max(bound(weights) for weights in itertools.product(steps, repeat=len(limits)))
+
+
+class Stored(Problem):
+    """Layers whose weights may have fewer ranks, which saves operations and bytes, or fewer bits, which saves bytes."""
+
+    @staticmethod
+    def _layer(name: str, ranks: int, rng: random.Random) -> list[Choice]:
+        params, work = rng.randint(3_000, 40_000), rng.randint(3_000, 40_000)
+        steep, rounding = rng.uniform(2, 8), rng.uniform(0.5, 2)
+        found = [Choice(name, packing="dense", cost=Cost(params, work, 4 * params))]
+        for bits, error in ((32, 0.0), (8, 1e-4), (4, 1e-2), (3, 4e-2)):
+            for rank in range(1, ranks + (bits < 32)):
+                part = rank / ranks
+                lost = math.exp(-steep * part) - math.exp(-steep) + rounding * error * (1 if rank == ranks else 0.7)
+                cost = Cost(int(part * params), int(part * work), int(part * params * bits / 8))
+                found.append(Choice(name, f"{bits} bits", (rank,), error=lost, cost=cost))
+        return sorted(found, key=lambda c: (c.cost.params, c.cost.size_bytes))
+
+
+@pytest.mark.parametrize("shares", [(0.5, 0.125), (0.4, 0.2), (0.7, 0.1), (0.3, 0.06)])
+def test_operations_and_bytes_cost_hardly_more_than_any_plan_must(shares: Sequence[float]) -> None:
+    for seed in range(3):
+        problem = Stored(30, 24, seed)
+        target = Target(
+            flops=int(shares[0] * problem.dense.flops), size_bytes=int(shares[1] * problem.dense.size_bytes)
+        )
+        plan = convex(problem.options, target, problem.loss)
+        assert target.is_met_by(total(plan))
+        assert problem.evaluate(plan) <= 1.03 * lower_bound(problem, target)
+
+
+def test_a_choice_that_breaks_the_model_is_not_taken_for_several_limits_either() -> None:
+    problem = PROBLEMS[0]
+    target = problem.target(0.7, ("params", "flops"))
+
+    def loss(choice: Choice) -> float:
+        return math.inf if choice.layer == "layer2" and choice.error > 0 else problem.loss(choice)
+
+    plan = {choice.layer: choice for choice in convex(problem.options, target, loss)}
+    assert target.is_met_by(total(list(plan.values()))) and plan["layer2"].is_dense
+
+
 def test_what_a_plan_leaves_of_a_limit_is_spent_where_it_gains_most() -> None:
     options = {
         name: [Choice(name, "linear", (r,), error=worth / r, cost=Cost(10 * r)) for r in (1, 2, 3)]
