@@ -2,7 +2,7 @@
 
 The model is exported with the float weights that its numbers stand for; afterwards each of these in the file is put
 back as numbers and scales. Eight bits are int8. Four bits are int4, and groups of numbers are blocks, from opset 21 on.
-`round_inputs` makes products of whole numbers of them.
+bfloat16 has a Cast in place of DequantizeLinear. `round_inputs` makes products of whole numbers of them.
 """
 
 from __future__ import annotations
@@ -76,13 +76,17 @@ def least_opset(parts: Parts) -> int | None:
 
 @dataclass(frozen=True)
 class _Numbers:
-    """A weight as ONNX holds it: whole numbers, scales, and along which axis these differ."""
+    """A weight as ONNX holds it: whole numbers, scales, and along which axis these differ; or bfloat16, without any."""
 
     values: np.ndarray[Any, Any]
     scales: np.ndarray[Any, Any]
     axis: int
     block: int | None
     shape: tuple[int, ...]  # that the reader wants
+
+    @property
+    def is_bfloat16(self) -> bool:
+        return bool(self.values.dtype.name == "bfloat16")
 
     @property
     def transposed(self) -> _Numbers:
@@ -138,7 +142,7 @@ def put_numbers(program: Any, parts: Parts) -> list[str]:
 
 def _bits_in_file(grid: Grid, opset: int) -> int:
     """That a number takes."""
-    return 4 if grid.bits <= 4 and opset >= BLOCKS_FROM else 8
+    return 4 if grid.bits <= 4 and opset >= BLOCKS_FROM else max(8, grid.bits)
 
 
 def _written_from(part: StoredWeight) -> int | None:
@@ -167,7 +171,7 @@ def _put(graph: Any, name: str, part: StoredWeight, numbers: _Numbers) -> bool:
             _replace(graph, value, numbers, is_turned=True)
             return True
         if value.name == own and got.shape == wanted.shape:
-            scaled = _with_factors(numbers, wanted, got)
+            scaled = None if numbers.is_bfloat16 else _with_factors(numbers, wanted, got)
             if scaled is not None:
                 _replace(graph, value, scaled)
                 return True
@@ -190,6 +194,10 @@ def _numbers(part: StoredWeight, opset: int) -> _Numbers:
     import ml_dtypes  # comes with onnx
 
     grid = part.grid
+    if grid.is_bfloat16:
+        return _Numbers(
+            _array(part.values.view(torch.bfloat16)).reshape(part.size), _array(part.scales), 0, None, part.size
+        )
     whole = part.values if grid.bits == 8 else unpacked_int4(part.values, part.columns)
     values, scales = _array(whole), _array(part.scales)
     if _bits_in_file(grid, opset) == 4:
@@ -358,15 +366,20 @@ def _dequantised(graph: Any, name: str, numbers: _Numbers, *, turned: bool) -> A
     held = numbers.transposed if turned else numbers
     # Blocks are of a matrix: a convolution's weight is one until it has been widened.
     shape = None if numbers.block is None or len(numbers.shape) == 2 else np.array(numbers.shape, dtype=np.int64)
-    given = [_constant(graph, f"{name}.values", held.values), _constant(graph, f"{name}.scales", held.scales)]
-    block = {} if held.block is None else {"block_size": held.block}
-    made = [ir.node("DequantizeLinear", given, attributes={"axis": held.axis, **block})]
+    given = [_constant(graph, f"{name}.values", held.values)]
+    kind = ir.TensorType(ir.DataType.from_numpy(held.scales.dtype))
+    if held.is_bfloat16:
+        made = [ir.node("Cast", given, attributes={"to": int(kind.dtype)})]
+    else:
+        given.append(_constant(graph, f"{name}.scales", held.scales))
+        block = {} if held.block is None else {"block_size": held.block}
+        made = [ir.node("DequantizeLinear", given, attributes={"axis": held.axis, **block})]
     if shape is not None:
         made.append(ir.node("Reshape", [made[0].outputs[0], _constant(graph, f"{name}.size", shape)]))
     for node in made:
         node.outputs[0].name = f"{name}.{node.op_type}"
     result = made[-1].outputs[0]
-    result.shape, result.type = ir.Shape(held.shape), given[1].type
+    result.shape, result.type = ir.Shape(held.shape), kind
     graph.insert_before(graph[0], made)
     return result
 

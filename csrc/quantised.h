@@ -25,6 +25,7 @@ inline int group_shift(int64_t columns, int64_t groups) {
 }
 
 // A matrix (rows, columns): int8 values, or uint8 ones that hold two numbers of four bits; and scales (rows, groups).
+// Or int16 values, which are the bits of bfloat16 numbers, and no scales (rows, 0).
 struct Quantised {
   Tensor values;
   Tensor scales;
@@ -32,11 +33,12 @@ struct Quantised {
 
   int64_t rows() const { return values.size(0); }
   bool has_four_bits() const { return values.scalar_type() == ScalarType::Byte; }
+  bool is_bfloat16() const { return values.scalar_type() == ScalarType::Short; }
   int64_t values_in_a_row() const { return has_four_bits() ? (columns + 1) / 2 : columns; }
 
   bool scales_fit() const {
-    return values.dim() == 2 && scales.dim() == 2 && scales.size(0) == rows() &&
-           group_shift(columns, scales.size(1)) >= 0;
+    if (values.dim() != 2 || scales.dim() != 2 || scales.size(0) != rows()) return false;
+    return is_bfloat16() ? scales.size(1) == 0 : group_shift(columns, scales.size(1)) >= 0;
   }
 };
 
@@ -55,17 +57,31 @@ core::Whole<T> weights(const Quantised& matrix) {
           group_shift(matrix.columns, groups)};
 }
 
+inline core::Plain<core::BFloat16> bfloat16_weights(const Quantised& matrix) {
+  return {static_cast<const core::BFloat16*>(matrix.values.const_data_ptr()), matrix.columns};
+}
+
 // x (rows, columns) -> y (rows, out), contiguous.
 inline void few_rows(const float* x, const Quantised& matrix, const float* bias, float* y, int64_t rows) {
   const int64_t in = matrix.columns, out = matrix.rows();
   if (matrix.has_four_bits()) {
     run<core::Int4>({x, weights<core::Nibbles>(matrix), bias, y, rows, in, out, in, out});
+  } else if (matrix.is_bfloat16()) {
+    run<core::Plain<core::BFloat16>>({x, bfloat16_weights(matrix), bias, y, rows, in, out, in, out});
   } else {
     run<core::Int8>({x, weights<int8_t>(matrix), bias, y, rows, in, out, in, out});
   }
 }
 
+template <class T>
+void widen_bfloat16(const Quantised& matrix, int64_t first, int64_t last, T* wide) {
+  const core::BFloat16* values = bfloat16_weights(matrix).numbers;
+  std::transform(values + first * matrix.columns, values + last * matrix.columns, wide,
+                 [](core::BFloat16 value) { return static_cast<T>(core::widened(value)); });
+}
+
 inline void widen(const Quantised& matrix, int64_t first, int64_t last, float* wide) {
+  if (matrix.is_bfloat16()) return widen_bfloat16(matrix, first, last, wide);
   if (matrix.has_four_bits()) {
     core::widen(weights<core::Nibbles>(matrix), first, last, wide);
   } else {
@@ -86,6 +102,7 @@ void widen_in_double(const Quantised& matrix, int64_t first, int64_t last, doubl
 }
 
 inline void widen(const Quantised& matrix, int64_t first, int64_t last, double* wide) {
+  if (matrix.is_bfloat16()) return widen_bfloat16(matrix, first, last, wide);
   (matrix.has_four_bits() ? widen_in_double<core::Nibbles> : widen_in_double<int8_t>)(matrix, first, last, wide);
 }
 

@@ -32,6 +32,7 @@ inline std::string dtype_text(const Tensor& tensor) {
     case ScalarType::BFloat16: return "bfloat16";
     case ScalarType::Char: return "int8";
     case ScalarType::Byte: return "uint8";
+    case ScalarType::Short: return "int16";
     case ScalarType::Int: return "int32";
     case ScalarType::Long: return "int64";
     case ScalarType::Bool: return "bool";

@@ -130,10 +130,10 @@ def compress(
         on from the sensitivity plan, evaluates `n_trials` plans (40) with eval_fn, or as many as `timeout` seconds
         allow, and takes the best. Ctrl-C ends it with the best so far. Without eval_fn it goes by how far the outputs
         are from the dense model's.
-    dtypes: what weights may be stored in. "int8", "int4" and "int3" add layers of whole numbers with scales, alone
-        and as factors, for budgets of size_mb (they save bytes, and no operations); "float32" is each layer's own
-        dtype, and without it every layer that is changed is one of whole numbers. Healing trains with the rounding in
-        place.
+    dtypes: what weights may be stored in. "int8", "int4" and "int3" add layers of whole numbers with scales, alone and
+        as factors, for budgets of size_mb (they save bytes, and no operations), "bfloat16" the same at half the bytes;
+        "float32" is each layer's own dtype, and without it every layer that is changed is stored in one of the others.
+        Healing trains with the rounding in place.
     heal: "none" (biases only), "refit" (closed form), "blocks", "distill" or "auto" (all of them, 300 s at most), or a
         panther.Heal with its limits. It needs calib_data. The layers of a result that the clock cut short differ from
         run to run; Heal(steps=...) does not look at the clock before its time limit.

@@ -189,6 +189,7 @@ def _parser() -> _Parser:
     add("--search", default="sensitivity", metavar="NAME", help=f"{', '.join(ALLOCATORS)} (default: sensitivity)")
     add("--trials", type=int, metavar="N", help=f"plans that --search tuned evaluates with --eval (default: {TRIALS})")
     add("--timeout", type=float, metavar="SECONDS", help="of --search tuned, which then ends with the best so far")
+    add("--bfloat16", action="store_true", help="store weights in bfloat16, alone or as factors: half of the bytes")
     add("--int8", action="store_true", help="store weights in 8 bits, alone or as factors")
     add("--int4", action="store_true", help="store them in 4 bits; with --int8 in whichever suits each layer")
     add("--int3", action="store_true", help="store them in 3 bits; beside the others for small files")

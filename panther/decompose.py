@@ -430,7 +430,7 @@ def packings_in(scheme: str, grid: Grid) -> tuple[str, ...]:
 
 def _is_coarse(grid: Grid) -> bool:
     """Whether its errors are worth making up for; scales of groups are the cheaper correction where there are some."""
-    return grid.bits < max(BITS.values()) and grid.group_size is None
+    return grid.bits < BITS["int8"] and grid.group_size is None
 
 
 def _lost_by(factors: Factors, weight: Tensor) -> Callable[[Tensor], float]:
@@ -492,7 +492,6 @@ def candidates(
             ranks,
             packing,
             error=error,
-            dtype=spec.dtype,
             cost=chains.chain_cost(scheme, spec, ranks, bytes_per_number, packing) + gained,
         )
         for scheme, decomposed in factors.schemes.items()
@@ -509,7 +508,7 @@ def candidates(
         if smaller or whole_numbers or not gained.params
         else f"no rank pays: the layer would gain a bias of {gained.params:,} numbers"
     )
-    dense = Choice(spec.name, packing="dense", dtype=spec.dtype, cost=cost, reason=reason)
+    dense = Choice(spec.name, packing="dense", cost=cost, reason=reason)
     return (*sorted([*smaller, *whole_numbers], key=lambda c: (c.cost.params, c.cost.size_bytes, c.error)), dense)
 
 
@@ -541,7 +540,7 @@ def _quantised(factors: Factors, gained: Cost, dtypes: Sequence[str]) -> Iterato
 
     for grid, known in factors.rounding.items():
         dtype = next(name for name, bits in BITS.items() if bits == grid.bits)
-        if dtype not in dtypes:
+        if dtype not in dtypes or (grid.is_bfloat16 and spec.dtype in ("bfloat16", "float16")):
             continue
         # A layer without a bias keeps none: the mean error of rounding is small.
         yield choice(chains.WHOLE, (), dtype, grid, known.whole, Cost())

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from panther.sketches import with_ridge
-from panther.spec import Grid
+from panther.spec import BITS, Grid
 
 RANGES = {8: (-127, 127), 4: (-8, 7), 3: (-4, 3), 2: (-2, 1)}  # by bits; with 8, -128 is left out: signs are alike
 CLIPS = tuple(1 - 0.05 * step for step in range(12))  # shares of a group's largest number that are tried as its limit
@@ -25,7 +25,10 @@ BLOCK = 128  # columns whose errors are carried over to the others together
 
 @dataclass(frozen=True)
 class Rounded:
-    """A matrix on a grid: values int8 (m, n), scales (m, groups) as they are stored, in the matrix's dtype."""
+    """A matrix on a grid: values int8 (m, n), scales (m, groups) as they are stored, in the matrix's dtype.
+
+    Of bfloat16 the values are int16, the bits of the numbers, and there are no scales (m, 0).
+    """
 
     values: Tensor
     scales: Tensor
@@ -33,6 +36,8 @@ class Rounded:
 
     def matrix(self) -> Tensor:
         """What it stands for, (m, n), in the dtype of the scales."""
+        if self.grid.is_bfloat16:
+            return self.values.view(torch.bfloat16).to(self.scales.dtype)
         return self.values.to(self.scales.dtype) * spread(self.scales, self.values.shape[1], self.grid)
 
 
@@ -74,9 +79,21 @@ def to_nearest(matrix: Tensor, grid: Grid, weights: Tensor | None = None, dtype:
     dtype: of the scales as they are stored; the matrix's own unless it is given.
     """
     dtype = dtype or matrix.dtype
+    if grid.is_bfloat16:
+        return as_bfloat16(matrix, dtype)
     scales = scales_for(matrix, grid, weights, dtype).to(dtype)
     steps = spread(scales.to(matrix.dtype), matrix.shape[1], grid)
     return Rounded((matrix / steps).round_().clamp_(*RANGES[grid.bits]).to(torch.int8), scales, grid)
+
+
+def as_bfloat16(matrix: Tensor, dtype: torch.dtype) -> Rounded:
+    """Each number to the nearest of bfloat16; what is finite stays so."""
+    largest = torch.finfo(torch.bfloat16).max
+    return Rounded(
+        matrix.clamp(-largest, largest).bfloat16().contiguous().view(torch.int16),
+        matrix.new_empty(len(matrix), 0, dtype=dtype),
+        Grid(BITS["bfloat16"]),
+    )
 
 
 def in_data_norm(matrix: Tensor, moment: Tensor, grid: Grid, dtype: torch.dtype | None = None) -> Rounded:
@@ -91,7 +108,7 @@ def in_data_norm(matrix: Tensor, moment: Tensor, grid: Grid, dtype: torch.dtype 
     """
     wide = matrix.double()
     diagonal = moment.diagonal()
-    if not bool(diagonal.sum() > 0):
+    if grid.is_bfloat16 or not bool(diagonal.sum() > 0):
         return to_nearest(matrix, grid, dtype=dtype)
     dtype = dtype or matrix.dtype
     scales = scales_for(wide, grid, diagonal, dtype).to(dtype)

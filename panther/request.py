@@ -16,7 +16,7 @@ from panther.progress import Progress
 from panther.spec import BITS, DTYPES, Budget, Grid, Heal, Plan
 
 # Numbers that share a scale, by bits. With eight bits one scale a row loses next to nothing.
-GROUPS: dict[int, tuple[int | None, ...]] = {8: (None,), 4: (None, 128, 32), 3: (None, 128, 32)}
+GROUPS: dict[int, tuple[int | None, ...]] = {16: (None,), 8: (None,), 4: (None, 128, 32), 3: (None, 128, 32)}
 
 MAX_SEED = 2**63 - 1  # of torch's generators, NumPy's and those of this package's kernels
 

@@ -23,8 +23,9 @@ PLAN_VERSION = 1
 MODES = ("none", "refit", "blocks", "distill", "auto")  # of healing
 TIME_LIMIT = 300.0
 
-BITS = {"int8": 8, "int4": 4, "int3": 3}  # of the numbers of quantised weights
+BITS = {"bfloat16": 16, "int8": 8, "int4": 4, "int3": 3}  # of the numbers of weights that are stored shorter
 SCALE_BYTES = 2  # of a scale in a file: none has more digits than bfloat16
+STORED_SHORTER = ("quantised", "pivoted")  # the packings of such weights
 DTYPES = ("float32", *BITS)  # what weights may be stored in; the first stands for the layer's own
 
 BUDGET_FIELDS = ("params", "flops", "size_mb", "latency_ms", "peak_memory_mb", "max_drop")
@@ -165,17 +166,28 @@ class Cost:
 
 @dataclass(frozen=True)
 class Grid:
-    """How a matrix is rounded: bits a number, and how many neighbours in a row share a scale (None: all)."""
+    """How a matrix is rounded: bits a number, and how many neighbours in a row share a scale (None: all).
+
+    16 bits are bfloat16, which has no scales; fewer are whole numbers.
+    """
 
     bits: int
     group_size: int | None = None
 
     def __str__(self) -> str:
         """ "int4, groups of 32"."""
+        if self.is_bfloat16:
+            return "bfloat16"
         return f"int{self.bits}" + ("" if self.group_size is None else f", groups of {self.group_size}")
+
+    @property
+    def is_bfloat16(self) -> bool:
+        return self.bits == BITS["bfloat16"]
 
     def groups(self, columns: int) -> int:
         """Scales a row."""
+        if self.is_bfloat16:
+            return 0
         return 1 if self.group_size is None else max(1, -(-columns // self.group_size))
 
     def size_bytes(self, rows: int, columns: int) -> int:
@@ -188,15 +200,15 @@ class Choice:
     """What becomes of one layer: a scheme and its ranks, or "dense" with the reason.
 
     The scheme "channels" is a dense layer with fewer inputs or outputs; with `channels`, the others are of that layer.
-    With the packing "quantised" the weights of the scheme are whole numbers: "whole" is the dense weight, "corrected"
-    the same and a chain for part of its error.
+    With the packing "quantised" the weights of the scheme are whole numbers, or bfloat16: "whole" is the dense weight,
+    "corrected" the same and a chain for part of its error. What "pivoted" chains are stored in says the dtype.
     """
 
     layer: str
     scheme: str = "dense"
     ranks: tuple[int, ...] = ()
     packing: str = "two_gemm"
-    dtype: str = "float32"
+    dtype: str = "float32"  # of DTYPES; "float32" stands for the layer's own
     error: float = 0.0  # predicted: see LayerReport
     cost: Cost = Cost()
     reason: str = ""
@@ -211,7 +223,7 @@ class Choice:
     def grid(self) -> Grid | None:
         """What its weights are rounded to, if they are."""
         bits = BITS.get(self.dtype)
-        return None if bits is None or self.is_dense else Grid(bits, self.group_size or None)
+        return None if bits is None or self.packing not in STORED_SHORTER else Grid(bits, self.group_size or None)
 
     @property
     def kind(self) -> tuple[str, tuple[int, ...], str, int, Grid | None]:

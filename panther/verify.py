@@ -353,7 +353,7 @@ def _stored_cost(spec: LayerSpec, layer: SketchedLayer) -> Cost:
         gained = 0 if spec.has_bias or layer.bias is None else layer.bias.numel()
         size = sum(tensor_bytes(tensor) for part in layer.stored for tensor in part.for_file().values())
         size += sum(tensor_bytes(order) for name in ORDERS if (order := getattr(layer, name, None)) is not None)
-        grids = [part.grid for part in layer.stored]
+        grids = chains.grids_for(layer.scheme, layer.grid, len(layer._links))
         cost = chains.quantised_cost(layer.scheme, now, layer.ranks, grids, layer.PACKING)
         return changed(cost, size_bytes=size) + Cost(gained, 0, gained * layer.stored[0].scales.element_size())
     counted = [tensor for name, tensor in stored_tensors(layer).items() if name != layer.BIAS or not spec.has_bias]

@@ -77,7 +77,7 @@ def kinds(path: Path) -> dict[str, set[str]]:
     }
 
 
-@pytest.mark.parametrize("grid", [Grid(8), Grid(4), Grid(4, 32), Grid(8, 64), Grid(3), Grid(3, 32)], ids=str)
+@pytest.mark.parametrize("grid", [Grid(16), Grid(8), Grid(4), Grid(4, 32), Grid(8, 64), Grid(3), Grid(3, 32)], ids=str)
 @pytest.mark.parametrize("make", [with_whole, with_chains, with_correction], ids=lambda f: f.__name__)
 @pytest.mark.parametrize("build", [net, conv_net], ids=lambda f: f.__name__)
 def test_onnxruntime_agrees_and_the_file_holds_whole_numbers(build: Any, make: Any, grid: Grid, tmp_path: Path) -> None:
@@ -88,8 +88,8 @@ def test_onnxruntime_agrees_and_the_file_holds_whole_numbers(build: Any, make: A
     report = write(small, tmp_path / "small.onnx", inputs(dense))
     assert report.ok and report.checks and all(check.ok for check in report.checks), report.notes
     found = kinds(report.path)
-    assert "DequantizeLinear" in found["operators"]
-    assert ("INT8" if grid.bits == 8 else "INT4") in found["numbers"]
+    assert ("Cast" if grid.bits == 16 else "DequantizeLinear") in found["operators"]
+    assert {16: "BFLOAT16", 8: "INT8"}.get(grid.bits, "INT4") in found["numbers"]
     assert any("weights of 3 bits take 4 in the file: ONNX has no int3" in n for n in report.notes) == (grid.bits == 3)
     assert not any("float numbers in the file" in note for note in report.notes)
     whole = write(dense.eval(), tmp_path / "dense.onnx", inputs(dense))

@@ -1,4 +1,4 @@
-"""A dense layer of eight or four bits: how its weight is stored, and the kernel that multiplies by it."""
+"""A dense layer of eight or four bits, or of bfloat16: how it is stored, and the kernel that multiplies by it."""
 
 import pytest
 import torch
@@ -13,7 +13,12 @@ GROUPS = (None, 32, 64, 128)
 eight_or_four = pytest.mark.parametrize("bits", [8, 4])
 
 
+every_width = pytest.mark.parametrize("bits", [8, 4, 16])  # 16: bfloat16, which has no groups
+
+
 def stored(weight, group_size, bits):
+    if bits == 16:
+        return weight.bfloat16().view(torch.int16), weight.new_empty(len(weight), 0)
     values, scales = quantised(weight, group_size, bits)
     return packed_int4(values) if bits == 4 else values, scales
 
@@ -33,7 +38,7 @@ def assert_within_the_rounding_bound(got, inputs):
 
 
 @needs_kernels
-@eight_or_four
+@every_width
 @pytest.mark.parametrize("group_size", GROUPS)
 @pytest.mark.parametrize("rows", [0, 1, 2, 3, 5, 6, 7, 20, 128, 129])
 @pytest.mark.parametrize("sizes", [(31, 13), (1, 3), (65, 37), (260, 66)], ids=str)
@@ -61,7 +66,7 @@ def test_what_lies_after_the_last_number_of_a_row_never_counts(columns, bits):
         torch.testing.assert_close(got, torch.full((rows, 13), 0.5e38))
 
 
-@eight_or_four
+@every_width
 @pytest.mark.parametrize("rows", [2, 129])
 @pytest.mark.parametrize("group_size", [None, 64])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
@@ -76,7 +81,7 @@ def test_weight_above_the_size_of_a_tile_is_widened_in_parts(rows, group_size, d
 
 
 @needs_kernels
-@eight_or_four
+@every_width
 @pytest.mark.parametrize(("group_size", "size_in"), [(32, 77), (None, 48), (128, 301)])
 def test_every_row_within_the_kernel_has_the_bits_of_that_row_alone(group_size, size_in, bits, instruction_set):
     if instruction_set == "scalar":
@@ -88,7 +93,7 @@ def test_every_row_within_the_kernel_has_the_bits_of_that_row_alone(group_size, 
 
 
 @needs_kernels
-@eight_or_four
+@every_width
 @pytest.mark.parametrize("rows", [1, 5, 20])
 def test_number_of_threads_changes_no_bit(rows, threads, bits):
     inputs, results = inputs_of(rows, 641, 1003, 64, bits), []
@@ -99,7 +104,7 @@ def test_number_of_threads_changes_no_bit(rows, threads, bits):
     assert torch.equal(results[0], results[2])
 
 
-@eight_or_four
+@every_width
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("rows", [3, 150])
 def test_half_precision_is_rounded_at_the_end(rows, dtype, bits):
@@ -112,7 +117,7 @@ def test_half_precision_is_rounded_at_the_end(rows, dtype, bits):
     torch.testing.assert_close(got.double(), exact, rtol=0.02, atol=0.02 * float(exact.abs().mean()))
 
 
-@eight_or_four
+@every_width
 @pytest.mark.parametrize("lead", [(), (1,), (2, 3), (2, 1, 70), (3, 0, 2)], ids=str)
 def test_leading_dimensions_are_kept(lead, bits):
     _, *others = inputs_of(1, 33, 5, None, bits)
@@ -122,7 +127,7 @@ def test_leading_dimensions_are_kept(lead, bits):
     torch.testing.assert_close(y, REFERENCE(x, *others))
 
 
-@eight_or_four
+@every_width
 @pytest.mark.parametrize("rows", [2, 150])
 def test_views_give_what_their_copies_give(rows, bits):
     x, values, scales, bias = inputs_of(2 * rows, 64, 14, 32, bits)
@@ -132,7 +137,7 @@ def test_views_give_what_their_copies_give(rows, bits):
     torch.testing.assert_close(quantised_linear(*views), quantised_linear(*copies))
 
 
-@eight_or_four
+@every_width
 @pytest.mark.parametrize("rows", [0, 2])
 def test_layer_without_inputs_or_outputs_gives_the_bias_or_nothing(rows, bits):
     width = torch.uint8 if bits == 4 else torch.int8
@@ -144,7 +149,7 @@ def test_layer_without_inputs_or_outputs_gives_the_bias_or_nothing(rows, bits):
     assert quantised_linear(*inputs_of(rows, 9, 0, None, bits)).shape == (rows, 0)
 
 
-@eight_or_four
+@every_width
 def test_infinities_and_nans_of_the_input_pass_through(bits):
     x, *others = inputs_of(2, 20, 8, None, bits)
     x[0, 3] = torch.nan
@@ -227,17 +232,22 @@ def changed(position, value, bits=8):
 
 
 BAD = {
-    "sizes differ": (changed(0, torch.ones(2, 40)), "or None, one group a row or one for 32, 64 or 128 numbers; got"),
+    "sizes differ": (changed(0, torch.ones(2, 40)), "of int16, the bits of bfloat16, no groups; got"),
     "four bits of another size": (changed(0, torch.ones(2, 43), 4), "got (2, 43), (3, 21), (3, 1), (3)"),
     "no such group size": (changed(2, torch.ones(3, 7)), "got (2, 41), (3, 41), (3, 7), (3)"),
     "scales of other rows": (changed(2, torch.ones(4, 1)), "got (2, 41), (3, 41), (4, 1), (3)"),
     "no scales": (changed(2, torch.ones(3, 0)), "(3, 41), (3, 0)"),
     "bias of another size": (changed(3, torch.ones(4)), "(3, 1), (4)"),
     "no bias": ((torch.ones(2, 3), torch.ones(3, 4, dtype=torch.int8), torch.ones(3, 1), None), "(3, 1), None"),
-    "float values": (changed(1, torch.ones(3, 41)), "expected int8 or uint8 values"),
+    "float values": (changed(1, torch.ones(3, 41)), "expected int8, uint8 or int16 values"),
     "wide values": (changed(1, torch.ones(3, 41, dtype=torch.int32)), "got float32, int32, float32, float32"),
     "scales of another dtype": (changed(2, torch.ones(3, 1).double(), 4), "got float32, uint8, float64, float32"),
     "whole numbers": (tuple(value.to(torch.int8) for value in inputs_of(2, 41, 3)), "got int8, int8, int8, int8"),
+    "bfloat16 with scales": (changed(1, torch.ones(3, 41, dtype=torch.int16)), "(3, 41), (3, 1)"),
+    "bfloat16 of another size": (
+        (torch.ones(2, 3), torch.ones(3, 4, dtype=torch.int16), torch.ones(3, 0), None),
+        "(3, 4), (3, 0), None",
+    ),
     "x without dimensions": (changed(0, torch.tensor(1.0)), "got (), (3, 41)"),
     "values of three dimensions": (changed(1, torch.ones(1, 3, 41, dtype=torch.int8)), "got (2, 41), (1, 3, 41)"),
 }

@@ -20,7 +20,7 @@ from panther import chains, prepared, verify
 from panther.batches import Call, as_call
 from panther.errors import LoadError
 from panther.healers.rounding import round_layers
-from panther.nn import IN_WHOLE_NUMBERS
+from panther.nn import IN_WHOLE_NUMBERS, QUANTISED
 from panther.nn.on_grid import held, is_held
 from panther.nn.quantised import packed_bits, unpacked_bits
 from panther.spec import Choice, Plan
@@ -698,3 +698,61 @@ def test_room_for_the_header_is_not_taken_from_the_weights() -> None:
     plain = panther.compress(model, 1.0, **{**options, "plan": everything(model, "int8")})
     found = panther.compress(model, panther.Budget(size_mb=(plain.report.compressed.size_bytes + 300) / 1e6), **options)
     assert found.budget_met and all(choice.dtype != "int4" for choice in found.plan.sketched)
+
+
+# bfloat16
+
+
+@pytest.mark.parametrize("build", [net, cnn], ids=["linear", "convolutions"])
+def test_bfloat16_halves_the_weights_and_changes_next_to_nothing(build: Any, tmp_path: Path) -> None:
+    model = build()
+    result = compress(model, panther.Budget(size_mb="60%"), dtypes=("float32", "bfloat16"), verify=True)
+    assert result.budget_met and error(model, result.model) < 1e-4
+    stored = {row.stored for row in result.report.layers}
+    assert "bfloat16" in stored and stored <= {"bfloat16", ""}
+    result.save(tmp_path / "small")
+    again = panther.load(tmp_path / "small", model=build)
+    x = rows(1, seed=7)[0] if build is net else images(1, seed=7)[0]
+    with torch.no_grad():
+        assert torch.equal(again(x), result.model(x))
+    assert result.export_onnx(tmp_path / "small.onnx").ok
+    held_as = {
+        str(t.dtype) for name, t in load_file(tmp_path / "small" / "model.safetensors").items() if "values" in name
+    }
+    assert held_as == {"torch.int16"}
+
+
+@pytest.mark.parametrize("build", [net, cnn], ids=["linear", "convolutions"])
+def test_factors_in_bfloat16_take_half_of_the_bytes_of_others(build: Any) -> None:
+    model = build()
+    budget = panther.Budget(flops=0.6)
+    floats, halves = (compress(model, budget, dtypes=(dtype,)) for dtype in ("float32", "bfloat16"))
+    assert floats.budget_met and halves.budget_met
+    sizes = [sum(row.after.size_bytes for row in r.report.layers) for r in (floats, halves)]
+    assert sizes[1] < 0.6 * sizes[0] and error(model, halves.model) < 1.1 * error(model, floats.model) + 1e-4
+
+
+def test_healing_trains_what_bfloat16_holds() -> None:
+    model = net()
+    heal = panther.Heal("distill", steps=60, learning_rate=1e-4, time_limit=1e6)
+    result = compress(model, panther.Budget(flops=0.5), dtypes=("bfloat16",), heal=heal)
+    healing = result.report.healing
+    assert healing is not None and healing.after < healing.before
+    for layer in quantised_layers(result.model).values():
+        assert all(part.values.dtype == torch.int16 and part.scales.numel() == 0 for part in layer.stored)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_model_of_half_precision_gains_nothing_from_it(dtype: torch.dtype) -> None:
+    model = net().to(dtype)
+    data = [x.to(dtype) for x in rows(4)]
+    given: dict[str, Any] = {"example_inputs": data[0], "calib_data": data, "progress": False, "heal": "none"}
+    result = panther.compress(model, panther.Budget(size_mb="60%"), dtypes=("float32", "bfloat16"), **given)
+    assert result.budget_met and not quantised_layers(result.model)
+
+
+def test_numbers_beyond_its_range_stay_finite() -> None:
+    layer = nn.Linear(4, 3)
+    layer.weight.data[0, 0] = torch.finfo(torch.float32).max
+    small = QUANTISED[nn.Linear].from_dense(layer, bits=16)
+    assert bool(torch.isfinite(small.weight.clone()).all())

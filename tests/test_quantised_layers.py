@@ -23,7 +23,7 @@ from panther.spec import Grid
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*would be smaller:UserWarning")  # layers this small hardly pay
 
-GRIDS = [Grid(8), Grid(4), Grid(4, 32), Grid(8, 64), Grid(3), Grid(3, 32)]
+GRIDS = [Grid(8), Grid(4), Grid(4, 32), Grid(8, 64), Grid(3), Grid(3, 32), Grid(16)]
 DENSE: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "linear": (lambda: nn.Linear(71, 9), (5, 71)),
     "linear, no bias, 3-d": (lambda: nn.Linear(40, 6, bias=False), (2, 3, 40)),
@@ -187,8 +187,9 @@ def test_scales_that_were_cut_off_do_not_load() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"bits": 5}, "expected 8, 4 or 3"),
-        ({"bits": True}, "expected 8, 4 or 3"),
+        ({"bits": 5}, "expected 16"),
+        ({"bits": True}, "expected 16"),
+        ({"bits": 16, "group_size": 32}, "bfloat16 has no scales"),
         ({"group_size": 16}, "group_size=16"),
     ],
 )

@@ -1,4 +1,4 @@
-// panther::quantised_linear on the CPU: y = x W^T + bias with a W of eight or four bits.
+// panther::quantised_linear on the CPU: y = x W^T + bias with a W of eight or four bits, or of bfloat16.
 //
 // Few rows run in the kernel of core/thin_linear.h, which widens the numbers as it reads them; more of them with W
 // widened a tile at a time (quantised.h). Bytes moved: in * out, or half of them for four bits, and the scales.
@@ -46,8 +46,9 @@ bool shapes_fit(const Inputs& p) {
 
 bool dtypes_fit(const Inputs& p) {
   const ScalarType dtype = p.x.scalar_type(), stored = p.weight.values.scalar_type();
-  return is_floating(p.x) && (stored == ScalarType::Char || stored == ScalarType::Byte) &&
-         p.weight.scales.scalar_type() == dtype && (!p.bias || p.bias->scalar_type() == dtype);
+  const bool is_stored = stored == ScalarType::Char || stored == ScalarType::Byte || stored == ScalarType::Short;
+  return is_floating(p.x) && is_stored && p.weight.scales.scalar_type() == dtype &&
+         (!p.bias || p.bias->scalar_type() == dtype);
 }
 
 // Refuses in the words of panther/ops/quantised_linear.py.
@@ -55,12 +56,14 @@ void check(const Inputs& p) {
   if (!shapes_fit(p)) {
     throw std::invalid_argument(
         "quantised_linear: expected the shapes x (..., in), values (out, in) of int8 or (out, ceil(in / 2)) of uint8, "
-        "scales (out, groups), bias (out) or None, one group a row or one for 32, 64 or 128 numbers; got " +
+        "scales (out, groups), bias (out) or None, one group a row or one for 32, 64 or 128 numbers, and with values "
+        "(out, in) of int16, the bits of bfloat16, no groups; got " +
         p.list(shape_text, ", None"));
   }
   if (!dtypes_fit(p)) {
     throw std::invalid_argument(
-        "quantised_linear: expected int8 or uint8 values, and one floating-point dtype for x, scales, bias; got " +
+        "quantised_linear: expected int8, uint8 or int16 values, and one floating-point dtype for x, scales, bias; "
+        "got " +
         p.list(dtype_text, ""));
   }
 }

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from panther.quantise import RANGES, Rounded, spread
+from panther.quantise import RANGES, Rounded, as_bfloat16, spread
 from panther.spec import Grid
 
 
@@ -28,6 +28,8 @@ class OnGrid(nn.Module):
         self.register_buffer("scales", scales)
 
     def forward(self, weight: Tensor) -> Tensor:
+        if self.grid.is_bfloat16:
+            return weight + (weight.bfloat16().to(weight) - weight).detach()
         flat = weight.flatten(1)
         low, high = RANGES[self.grid.bits]
         steps = spread(self.scales, flat.shape[1], self.grid)
@@ -113,5 +115,7 @@ def held(layer: nn.Module, name: str) -> Rounded | None:
         return None
     scales, grid = parts[0].scales, parts[0].grid
     flat = parts.original.flatten(1)
+    if grid.is_bfloat16:
+        return as_bfloat16(flat, scales.dtype)
     values = (flat / spread(scales, flat.shape[1], grid)).round().clamp(*RANGES[grid.bits])
     return Rounded(values.to(torch.int8), scales.clone(), grid)

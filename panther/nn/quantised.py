@@ -1,5 +1,7 @@
 """Layers whose weights are whole numbers of 8, 4 or 3 bits with scales: the weight itself, or the links of a chain.
 
+Or numbers of bfloat16, which are counted as 16 bits here and have no scales.
+
 Scheme "whole": the dense weight. A chain's scheme: each of its links. "corrected" (linear layers): the dense weight in
 few bits, and a chain of 8 bits that makes up for part of the error of that: y = b + Q x + up (down x).
 """
@@ -27,7 +29,11 @@ from panther.quantise import Rounded, to_nearest
 from panther.spec import BITS, Grid
 
 GROUP_SIZES = (32, 64, 128)
-HELD_BITS = (8, 4)  # that numbers take in memory and in the ops; others are held in the next larger
+HELD_BITS = {
+    16: torch.int16,
+    8: torch.int8,
+    4: torch.uint8,
+}  # that numbers take in memory and in the ops; others are held in the next larger
 KEYS = ("ranks", "bits", "group_size", "bias", "dtype")
 LINEAR_KEYS = ("in_features", "out_features", "scheme", *KEYS)
 QUANTISED_CONV_KEYS = (*(key for key in CONV_KEYS if key not in COMMON_KEYS), *KEYS)
@@ -38,8 +44,8 @@ CONV_SCHEMES = (chains.WHOLE, *chains.CONV_SCHEMES)
 class StoredWeight(nn.Module):
     """One weight (out, *rest) as whole numbers and scales; its rows are packed each from a new byte on.
 
-    values: int8 (out, columns), or uint8 (out, ceil(columns / 2)), which hold 4 bits or 3. scales: (out, groups). In a
-    file 3 bits are 3 bits, and scales are bfloat16 where that is the same.
+    values: int8 (out, columns), uint8 (out, ceil(columns / 2)), which hold 4 bits or 3, or int16 (out, columns), the
+    bits of bfloat16. scales: (out, groups). In a file 3 bits are 3 bits, and scales bfloat16 where that is the same.
     """
 
     values: Tensor
@@ -51,7 +57,8 @@ class StoredWeight(nn.Module):
         super().__init__()
         self.size, self.grid = tuple(size), grid
         rows, columns = size[0], math.prod(size[1:])
-        kind, held = (torch.int8, columns) if grid.bits == 8 else (torch.uint8, -(-columns // 2))
+        kind = HELD_BITS.get(grid.bits, torch.uint8)
+        held = -(-columns // 2) if kind == torch.uint8 else columns
         self.register_buffer("values", torch.zeros(rows, held, dtype=kind, device=device))
         self.register_buffer("scales", torch.ones(rows, grid.groups(columns), dtype=dtype, device=device))
 
@@ -71,7 +78,7 @@ class StoredWeight(nn.Module):
                 f"expected {(self.size[0], self.columns)} numbers in {self.grid}, got {tuple(rounded.values.shape)} in "
                 f"{rounded.grid}"
             )
-        self.values.copy_(rounded.values if self.grid.bits == 8 else packed_int4(rounded.values))
+        self.values.copy_(packed_int4(rounded.values) if self.values.dtype == torch.uint8 else rounded.values)
         self.scales.copy_(rounded.scales)
         _check_finite("scales of a quantised weight", self.scales)
 
@@ -92,7 +99,8 @@ class StoredWeight(nn.Module):
         Raises: ValueError when they are of other shapes or types.
         """
         dtype, short = self.scales.dtype, torch.bfloat16
-        sizes = (self.size[0], -(-self.columns * self.grid.bits // 8)), tuple(self.scales.shape)
+        held = -(-self.columns * self.grid.bits // 8 // self.values.element_size())
+        sizes = (self.size[0], held), tuple(self.scales.shape)
         expected = (values, sizes[0], self.values.dtype), (scales, sizes[1], short if scales.dtype == short else dtype)
         for name, (tensor, size, kind) in zip(("values", "scales"), expected, strict=True):
             if tensor.dtype != kind:
@@ -220,8 +228,8 @@ class QuantisedLayer(SketchedLayer):
     ) -> Self:
         """The quantised layer nearest to a dense one, judged by the weight alone (compress() also looks at data).
 
-        bits: 8, 4 or 3. group_size: 32, 64 or 128 neighbours share a scale; None: all of a row. dtype, device, bias and
-        training flag stay as they are.
+        bits: 16 (bfloat16), 8, 4 or 3. group_size: 32, 64 or 128 neighbours share a scale; None: all of a row.
+        dtype, device, bias and training flag stay as they are.
 
         Raises: TypeError for a class other than the one this layer stands for, its subclasses included.
                 ValueError for other bits or group sizes, and for a weight with NaN or Inf.
@@ -298,7 +306,9 @@ def unpacked_bits(packed: Tensor, columns: int, bits: int) -> Tensor:
 def grid_of(owner: str, bits: int, group_size: int | None) -> Grid:
     """Raises: ValueError for bits or a group size that no layer stores."""
     if bits not in BITS.values() or isinstance(bits, bool):
-        raise ValueError(f"{owner}(bits={bits!r}): expected 8, 4 or 3")
+        raise ValueError(f"{owner}(bits={bits!r}): expected 16 (bfloat16), 8, 4 or 3")
+    if bits == BITS["bfloat16"] and group_size is not None:
+        raise ValueError(f"{owner}(bits=16, group_size={group_size!r}): bfloat16 has no scales, leave group_size out")
     if group_size is not None and group_size not in GROUP_SIZES:
         raise ValueError(f"{owner}(group_size={group_size!r}): expected None or one of {GROUP_SIZES}")
     return Grid(bits, group_size)
@@ -306,7 +316,10 @@ def grid_of(owner: str, bits: int, group_size: int | None) -> Grid:
 
 def read_grid(read: Config) -> Grid:
     """That of a config, from the keys "bits" and "group_size"."""
-    bits, size = read.integer("bits", min(BITS.values()), 8), read.integer("group_size", 0, max(GROUP_SIZES))
+    bits, size = (
+        read.integer("bits", min(BITS.values()), max(BITS.values())),
+        read.integer("group_size", 0, max(GROUP_SIZES)),
+    )
     return grid_of(read.owner, bits, size or None)
 
 

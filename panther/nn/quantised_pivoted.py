@@ -71,7 +71,7 @@ class QuantisedPivotedLayer(PivotedLayer):
     def from_pivoted(cls, layer: PivotedLayer, *, bits: int = 8, group_size: int | None = None) -> Self:
         """The layer nearest to a pivoted one, judged by its weights alone (compress() also looks at data).
 
-        bits: 8, 4 or 3. group_size: 32, 64 or 128 neighbours share a scale; None: all of a row.
+        bits: 16 (bfloat16), 8, 4 or 3. group_size: 32, 64 or 128 neighbours share a scale; None: all of a row.
 
         Raises: TypeError for a layer of another class. ValueError for other bits or group sizes, NaN or Inf.
         """

@@ -86,7 +86,11 @@ def dequantised(values: Tensor, scales: Tensor, columns: int | None = None) -> T
     """The matrix that values and scales stand for, in the dtype of the scales.
 
     columns: the numbers in a row of uint8 values, which hold two to a byte; None for as many as they have room for.
+    int16 values are the bits of bfloat16 numbers, whose scales (m, 0) are there for their dtype.
     """
+    if values.dtype == torch.int16:
+        wide = values.contiguous().view(torch.bfloat16).to(scales.dtype)
+        return wide + scales.sum(1, keepdim=True)  # of nothing, but tangents find their way
     whole = whole_numbers(values, 2 * values.shape[1] if columns is None else columns)
     columns = whole.shape[1]
     size = size_of_groups(columns, scales.shape[1])
@@ -109,11 +113,15 @@ def scales_fit(values: Tensor, scales: Tensor, columns: int) -> bool:
     """Whether these are matrices, with as many scales as rows of so many numbers have groups."""
     if values.dim() != 2 or scales.dim() != 2 or values.shape[0] != scales.shape[0]:
         return False
+    if values.dtype == torch.int16:
+        return scales.shape[1] == 0
     return scales.shape[1] == 1 or bool(size_of_groups(columns, scales.shape[1]))
 
 
 def scale_gradient(grad: Tensor, values: Tensor, scales: Tensor) -> Tensor:
     """The gradient of scales from that of the whole matrix."""
+    if values.dtype == torch.int16:
+        return torch.zeros_like(scales)
     columns, groups = grad.shape[1], scales.shape[1]
     size = size_of_groups(columns, groups)
     whole = whole_numbers(values, columns)

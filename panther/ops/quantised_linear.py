@@ -1,5 +1,7 @@
 """A linear layer whose weight is whole numbers of eight or four bits with scales: a quarter or an eighth of the bytes.
 
+Or of bfloat16 numbers, whose bits are int16 values without scales: half of the bytes.
+
 Notation: x (..., in), W (out, in) in values and scales as _quantised stores them, bias (out).
 """
 
@@ -32,15 +34,15 @@ def _check(x: Tensor, values: Tensor, scales: Tensor, bias: Tensor | None) -> No
         got = ", ".join(shape_text(tensor) for tensor in (x, values, scales, bias))
         raise ValueError(
             f"{name}: expected the shapes x (..., in), values (out, in) of int8 or (out, ceil(in / 2)) of uint8, "
-            "scales (out, groups), bias (out) or None, one group a row or one for 32, 64 or 128 numbers; got "
-            f"{got}"
+            "scales (out, groups), bias (out) or None, one group a row or one for 32, 64 or 128 numbers, and with "
+            f"values (out, in) of int16, the bits of bfloat16, no groups; got {got}"
         )
     like_x = [scales] if bias is None else [scales, bias]
     is_one = x.dtype in FLOATING and all(tensor.dtype == x.dtype for tensor in like_x)
-    if not is_one or values.dtype not in (torch.int8, torch.uint8):
+    if not is_one or values.dtype not in (torch.int8, torch.uint8, torch.int16):
         got = ", ".join(dtype_text(tensor) for tensor in tensors)
         raise ValueError(
-            f"{name}: expected int8 or uint8 values, and one floating-point dtype for x, scales, bias; got {got}"
+            f"{name}: expected int8, uint8 or int16 values, and one floating-point dtype for x, scales, bias; got {got}"
         )
     if any(tensor.device != x.device for tensor in tensors):
         got = ", ".join(str(tensor.device) for tensor in tensors)
@@ -87,6 +89,10 @@ def _samples(dtype: torch.dtype) -> list[tuple[Tensor | None, ...]]:
         scales = torch.rand(rows, groups, dtype=dtype, generator=generator) / most
         return packed_int4(values) if bits == 4 else values, scales
 
+    def short(rows: int, columns: int) -> tuple[Tensor, Tensor]:
+        numbers = torch.randn((rows, columns), generator=generator).bfloat16()
+        return numbers.view(torch.int16), torch.empty(rows, 0, dtype=dtype)
+
     generator = torch.Generator().manual_seed(0)
     values, scales = weight(12, 9, 1, 8)
     four, four_scales = weight(9, 12, 1, 4)
@@ -100,6 +106,10 @@ def _samples(dtype: torch.dtype) -> list[tuple[Tensor | None, ...]]:
         (random(0, 6), *weight(2, 6, 1, 4), random(2)),
         (random(12, 3).T, values.T, scales[:9], random(18)[::2]),
         (random(12, 3).T, four.T.contiguous().T, four_scales, random(18)[::2]),
+        (random(1, 13), *short(7, 13), random(7)),
+        (random(2, 9, 70), *short(3, 70), None),
+        (random(0, 6), *short(2, 6), random(2)),
+        (random(12, 3).T, short(12, 9)[0].T, short(9, 3)[1], random(18)[::2]),
     ]
 
 
@@ -114,10 +124,10 @@ QUANTISED_LINEAR = define(
 
 
 def quantised_linear(x: Tensor, values: Tensor, scales: Tensor, bias: Tensor | None = None) -> Tensor:
-    """F.linear with a weight of eight bits from `quantised`, or of four, whose values `packed_int4` stored.
+    """F.linear with a weight of eight bits from `quantised`, of four that `packed_int4` stored, or of bfloat16.
 
-    Shapes: x (..., in), values int8 (out, in) or uint8 (out, ceil(in / 2)), scales (out, groups), bias (out) or None ->
-            (..., out).
+    Shapes: x (..., in), values int8 (out, in), uint8 (out, ceil(in / 2)) or int16 (out, in), the bits of bfloat16
+            numbers, scales (out, groups), with int16 (out, 0), bias (out) or None -> (..., out).
     Cost:   2*rows*in*out flops; on a CPU the weight is never widened as a whole.
     Raises: ValueError when shapes, dtypes or devices do not fit together.
     """
