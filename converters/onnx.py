@@ -168,10 +168,10 @@ class _Flat(nn.Module):
 
 def _without_gathers(model: nn.Module) -> nn.Module:
     """The model with the pivoted linear layers that gather as products; the model itself where there are none."""
-    gathering = {n: m for n, m in model.named_modules() if type(m) is SKPivotedLinear and m.gathers}
-    if not gathering:
-        return model
-    return with_layers(model, {name: layer.to_products() for name, layer in gathering.items()})
+    gathering = {n: m for n, m in model.named_modules() if isinstance(m, SKPivotedLinear) and m.gathers}
+    products = {name: layer.to_products() for name, layer in gathering.items()}
+    products = {name: new for name, new in products.items() if new is not gathering[name]}
+    return with_layers(model, products) if products else model
 
 
 def _run_model(model: nn.Module, inputs: Inputs) -> dict[str, Tensor]:

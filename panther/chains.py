@@ -159,13 +159,6 @@ def pivoted(chain: Sequence[Link], sides: Sequence[str]) -> tuple[Link, ...]:
     return (first, *middle, last)
 
 
-def sides_for(scheme: str, inputs: int, outputs: int) -> tuple[str, ...]:
-    """Where pivots are, when no neighbour takes their order over: a linear layer gathers its smaller side."""
-    if scheme == LINEAR:
-        return (COLUMNS,) if outputs > inputs else (ROWS,)
-    return PIVOTS[scheme]
-
-
 def packings_for(scheme: str) -> tuple[str, ...]:
     return PACKINGS if PIVOTS[scheme] else (TWO_GEMM,)
 
@@ -219,9 +212,10 @@ def quantised_cost(
     packing: "pivoted" for a chain without its identity, which counts the places of its channels as `chain_cost` does.
     """
     if packing == PIVOTED:
-        stored = pivoted(links(scheme, spec, ranks), sides_for(scheme, spec.in_features, spec.out_features))
-        whole = chain_cost(scheme, spec, ranks, 0, PIVOTED)
-        return replace(whole, size_bytes=whole.size_bytes + _size_bytes(stored, grids))
+        stored, places = pivoted(links(scheme, spec, ranks), PIVOTS[scheme]), _places(scheme, spec, PIVOTS[scheme])
+        flops = chain_cost(scheme, spec, ranks, 0, PIVOTED).flops
+        held = _size_bytes(stored, grids) + places * INDEX_BYTES
+        return Cost(sum(link.params for link in stored) + places, flops, held)
     stored = stored_links(scheme, spec, ranks)
     held = _size_bytes(stored, grids)
     flops = spec.flops if scheme in (WHOLE, CORRECTED) else 0
@@ -243,12 +237,15 @@ def grids_for(scheme: str, grid: Grid, links: int) -> tuple[Grid, ...]:
     return (grid,) * links if scheme != CORRECTED else (grid, *(Grid(8),) * (links - 1))
 
 
-def _places(scheme: str, spec: LayerSpec) -> int:
-    """Numbers in the orders of channels that a pivoted chain stores."""
-    if scheme == LINEAR:  # on the smaller side
+def _places(scheme: str, spec: LayerSpec, sides: Sequence[str] = ()) -> int:
+    """Numbers in the orders of channels that a pivoted chain stores.
+
+    sides: where its pivots are; a linear layer of floats has them on its smaller side.
+    """
+    if scheme == LINEAR and not sides:
         return min(spec.in_features, spec.out_features)
-    sides = {ROWS: spec.out_features, COLUMNS: spec.in_features}
-    return sum(sides[side] for side in PIVOTS[scheme])
+    channels = {ROWS: spec.out_features, COLUMNS: spec.in_features}
+    return sum(channels[side] for side in sides or PIVOTS[scheme])
 
 
 def dense_cost(spec: LayerSpec, bytes_per_number: int) -> Cost:

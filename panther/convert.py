@@ -34,7 +34,7 @@ from panther import __version__
 from panther.allocators import ALLOCATORS
 from panther.allocators.tuned import TRIALS
 from panther.batches import CHUNK, Call, as_call, batch_call
-from panther.chains import CHANNELS
+from panther.chains import CHANNELS, PIVOTED
 from panther.compress import Result, analyze, compress
 from panther.converters import WRITERS, ExportReport, huggingface, read
 from panther.converters.compressed import check_can_be_saved
@@ -749,7 +749,14 @@ def _choice_text(choice: Choice) -> str:
     if choice.scheme == CHANNELS:
         return fewer
     rank = f"rank {' x '.join(map(str, choice.ranks))}" if choice.ranks else ""
-    return ", ".join(filter(None, [choice.scheme, rank, str(choice.grid or choice.packing), fewer]))
+    return ", ".join(filter(None, [choice.scheme, rank, _stored_as(choice), fewer]))
+
+
+def _stored_as(choice: Choice) -> str:
+    """ "pivoted, int8"; what is not pivoted only says its grid."""
+    if choice.grid is None:
+        return choice.packing
+    return f"{choice.packing}, {choice.grid}" if choice.packing == PIVOTED else str(choice.grid)
 
 
 def _over_budget(arguments: argparse.Namespace, result: Result, where: str) -> int:

@@ -21,7 +21,7 @@ from panther.chains import CHANNELS
 from panther.columns import channels_of
 from panther.factors import Decomposed, Factors, Profile, Rounding, convolve, dense_weight, mean_patch, on_grid
 from panther.nn.factor import compose
-from panther.nn.pivoted import rounded_pivots
+from panther.nn.pivoted import Pivots
 from panther.quantise import MOST_FEATURES, RIDGE, Rounded, in_data_norm, incoherent, lost
 from panther.sketches import SENSITIVITY_RIDGE, SKETCHES, LowRank, Moments, Seen, with_ridge
 from panther.spec import BITS, DTYPES, Choice, Cost, Grid, LayerSpec, Pair
@@ -392,17 +392,20 @@ def _roundings(factors: Factors, grids: Sequence[Grid], numbers: Mapping[Grid, R
     share = _lost_by(factors, weight)
     looks_at_data = factors.profile.rows > 0 and factors.spec.fan_in <= MOST_FEATURES
     nearest = {grid: share(on_grid(weight, grid)) for grid in grids}
+    chained = [
+        _Chain(d.scheme, d.links(weight, d.ranks[len(d.ranks) // 2]))
+        for d in (factors.schemes.values() if grids else ())
+        if d.scheme != CHANNELS and d.ranks
+    ]
     left = {grid.bits: share(part.matrix()) / max(nearest[grid], 1e-30) for grid, part in numbers.items()}
     for grid in grids:
         by_data = left.get(grid.bits, min(left.values(), default=LEFT_BY_DATA)) if looks_at_data else 1.0
         whole, links = min(1.0, nearest[grid] * by_data), dict[str, float]()
-        for decomposed in factors.schemes.values():
-            if decomposed.scheme != CHANNELS and decomposed.ranks:
-                parts = decomposed.links(weight, decomposed.ranks[len(decomposed.ranks) // 2])
-                # In units of the whole layer's output, as far as the chain's own is it.
-                for packing, rounded in _rounded_chain(decomposed.scheme, factors.spec, parts, grid).items():
-                    lost = share(weight - (compose(parts) - rounded.to(weight)))
-                    links[packing] = max(links.get(packing, 0.0), lost * (LEFT_BY_DATA if looks_at_data else 1.0))
+        for chain in chained:
+            # In units of the whole layer's output, as far as the chain's own is it.
+            for packing, rounded in chain.rounded(grid).items():
+                lost = share(weight - (chain.whole - rounded.to(weight)))
+                links[packing] = max(links.get(packing, 0.0), lost * (LEFT_BY_DATA if looks_at_data else 1.0))
         corrected = dict[int, float]()
         if _is_coarse(grid):
             rounded = numbers[grid].matrix() if grid in numbers else on_grid(weight, grid)
@@ -411,21 +414,31 @@ def _roundings(factors: Factors, grids: Sequence[Grid], numbers: Mapping[Grid, R
     return found
 
 
-def _rounded_chain(scheme: str, spec: LayerSpec, parts: Sequence[Tensor], grid: Grid) -> dict[str, Tensor]:
-    """What a chain amounts to with each number rounded by itself, by packing."""
-    turned = incoherent(parts[0], parts[1]) if len(parts) == 2 else parts
-    found = {chains.QUANTISED: compose([on_grid(part, grid) for part in turned])}
-    if chains.PIVOTED in packings_in(scheme, grid):
-        sides = chains.sides_for(scheme, spec.in_features, spec.out_features)
-        ranks = [len(part) for part in parts[:-1]]
-        if chains.COLUMNS not in sides or ranks[0] < spec.in_features:
-            found[chains.PIVOTED] = rounded_pivots(parts, sides, lambda part: on_grid(part, grid))
-    return found
+class _Chain:
+    """The links of a layer at one rank, ready to be rounded to several grids."""
+
+    def __init__(self, scheme: str, links: Sequence[Tensor]) -> None:
+        self.scheme, self.whole = scheme, compose(links)
+        self.turned = incoherent(links[0], links[1]) if len(links) == 2 else links
+        sides = chains.PIVOTS[scheme]
+        is_finite = all(bool(torch.isfinite(link).all()) for link in links)
+        self.pivots = Pivots(links, sides) if sides and is_finite else None
+
+    def rounded(self, grid: Grid) -> dict[str, Tensor]:
+        """What the chain amounts to with each number rounded by itself, by packing."""
+        found = {chains.QUANTISED: compose([on_grid(part, grid) for part in self.turned])}
+        if self.pivots is not None and chains.PIVOTED in packings_in(self.scheme, grid):
+            found[chains.PIVOTED] = self.pivots.rounded(lambda part: on_grid(part, grid))
+        return found
 
 
-def packings_in(scheme: str, grid: Grid) -> tuple[str, ...]:
-    """Of chains in whole numbers: pivots hand their errors on, and 3 bits have too many of them."""
-    return (chains.QUANTISED, *((chains.PIVOTED,) if chains.PIVOTS[scheme] and grid.bits >= FEWEST_BITS else ()))
+def packings_in(scheme: str, grid: Grid, *, is_root: bool = False) -> tuple[str, ...]:
+    """Of chains in whole numbers: pivots hand their errors on, and 3 bits have too many of them.
+
+    is_root: the layer is the model itself, which cannot be exchanged for its pivoted form while it is healed.
+    """
+    has_pivots = chains.PIVOTS[scheme] and grid.bits >= FEWEST_BITS and not is_root
+    return (chains.QUANTISED, chains.PIVOTED) if has_pivots else (chains.QUANTISED,)
 
 
 def _is_coarse(grid: Grid) -> bool:
@@ -502,7 +515,8 @@ def candidates(
     ]
     cost = chains.dense_cost(spec, bytes_per_number)
     smaller = [c for c in found if c.cost.params < cost.params]
-    whole_numbers = [c for c in _quantised(factors, gained, dtypes) if c.cost.size_bytes < cost.size_bytes]
+    stored = [c for c in _quantised(factors, gained, dtypes) if c.packing in (chains.QUANTISED, *packings)]
+    whole_numbers = [c for c in stored if c.cost.size_bytes < cost.size_bytes]
     reason = (
         ""
         if smaller or whole_numbers or not gained.params
@@ -548,7 +562,7 @@ def _quantised(factors: Factors, gained: Cost, dtypes: Sequence[str]) -> Iterato
             yield choice(chains.CORRECTED, (rank,), dtype, grid, error, Cost())
         for scheme, decomposed in factors.schemes.items():
             for packing, added in known.links.items():
-                if scheme == CHANNELS or packing not in packings_in(scheme, grid):
+                if scheme == CHANNELS or packing not in packings_in(scheme, grid, is_root=not spec.name):
                     continue
                 stored_as = chains.PIVOTED if packing == chains.PIVOTED else chains.TWO_GEMM
                 for ranks, error in zip(decomposed.ranks, decomposed.errors, strict=True):

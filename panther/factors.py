@@ -14,12 +14,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from panther.chains import CHANNELS, CORRECTED, PIVOTED, WHOLE, sides_for
+from panther.chains import CHANNELS, CORRECTED, PIVOTED, PIVOTS, WHOLE
 from panther.nn.factor import compose
-from panther.nn.pivoted import rounded_pivots
+from panther.nn.pivoted import Pivots
 from panther.quantise import Rounded, to_nearest
 from panther.sketches import Moments, Seen
-from panther.spec import Choice, Grid, LayerSpec, Pair
+from panther.spec import BITS, Choice, Grid, LayerSpec, Pair
 
 _CONV: dict[str, Callable[..., Tensor]] = {"conv1d": F.conv1d, "conv2d": F.conv2d, "conv3d": F.conv3d}
 
@@ -113,7 +113,7 @@ class Factors:
             whole, bias = known._rounded_whole(choice), None if own is None else own.detach()
         else:
             parts, bias = known.slice(choice)
-            whole = _composed(parts, choice, known.spec)
+            whole = _composed(parts, choice)
         whole, bias = whole.to(weight), None if bias is None else bias.to(weight)
         if known.kept is None:
             return whole, bias
@@ -151,14 +151,13 @@ class Factors:
         return (weight - compose(parts)).flatten(1) @ mean
 
 
-def _composed(parts: Sequence[Tensor], choice: Choice, spec: LayerSpec) -> Tensor:
+def _composed(parts: Sequence[Tensor], choice: Choice) -> Tensor:
     """The weight that a chain amounts to as a choice stores it."""
     grid = choice.grid
     if grid is None:
         return compose(parts)
-    if choice.packing == PIVOTED:
-        sides = sides_for(choice.scheme, spec.in_features, spec.out_features)
-        return rounded_pivots(parts, sides, lambda part: on_grid(part, grid))
+    if choice.packing == PIVOTED and grid.bits < BITS["int8"]:  # with more, pivots make no difference
+        return Pivots(parts, PIVOTS[choice.scheme]).rounded(lambda part: on_grid(part, grid))
     return compose([on_grid(part, grid) for part in parts])
 
 

@@ -15,7 +15,6 @@ from torch import Tensor, nn
 
 from panther import chains
 from panther.nn import (
-    IN_WHOLE_NUMBERS,
     PIVOTED,
     QUANTISED,
     QUANTISED_PIVOTED,
@@ -23,11 +22,10 @@ from panther.nn import (
     QuantisedLayer,
     QuantisedPivotedLayer,
     SketchedLayer,
-    SKLinear,
-    SKPivotedLinear,
 )
 from panther.nn.narrow import DENSE_SIZES, NUMBERS, is_narrowed
 from panther.nn.on_grid import CorrectedLinear, corrected, held, hold, let_go
+from panther.nn.packing import not_pivoted, pivoted
 from panther.nn.surgery import as_plain, inherit, put_layers
 from panther.quantise import Rounded, to_nearest
 from panther.spec import Choice, Grid, Pair, Plan
@@ -40,7 +38,7 @@ def pack(model: nn.Module, plan: Plan, followers: Iterable[Pair] = (), *, notes:
     reason is added to `notes`. followers: neighbours that share the order of their channels (Capture.followers). The
     model computes the same as before, up to rounding.
     """
-    known = {choice.layer for choice in plan.choices}
+    known = {choice.layer for choice in plan.choices if choice.grid is None}  # numbers keep their order
     pairs = [pair for pair in followers if {pair.producer, pair.consumer} <= known]
     followed = {pair.producer for pair in pairs}
     made = {}
@@ -68,7 +66,7 @@ def packed(
     if choice.packing == chains.PIVOTED and isinstance(layer, SketchedLayer) and type(layer) in PIVOTED:
         is_whole = choice.grid is not None
         try:
-            layer = pivoted(layer, has_follower=has_follower and not is_whole)
+            layer = pivoted(layer, on_rows=has_follower or is_whole)
         except ValueError as error:
             weights = layer.active_weights()
             is_larger = sum(weight.numel() for weight in weights) >= layer.weight.numel()
@@ -79,24 +77,6 @@ def packed(
     if choice.grid is None:
         return layer
     return _quantised_pivots(layer, choice) if isinstance(layer, PivotedLayer) else _quantised(layer, choice)
-
-
-def not_pivoted(choice: Choice, becomes: str, error: ValueError) -> str:
-    """What users are told where pivots would cost accuracy."""
-    return f"{choice.layer} is not pivoted, {becomes}: {error}"
-
-
-def pivoted(layer: SketchedLayer, *, has_follower: bool) -> PivotedLayer:
-    """A layer of two products without the identity in one of them.
-
-    has_follower: another layer takes the outputs in any order.
-
-    Raises: ValueError where pivots would cost accuracy.
-    """
-    if not isinstance(layer, SKLinear):
-        return PIVOTED[type(layer)].from_sketched(layer)
-    (side,) = (chains.ROWS,) if has_follower else chains.sides_for(layer.scheme, layer.in_features, layer.out_features)
-    return SKPivotedLinear.from_sketched(layer, side=side)
 
 
 def _quantised_pivots(layer: PivotedLayer, choice: Choice) -> QuantisedPivotedLayer:
@@ -128,7 +108,7 @@ def hold_nearest(layer: nn.Module, choice: Choice) -> nn.Module:
     layer = _corrected(layer, choice)
     if choice.packing == chains.PIVOTED and isinstance(layer, SketchedLayer):
         with contextlib.suppress(ValueError):  # as `packed` does
-            layer = pivoted(layer, has_follower=False)
+            layer = pivoted(layer, on_rows=True)
     for name, grid in _grids(layer, choice):
         hold(layer, name, _nearest(getattr(layer, name), grid))
     return layer
@@ -159,8 +139,6 @@ def _absorb(model: nn.Module, pair: Pair) -> None:
     """Store the channels between two layers in the order in which one of them wants them anyway."""
     producer: Any = model.get_submodule(pair.producer)
     consumer: Any = model.get_submodule(pair.consumer)
-    if isinstance(producer, IN_WHOLE_NUMBERS) or isinstance(consumer, IN_WHOLE_NUMBERS):
-        return
     index = _wanted_order(producer, consumer)
     if index is None:
         return

@@ -352,10 +352,15 @@ def _stored_cost(spec: LayerSpec, layer: SketchedLayer) -> Cost:
     if isinstance(layer, IN_WHOLE_NUMBERS):
         gained = 0 if spec.has_bias or layer.bias is None else layer.bias.numel()
         size = sum(tensor_bytes(tensor) for part in layer.stored for tensor in part.for_file().values())
-        size += sum(tensor_bytes(order) for name in ORDERS if (order := getattr(layer, name, None)) is not None)
+        orders = [order for name in ORDERS if (order := getattr(layer, name, None)) is not None]
+        places = sum(order.numel() for order in orders)
+        size += sum(map(tensor_bytes, orders))
         grids = chains.grids_for(layer.scheme, layer.grid, len(layer._links))
         cost = chains.quantised_cost(layer.scheme, now, layer.ranks, grids, layer.PACKING)
-        return changed(cost, size_bytes=size) + Cost(gained, 0, gained * layer.stored[0].scales.element_size())
+        numbers = sum(part.numbers for part in layer.stored)
+        return Cost(numbers + places, cost.flops, size) + Cost(
+            gained, 0, gained * layer.stored[0].scales.element_size()
+        )
     counted = [tensor for name, tensor in stored_tensors(layer).items() if name != layer.BIAS or not spec.has_bias]
     flops = chain_cost(layer.scheme, now, layer.ranks, 1, layer.PACKING).flops
     return Cost(sum(t.numel() for t in counted), flops, sum(map(tensor_bytes, counted)))

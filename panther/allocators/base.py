@@ -9,16 +9,14 @@ from dataclasses import fields
 from dataclasses import replace as changed
 from typing import Any, Protocol
 
-import numpy as np
-
 from panther.chains import CHANNELS, WHOLE
+from panther.mixture import mixture
 from panther.spec import Choice, Cost, Target
 
 Options = Mapping[str, Sequence[Choice]]  # layer -> choices in rising size, dense last
 Divergence = Callable[[str, float], float]  # layer, its error -> what that does to the output
 Evaluate = Callable[[Sequence[Choice]], float]  # choices -> measured divergence of the whole model
 
-LEAST_PART = 1e-6  # of a choice that counts as taken; the program is solved to about a tenth of this
 MOST_ROUNDINGS = 64  # plans that are tried for one program
 SMALLEST = 1e-9  # what limits and costs of zero or less are divided as; milliseconds are well above
 
@@ -125,6 +123,8 @@ def convex(options: Options, target: Target, loss: Callable[[Choice], float]) ->
     exchanges do as far as they can.
     """
     limits = target.limits()
+    if not options:
+        return []
     plan = _greedy(options, target, {name: 1.0 / len(limits) for name in limits}, loss)
     is_within = target.is_met_by(total(plan))
     if len(limits) > 1:
@@ -140,53 +140,21 @@ def convex(options: Options, target: Target, loss: Callable[[Choice], float]) ->
 def _mixed(options: Options, target: Target, loss: Callable[[Choice], float], most: float) -> list[Choice] | None:
     """The plan next to the one that may mix the choices of a layer; None where there is none within the limits.
 
-    most: total loss that is known to be possible, so that no choice with more than that is looked at.
+    most: total loss that is known to be possible.
     """
-    from scipy.optimize import linprog
-    from scipy.sparse import csr_array
-
-    limits, kept, costs, losses, layer_of = target.limits(), list[Choice](), list[Any](), list[Any](), list[int]()
-    for place, choices in enumerate(options.values()):
-        cost = np.array([[_part(getattr(c.cost, name), limit) for name, limit in limits.items()] for c in choices])
-        lost = np.array([loss(c) for c in choices])
-        useful = [i for i in _undominated(np.column_stack((cost, lost))) if lost[i] <= most and lost[i] < math.inf]
-        kept += [choices[i] for i in useful]
-        costs.append(cost[useful])
-        losses.append(lost[useful])
-        layer_of += [place] * len(useful)
-    if len(set(layer_of)) < len(options):
-        return None
-    each, amounts = np.concatenate(losses), np.concatenate(costs).T
-    of_layers = csr_array((np.ones(len(kept)), (layer_of, np.arange(len(kept)))))
-    found = linprog(
-        each / (most if 0 < most < math.inf else max(each.max(), SMALLEST)),
-        A_ub=amounts,
-        b_ub=np.ones(len(limits)),
-        A_eq=of_layers,
-        b_eq=np.ones(len(options)),
-        bounds=(0, 1),
-        method="highs",
+    limits, every = target.limits(), list(options.values())
+    found = mixture(
+        [[[_part(getattr(c.cost, n), limit) for n, limit in limits.items()] for c in choices] for choices in every],
+        [[loss(c) for c in choices] for choices in every],
+        most,
     )
-    if found.x is None:
+    if found is None or not all(found):
         return None
-    taken: dict[str, list[Choice]] = {}
-    for choice, part in zip(kept, found.x, strict=True):
-        if part > LEAST_PART:
-            taken.setdefault(choice.layer, []).append(choice)
-    plans = [list(plan) for plan in itertools.islice(itertools.product(*taken.values()), MOST_ROUNDINGS)]
-    if not plans or any(len(plan) < len(options) for plan in plans):
-        return None
+    taken = [[choices[i] for i in places] for choices, places in zip(every, found, strict=True)]
+    plans = [list(plan) for plan in itertools.islice(itertools.product(*taken), MOST_ROUNDINGS)]
     plans = [plan if target.is_met_by(total(plan)) else _nearer(plan, options, target) for plan in plans]
     within = [_fill(plan, options, target, loss) for plan in plans if target.is_met_by(total(plan))]
     return min(within, key=lambda plan: sum(loss(c) for c in plan), default=None)
-
-
-def _undominated(points: Any) -> list[int]:
-    """Rows that no other row, and no earlier equal one, is at or below in every column."""
-    below = (points[None] <= points[:, None]).all(-1)  # [i, j]: j is at or below i
-    alike = below & below.T
-    earlier = np.tri(len(points), k=-1, dtype=bool)
-    return [int(i) for i in np.flatnonzero(~((below & ~alike) | (alike & earlier)).any(1))]
 
 
 def improved(plan: Sequence[Choice], options: Options, target: Target, loss: Callable[[Choice], float]) -> list[Choice]:

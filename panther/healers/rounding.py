@@ -34,8 +34,8 @@ from panther.healers.refit import (
 )
 from panther.nn import PivotedLayer, SketchedLayer
 from panther.nn.on_grid import CorrectedLinear, corrected, hold
+from panther.nn.packing import not_pivoted, pivoted
 from panther.nn.surgery import put_layers
-from panther.pack import not_pivoted, pivoted
 from panther.progress import Progress
 from panther.quantise import Rounded, in_data_norm, incoherent, to_nearest
 from panther.sketches import with_ridge
@@ -207,7 +207,7 @@ def _as_stored(layer: nn.Module, choice: Choice) -> tuple[nn.Module, str | None]
     if choice.packing != chains.PIVOTED or not isinstance(layer, SketchedLayer):
         return layer, None
     try:
-        return pivoted(layer, has_follower=False), None
+        return pivoted(layer, on_rows=True), None
     except ValueError as error:
         return layer, not_pivoted(choice, "it keeps its products", error)
 
@@ -238,7 +238,8 @@ def _keep_mean(
         given = mean_h if link is links[0] else mean_x  # of the student, whose weight this is
         offset[:rank].add_((weight @ given - rounded @ mean_h).to(offset))
     elif link.name == layer._weight_names[-1]:
-        offset[rank:].add_(((weight - rounded) @ (mean_x + offset[:rank].double().cpu())).to(offset))
+        given = mean_h + offset[:rank].double().cpu()  # as it is by now, which is as it was before the rounding
+        offset[rank:].add_(((weight - rounded) @ given).to(offset))
 
 
 def _hold(student: nn.Module, found: Sequence[_Found]) -> None:

@@ -98,16 +98,21 @@ def with_identity(rest: Tensor, rank: int, axis: int, order: Tensor | None) -> T
     return whole if order is None else whole.index_select(axis, order)
 
 
-def rounded_pivots(weights: Sequence[Tensor], sides: Sequence[str], rounded: Callable[[Tensor], Tensor]) -> Tensor:
-    """The dense weight that a chain amounts to once its pivoted form was rounded, each weight by `rounded`; float64."""
-    ranks = [len(weight) for weight in weights[:-1]]
-    parts, orders = pivot([weight.double() for weight in weights], sides)
-    parts = [rounded(part.float()).double() if part.numel() else part for part in parts]
-    if chains.COLUMNS in sides:
-        parts[0] = with_identity(parts[0], ranks[0], 1, orders["column_order"].argsort())
-    if chains.ROWS in sides:
-        parts[-1] = with_identity(parts[-1], ranks[-1], 0, orders["row_order"])
-    return compose(parts)
+class Pivots:
+    """The pivoted form of a chain, to see what rounding it does; float64."""
+
+    def __init__(self, weights: Sequence[Tensor], sides: Sequence[str]) -> None:
+        self.sides, self.ranks = sides, [len(weight) for weight in weights[:-1]]
+        self.parts, self.orders = pivot([weight.double() for weight in weights], sides)
+
+    def rounded(self, each: Callable[[Tensor], Tensor]) -> Tensor:
+        """The dense weight that the chain amounts to, with every stored weight rounded by `each`."""
+        parts = [each(part.float()).double() if part.numel() else part for part in self.parts]
+        if chains.COLUMNS in self.sides:
+            parts[0] = with_identity(parts[0], self.ranks[0], 1, self.orders["column_order"].argsort())
+        if chains.ROWS in self.sides:
+            parts[-1] = with_identity(parts[-1], self.ranks[-1], 0, self.orders["row_order"])
+        return compose(parts)
 
 
 class PivotedLayer(SketchedLayer):

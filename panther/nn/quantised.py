@@ -82,6 +82,11 @@ class StoredWeight(nn.Module):
         self.scales.copy_(rounded.scales)
         _check_finite("scales of a quantised weight", self.scales)
 
+    def rounded(self) -> Rounded:
+        """The numbers, one by one."""
+        values = unpacked_int4(self.values, self.columns) if self.values.dtype == torch.uint8 else self.values
+        return Rounded(values, self.scales, self.grid)
+
     def for_file(self) -> dict[str, Tensor]:
         """`values` and `scales` as a file has them."""
         values = self.values

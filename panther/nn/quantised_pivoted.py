@@ -11,7 +11,7 @@ from typing import Any, ClassVar, Self, cast
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from panther import chains
 from panther.nn.arguments import Config
@@ -27,7 +27,7 @@ from panther.nn.pivoted import (
     SKPivotedConv3d,
     SKPivotedLinear,
 )
-from panther.nn.quantised import StoredWeight, grid_of, read_grid
+from panther.nn.quantised import QuantisedLinear, StoredWeight, grid_of, read_grid
 from panther.quantise import Rounded, to_nearest
 from panther.spec import Grid
 
@@ -79,6 +79,8 @@ class QuantisedPivotedLayer(PivotedLayer):
         grid = grid_of(cls.__name__, bits, group_size)
         weights = [layer._weight(name) for name in layer._weight_names]
         found = [w.detach().flatten(1) for w in weights if w is not None]
+        for weight in found:
+            _check_finite(f"{cls.__name__}.from_pivoted: a weight", weight)
         return cls.from_rounded(layer, [to_nearest(w.float().cpu(), grid, dtype=w.dtype) for w in found])
 
     @classmethod
@@ -136,6 +138,28 @@ class QuantisedPivotedLayer(PivotedLayer):
         floats.load_state_dict(tensors)
         return floats.train(self.training)
 
+    def reorder_outputs(self, index: Tensor) -> None:
+        """As in a pivoted layer, where the pivots are rows: numbers keep their places.
+
+        Raises: ValueError where the outputs have no order of their own.
+        """
+        self._refuse_order(chains.ROWS)
+        super().reorder_outputs(index)
+
+    def reorder_inputs(self, index: Tensor) -> None:
+        """As in a pivoted layer, where the pivots are columns: numbers keep their places.
+
+        Raises: ValueError where the inputs have no order of their own.
+        """
+        self._refuse_order(chains.COLUMNS)
+        super().reorder_inputs(index)
+
+    def _refuse_order(self, side: str) -> None:
+        if side not in self.sides:
+            raise ValueError(
+                f"{type(self).__name__}: its pivots are {' and '.join(self.sides)}, so that {side} stay put"
+            )
+
     def config(self) -> dict[str, Any]:
         return {**super().config(), "bits": self.grid.bits, "group_size": self.grid.group_size or 0}
 
@@ -164,6 +188,27 @@ class QuantisedPivotedLinear(QuantisedPivotedLayer, SKPivotedLinear):
 
     def forward(self, input: Tensor) -> Tensor:
         return PivotedLayer.forward(self, input)
+
+    def to_products(self) -> nn.Module:
+        """The same layer in two products of the same numbers, without a gather; itself where that would not be smaller.
+
+        Identity rows are ones on a scale of one. Identity columns would share the scales of the others: then itself.
+        """
+        is_smaller = self.ranks[0] * (self.in_features + self.out_features) < self.in_features * self.out_features
+        if self.side != chains.ROWS or not is_smaller:
+            return self
+        down, up = (part.rounded() for part in self.stored)
+        one = torch.eye(self.ranks[0], device=up.values.device)
+        ones = to_nearest(one, self.grid).values if self.grid.is_bfloat16 else one.to(torch.int8)
+        whole = Rounded(
+            torch.cat((ones.to(up.values), up.values)),
+            torch.cat((torch.ones_like(up.scales[:1]).expand(len(one), -1), up.scales)),
+            self.grid,
+        )
+        if self.row_order is not None:
+            order = self.row_order.long()
+            whole = Rounded(whole.values[order], whole.scales[order], self.grid)
+        return QuantisedLinear.from_rounded(self.to_dense(), self.scheme, [down, whole], self.bias)
 
     def _product(self, x: Tensor, weight: Any, bias: Tensor | None, link: chains.Link) -> Tensor:
         return F.linear(x, weight, bias) if isinstance(weight, Tensor) else cast(Tensor, weight(x, bias))

@@ -373,6 +373,10 @@ def test_operations_and_bytes_cost_hardly_more_than_any_plan_must(shares: Sequen
         assert problem.evaluate(plan) <= 1.03 * lower_bound(problem, target)
 
 
+def test_no_layer_is_no_plan_for_several_limits_either() -> None:
+    assert convex({}, Target(params=10, flops=10), lambda choice: choice.error) == []
+
+
 def test_a_choice_that_breaks_the_model_is_not_taken_for_several_limits_either() -> None:
     problem = PROBLEMS[0]
     target = problem.target(0.7, ("params", "flops"))

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from panther import chains
-from panther.nn import LAYERS, PivotedLayer, QuantisedLayer, SketchedLayer, SKLinear, SKPivotedLinear
+from panther.nn import IN_WHOLE_NUMBERS, LAYERS, PivotedLayer, SketchedLayer, SKLinear, SKPivotedLinear
 from panther.nn.factor import compose
 from panther.ops import REFERENCES
 
@@ -160,7 +160,7 @@ def close(got: Tensor, wanted: Tensor, depth: int = 1) -> None:
 
 def test_every_layer_has_cases() -> None:
     """Those of whole numbers are made of no rank and have tests of their own (test_quantised_layers.py)."""
-    assert set(CASES) == {name for name, layer in LAYERS.items() if not issubclass(layer, QuantisedLayer)}
+    assert set(CASES) == {name for name, layer in LAYERS.items() if not issubclass(layer, IN_WHOLE_NUMBERS)}
     assert all(issubclass(layer, SketchedLayer) and layer.__name__ == name for name, layer in LAYERS.items())
 
 
