@@ -39,7 +39,8 @@ LAYERS = {
 }
 KEEPS = (0.5, 0.25)
 ROWS = (1, 2, 4, 6, 8, 12, 16, 32, 128, 512)
-BITS = {"float32": 32, "bfloat16": 16, "int8": 8, "dense float32": 32, "dense int8": 8, "dense int4": 4}
+BITS = {"float32": 32, "bfloat16": 16, "int8": 8}
+BITS |= {"dense float32": 32, "dense bfloat16": 16, "dense int8": 8, "dense int4": 4}  # beside x of float32
 COLD_BYTES = 300_000_000  # of weights that calls take in turn: far more than any cache
 TURN_SECONDS = 0.002
 READ_BYTES = 400_000_000
@@ -105,9 +106,11 @@ def inputs_of(case: Case) -> list[Inputs]:
 
 
 def in_few_bits(inputs: list[Inputs], dtype: str) -> list[Inputs]:
-    """The inputs of the op for int8 or of quantised_linear; the weights are equal numbers, in memory of their own."""
+    """The inputs of the op for int8, or of quantised_linear; the weights are equal numbers, in memory of their own."""
     x, *weights, bias = inputs[0]
-    if dtype == "dense int4":
+    if dtype == "dense bfloat16":
+        parts = [weights[0].bfloat16().view(torch.int16), weights[0].new_empty(len(weights[0]), 0)]
+    elif dtype == "dense int4":
         values, scales = quantised(weights[0], 32, bits=4)
         parts = [packed_int4(values), scales]
     else:
@@ -127,6 +130,7 @@ OPS: dict[str, Callable[..., Tensor]] = {
     "bfloat16": low_rank_linear,
     "int8": low_rank_linear_int8,
     "dense float32": linear,
+    "dense bfloat16": quantised_linear,
     "dense int8": quantised_linear,
     "dense int4": quantised_linear,
 }
@@ -142,7 +146,8 @@ def seconds_of(function: Callable[..., Tensor], inputs: Iterator[Inputs], calls:
 def measured(case: Case, repeats: int) -> Case:
     """Medians of both, in turns of about TURN_SECONDS."""
     given = inputs_of(case)
-    own = in_few_bits(given, case.dtype) if BITS[case.dtype] < 16 else given
+    is_given = case.dtype in ("float32", "bfloat16", "dense float32")
+    own = given if is_given else in_few_bits(given, case.dtype)
     dense = F.linear if case.is_dense else plain
     both = [(function, itertools.cycle(inputs)) for function, inputs in ((OPS[case.dtype], own), (dense, given))]
     calls = [max(1, int(TURN_SECONDS / seconds_of(function, inputs, 3))) for function, inputs in both]

@@ -326,10 +326,10 @@ def test_the_op_script_prints_every_layer_and_the_means(
     assert torch.get_num_threads() == before
     rows = printed_table(capsys.readouterr().out)
     # Layers x keeps x types x caches, and layers x types x caches of dense ones; types x caches.
-    assert len(rows) == (2 + 2 * 2 * 3 * 2 + 2 * 3 * 2) + (2 + 6 * 2)
+    assert len(rows) == (2 + 2 * 2 * 3 * 2 + 2 * 4 * 2) + (2 + 7 * 2)
     assert rows[0] == ["in x rank x out", "1 rows", "3 rows"]
     assert rows[2][0].startswith("MiniLM, 64 x 16 x 96, float32, 1 threads, warm")
-    assert [row[0] for row in rows[-12:]] == [
+    assert [row[0] for row in rows[-14:]] == [
         f"1 threads, {dtype}, {cache}"
         for dtype in ("float32", "bfloat16", "int8", "dense float32", "dense int8", "dense int4")
         for cache in ("the same weights", "other weights each call")
