@@ -35,9 +35,10 @@ from panther.converters.inputs import (
 )
 from panther.converters.parity import MOST_ROUNDED, ExportReport, ShapeCheck, difference, relative_rms, tolerance_for
 from panther.errors import ExportError
-from panther.nn import SKPivotedLinear
+from panther.nn import QuantisedPivotedLinear, SKPivotedLinear
 from panther.nn.surgery import with_layers
 from panther.ops import REFERENCES
+from panther.spec import Grid
 
 # The oldest opset that torch's exporter writes.
 MIN_OPSET = 18
@@ -84,9 +85,10 @@ def write(
     more than `tolerance` (a share of each output's largest value), the report says ok=False and the file is named
     *.failed.onnx.
 
-    keep_pivots: also pivoted linear layers that gather their features are written as they are stored. The file is
-        smaller for it, and slower: onnxruntime gathers along the last axis one number at a time. On MiniLM at keep 0.5
-        such a file runs at 0.7 to 1.0 times the dense model's speed, and one without at 1.15 to 1.4 times.
+    keep_pivots: also pivoted linear layers that gather their features are written as they are stored, not as products
+        of the same numbers. The file is smaller for it, and slower: onnxruntime gathers along the last axis one number
+        at a time. On MiniLM at keep 0.5 such a file runs at 0.7 to 1.0 times the dense model's speed, and one without
+        at 1.15 to 1.4 times.
     round_inputs: linear layers of 8 bits also round what they are given to 8 bits, on a scale of the whole tensor that
         is found as it comes, and multiply whole numbers: the fastest that onnxruntime does on a processor with VNNI or
         its like. The file as it is without is held to the tolerance first; the report's `rounding` is what comes on
@@ -101,11 +103,17 @@ def write(
     with inference(model), _without_cache(model), _quiet():
         inputs = flatten(model, example_inputs, device_of(model))
         outputs = _run_model(model, inputs)
-        written_as = model if keep_pivots else _without_gathers(model)
-        gathers = written_as is not model
+        as_stored = _for_rounded_inputs(model) if round_inputs else model
+        written_as = as_stored if keep_pivots else _without_gathers(as_stored)
+        gathers = written_as is not as_stored
         written_as, stored = onnx_quantised.with_floats(written_as)
         exported = _export(written_as, inputs, tuple(outputs), opset or onnx_quantised.least_opset(stored))
         notes = [*_built_in(inputs), *exported.notes, *onnx_quantised.put_numbers(exported.program, stored)]
+        if as_stored is not model:
+            notes.append(
+                "pivoted layers of 8 bits are written as two products that were rounded anew, such that what comes "
+                "between can be rounded as well"
+            )
         if gathers:
             notes.append("pivoted layers that gather are written as two products, or dense: faster (keep_pivots=False)")
         with staging(path.parent, str(path)) as stage:
@@ -114,7 +122,9 @@ def write(
             limit = tolerance_for([*model.parameters(), *outputs.values()]) if tolerance is None else tolerance
             checks: list[ShapeCheck] = []
             if verify:
-                checks, skipped = _parity(model, file, inputs, exported.axes, batches, limit, has_numbers=bool(stored))
+                checks, skipped = _parity(
+                    as_stored, file, inputs, exported.axes, batches, limit, has_numbers=bool(stored)
+                )
                 notes += skipped
             else:
                 notes.append("the file was not run beside the model (verify=False)")
@@ -172,6 +182,13 @@ def _without_gathers(model: nn.Module) -> nn.Module:
     products = {name: layer.to_products() for name, layer in gathering.items()}
     products = {name: new for name, new in products.items() if new is not gathering[name]}
     return with_layers(model, products) if products else model
+
+
+def _for_rounded_inputs(model: nn.Module) -> nn.Module:
+    """The model with the pivoted layers of 8 bits as such that bear it; the model itself where there are none."""
+    pivoted = {n: m for n, m in model.named_modules() if isinstance(m, QuantisedPivotedLinear) and m.grid == Grid(8)}
+    layers = {name: layer.for_rounded_inputs() for name, layer in pivoted.items()}
+    return with_layers(model, layers) if layers else model
 
 
 def _run_model(model: nn.Module, inputs: Inputs) -> dict[str, Tensor]:

@@ -431,6 +431,24 @@ def test_pivots_that_would_cost_accuracy_leave_two_products_and_that_is_said(
     assert error(model, result.model) < 0.3
 
 
+@pytest.mark.parametrize("rank", [16, 60])
+def test_inputs_are_rounded_where_pivots_would_not_bear_it(rank: int, tmp_path: Path) -> None:
+    """An output that is a pivot sets the scale of all that comes between: one is a hundred times the others here."""
+    torch.manual_seed(0)
+    dense = nn.Linear(64, 64)
+    dense.weight.data[3] *= 100
+    sketch = SKLinear.from_dense(dense, rank=rank)
+    layer = QuantisedPivotedLinear.from_sketched(sketch)
+    model, x = nn.Sequential(layer, nn.LayerNorm(64, elementwise_affine=False)).eval(), rows(1)[0]
+    report = model_report = write(model, tmp_path / "small.onnx", x, round_inputs=True)
+    assert report.ok and report.rounding is not None and report.rounding < 0.1, report.notes
+    assert any("rounded anew" in note for note in model_report.notes)
+    kinds = [node.op_type for node in onnx.load(report.path).graph.node]
+    assert kinds.count("MatMulInteger") == (2 if rank == 16 else 1) and "Gather" not in kinds
+    plain = write(model, tmp_path / "plain.onnx", x)
+    assert plain.ok and not any("rounded anew" in note for note in plain.notes)
+
+
 def test_the_model_itself_keeps_to_layers_that_healing_can_round() -> None:
     data = rows(8)
     given: dict[str, Any] = {"example_inputs": data[0], "calib_data": data, "progress": False, "heal": "refit"}

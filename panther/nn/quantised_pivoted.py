@@ -28,7 +28,7 @@ from panther.nn.pivoted import (
     SKPivotedLinear,
 )
 from panther.nn.quantised import QuantisedLinear, StoredWeight, grid_of, read_grid
-from panther.quantise import Rounded, to_nearest
+from panther.quantise import Rounded, incoherent, to_nearest
 from panther.spec import Grid
 
 GRID_KEYS = ("bits", "group_size")
@@ -212,6 +212,19 @@ class QuantisedPivotedLinear(QuantisedPivotedLayer, SKPivotedLinear):
 
     def _product(self, x: Tensor, weight: Any, bias: Tensor | None, link: chains.Link) -> Tensor:
         return F.linear(x, weight, bias) if isinstance(weight, Tensor) else cast(Tensor, weight(x, bias))
+
+    def for_rounded_inputs(self) -> QuantisedLinear:
+        """Nearly the same layer, rounded anew: two products with a basis between in which no number stands out.
+
+        What comes between is to be rounded as well, all on one scale, and outputs that are pivots may be large. The
+        dense weight where two products would hold no fewer numbers.
+        """
+        dense, like = self.to_dense(), self._first_weight()
+        links = [weight.float().cpu() for weight in self.active_weights()]
+        is_smaller = sum(link.numel() for link in links) < dense.weight.numel()
+        links = list(incoherent(links[0], links[1])) if is_smaller else [dense.weight.detach().float().cpu()]
+        parts = [to_nearest(link, self.grid, dtype=like.dtype) for link in links]
+        return QuantisedLinear.from_rounded(dense, self.scheme if is_smaller else chains.WHOLE, parts, self.bias)
 
 
 class QuantisedPivotedConv(QuantisedPivotedLayer, PivotedConv):
