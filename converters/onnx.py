@@ -91,8 +91,8 @@ def write(
         at 1.15 to 1.4 times.
     round_inputs: linear layers of 8 bits also round what they are given to 8 bits, on a scale of the whole tensor that
         is found as it comes, and multiply whole numbers: the fastest that onnxruntime does on a processor with VNNI or
-        its like. The file as it is without is held to the tolerance first; the report's `rounding` is what comes on
-        top, and above MOST_ROUNDED it says ok=False. On x86 without VNNI onnxruntime sums such products in pairs of 16
+        its like. Pivoted ones are rounded anew for that, unless keep_pivots. The file as it is without is held to the
+        tolerance first; the report's `rounding` is what comes on top, and above MOST_ROUNDED it says ok=False. On x86 without VNNI onnxruntime sums such products in pairs of 16
         bits, which may overflow: check there.
 
     Raises: ExportError when the model cannot be exported to standard operators, or onnxruntime refuses the file.
@@ -103,7 +103,7 @@ def write(
     with inference(model), _without_cache(model), _quiet():
         inputs = flatten(model, example_inputs, device_of(model))
         outputs = _run_model(model, inputs)
-        as_stored = _for_rounded_inputs(model) if round_inputs else model
+        as_stored = _for_rounded_inputs(model) if round_inputs and not keep_pivots else model
         written_as = as_stored if keep_pivots else _without_gathers(as_stored)
         gathers = written_as is not as_stored
         written_as, stored = onnx_quantised.with_floats(written_as)
@@ -135,9 +135,9 @@ def write(
                 if products:
                     file = _save(exported.program, stage / path.name, external_data_above)
                     _check_file(file, opset)
-                    if verify:
-                        rounding = _rounding(model, file, inputs, exported.axes, batches)
-                        ok = rounding <= MOST_ROUNDED
+                if verify and (products or as_stored is not model):
+                    rounding = _rounding(model, file, inputs, exported.axes, batches)
+                    ok = rounding <= MOST_ROUNDED
             if not ok:
                 file = _save(exported.program, stage / f"{path.stem}.failed{path.suffix}", external_data_above)
             size_bytes, external_data, written = _publish(file, path.parent)
@@ -186,8 +186,13 @@ def _without_gathers(model: nn.Module) -> nn.Module:
 
 def _for_rounded_inputs(model: nn.Module) -> nn.Module:
     """The model with the pivoted layers of 8 bits as such that bear it; the model itself where there are none."""
-    pivoted = {n: m for n, m in model.named_modules() if isinstance(m, QuantisedPivotedLinear) and m.grid == Grid(8)}
-    layers = {name: layer.for_rounded_inputs() for name, layer in pivoted.items()}
+    layers = {
+        name: layer.for_rounded_inputs()
+        for name, layer in model.named_modules()
+        if isinstance(layer, QuantisedPivotedLinear)
+        and layer.grid == Grid(8)
+        and layer.stored[0].scales.dtype == torch.float32
+    }
     return with_layers(model, layers) if layers else model
 
 
@@ -432,7 +437,8 @@ def _rounding_notes(products: int, left: int) -> list[str]:
         return [f"round_inputs changed nothing: it is for {wanted}"]
     if not left:
         return []
-    return [f"{left} quantised weights are read as before by some or all: blocks, 4 bits, half scales, convolutions"]
+    kinds = "blocks, 4 bits, half scales, bfloat16, convolutions"
+    return [f"{left} quantised weights are read as before by some or all: {kinds}"]
 
 
 def _fits(case: Inputs, inputs: Inputs, axes: Sequence[Axes]) -> bool:

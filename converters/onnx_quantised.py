@@ -25,6 +25,7 @@ from panther.spec import BITS, Grid
 
 BLOCKS_FROM = 21  # the opset that has int4 and blocks
 HALF_SCALES_FROM = 19
+CAST_FROM = 13  # bfloat16
 MOST_SUMMED = 65_536  # products of 255 and 127 that a sum of 32 bits holds
 MODEL = "model"  # what the exported program calls the model: its only attribute
 
@@ -76,7 +77,10 @@ def least_opset(parts: Parts) -> int | None:
 
 @dataclass(frozen=True)
 class _Numbers:
-    """A weight as ONNX holds it: whole numbers, scales, and along which axis these differ; or bfloat16, without any."""
+    """A weight as ONNX holds it: whole numbers, scales, and along which axis these differ.
+
+    Or bfloat16, without scales, or with such as broadcast to it.
+    """
 
     values: np.ndarray[Any, Any]
     scales: np.ndarray[Any, Any]
@@ -147,6 +151,8 @@ def _bits_in_file(grid: Grid, opset: int) -> int:
 
 def _written_from(part: StoredWeight) -> int | None:
     """The opset from which a weight can be whole numbers, of eight bits where need be; None: in none of them."""
+    if part.grid.is_bfloat16:
+        return CAST_FROM
     if part.scales.dtype == torch.float64:
         return None
     if part.grid.group_size is not None:
@@ -171,7 +177,7 @@ def _put(graph: Any, name: str, part: StoredWeight, numbers: _Numbers) -> bool:
             _replace(graph, value, numbers, is_turned=True)
             return True
         if value.name == own and got.shape == wanted.shape:
-            scaled = None if numbers.is_bfloat16 else _with_factors(numbers, wanted, got)
+            scaled = _with_factors(numbers, wanted, got)
             if scaled is not None:
                 _replace(graph, value, scaled)
                 return True
@@ -185,6 +191,9 @@ def _with_factors(numbers: _Numbers, wanted: np.ndarray[Any, Any], got: np.ndarr
     factors = np.where(size > 0, (rows * other).sum(1) / np.where(size > 0, size, 1.0), 0.0)
     if not np.allclose(rows * factors[:, None], other, rtol=1e-5, atol=1e-6 * float(np.abs(other).max(initial=0.0))):
         return None
+    if numbers.is_bfloat16:
+        scales = factors.reshape(-1, *(1,) * (wanted.ndim - 1)).astype(wanted.dtype)
+        return _Numbers(numbers.values, scales, numbers.axis, numbers.block, numbers.shape)
     scales = numbers.scales * factors.reshape(-1, *(1,) * (numbers.scales.ndim - 1))
     return _Numbers(numbers.values, scales.astype(numbers.scales.dtype), numbers.axis, numbers.block, numbers.shape)
 
@@ -370,6 +379,8 @@ def _dequantised(graph: Any, name: str, numbers: _Numbers, *, turned: bool) -> A
     kind = ir.TensorType(ir.DataType.from_numpy(held.scales.dtype))
     if held.is_bfloat16:
         made = [ir.node("Cast", given, attributes={"to": int(kind.dtype)})]
+        if held.scales.size:  # the factors of a batch norm
+            made.append(ir.node("Mul", [made[0].outputs[0], _constant(graph, f"{name}.scales", held.scales)]))
     else:
         given.append(_constant(graph, f"{name}.scales", held.scales))
         block = {} if held.block is None else {"block_size": held.block}

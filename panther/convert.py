@@ -244,7 +244,7 @@ def _check(arguments: argparse.Namespace) -> None:
 
 
 def _dtypes(arguments: argparse.Namespace) -> tuple[str, ...]:
-    """What weights are stored in: whole numbers only where a flag asks for them."""
+    """What weights are stored in: as they are unless a flag asks for something else."""
     return tuple(name for name in BITS if getattr(arguments, name)) or DTYPES[:1]
 
 

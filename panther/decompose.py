@@ -12,6 +12,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from dataclasses import replace as changed
+from functools import cached_property
 
 import torch
 from torch import Tensor, nn
@@ -363,6 +364,7 @@ def _interpolate(measured: Mapping[int, float], predicted: Sequence[float]) -> t
 # rounding the links of a chain adds .45 to .6 are left.
 LEFT_BY_DATA = 0.5
 MOST_MULTIPLIED = 2e10  # multiply-adds of a weight rounded in the data norm: seconds
+HALVES = ("bfloat16", "float16")  # dtypes of layers that bfloat16 does not make smaller
 FEWEST_BITS = 4  # of pivoted chains
 CORRECTIONS = (8, 16, 32, 64)  # ranks of the chains that make up for part of an error
 LEAST_OF_CORRECTED = 4  # times as many features has a layer as its correction has ranks
@@ -422,12 +424,16 @@ class _Chain:
         self.turned = incoherent(links[0], links[1]) if len(links) == 2 else links
         sides = chains.PIVOTS[scheme]
         is_finite = all(bool(torch.isfinite(link).all()) for link in links)
-        self.pivots = Pivots(links, sides) if sides and is_finite else None
+        self.links, self.sides = links, sides if is_finite else ()
+
+    @cached_property
+    def pivots(self) -> Pivots:
+        return Pivots(self.links, self.sides)
 
     def rounded(self, grid: Grid) -> dict[str, Tensor]:
         """What the chain amounts to with each number rounded by itself, by packing."""
         found = {chains.QUANTISED: compose([on_grid(part, grid) for part in self.turned])}
-        if self.pivots is not None and chains.PIVOTED in packings_in(self.scheme, grid):
+        if self.sides and chains.PIVOTED in packings_in(self.scheme, grid):
             found[chains.PIVOTED] = self.pivots.rounded(lambda part: on_grid(part, grid))
         return found
 
@@ -489,7 +495,7 @@ def candidates(
 
     packings: which ways of storing a chain are offered, of panther.chains.PACKINGS. Calibration gives a bias to a layer
     without one, whose numbers count.
-    dtypes: of panther.spec.DTYPES; those in whole numbers are offered on the grids that the factors were made with.
+    dtypes: of panther.spec.DTYPES; those of grids are offered on the grids that the factors were made with.
 
     Raises: ValueError for an unknown packing.
     """
@@ -510,7 +516,7 @@ def candidates(
         for scheme, decomposed in factors.schemes.items()
         if scheme != CHANNELS  # their cost is that of two layers
         for packing in packings
-        if packing in chains.packings_for(scheme) and DTYPES[0] in dtypes
+        if packing in chains.packings_for(scheme) and _are_floats_asked_for(spec, dtypes)
         for ranks, error in zip(decomposed.ranks, decomposed.errors, strict=True)
     ]
     cost = chains.dense_cost(spec, bytes_per_number)
@@ -524,6 +530,11 @@ def candidates(
     )
     dense = Choice(spec.name, packing="dense", cost=cost, reason=reason)
     return (*sorted([*smaller, *whole_numbers], key=lambda c: (c.cost.params, c.cost.size_bytes, c.error)), dense)
+
+
+def _are_floats_asked_for(spec: LayerSpec, dtypes: Sequence[str]) -> bool:
+    """By name, or as bfloat16 in a layer whose own numbers take no more."""
+    return DTYPES[0] in dtypes or ("bfloat16" in dtypes and spec.dtype in HALVES)
 
 
 def _quantised(factors: Factors, gained: Cost, dtypes: Sequence[str]) -> Iterator[Choice]:
@@ -554,7 +565,7 @@ def _quantised(factors: Factors, gained: Cost, dtypes: Sequence[str]) -> Iterato
 
     for grid, known in factors.rounding.items():
         dtype = next(name for name, bits in BITS.items() if bits == grid.bits)
-        if dtype not in dtypes or (grid.is_bfloat16 and spec.dtype in ("bfloat16", "float16")):
+        if dtype not in dtypes or (grid.is_bfloat16 and spec.dtype in HALVES):
             continue
         # A layer without a bias keeps none: the mean error of rounding is small.
         yield choice(chains.WHOLE, (), dtype, grid, known.whole, Cost())

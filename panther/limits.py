@@ -199,7 +199,7 @@ def smallest_within_drop(
 
 def _nothing_smaller(largest: Trial, share: str, target: Target, dense_metric: float, *, is_dense: bool) -> str:
     """is_dense: what is taken instead, which is in whole numbers where nothing else was offered."""
-    what = "everything stays dense: no smaller model is" if is_dense else "no model in whole numbers is"
+    what = "everything stays dense: no smaller model is" if is_dense else "no model that is stored so is"
     return (
         f"{what} within max_drop={target.max_drop:g} (at {share} eval_fn falls from {dense_metric:.4g} to "
         f"{largest.metric:.4g})"

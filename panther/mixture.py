@@ -24,6 +24,8 @@ def mixture(
     costs: for each layer, for each of its choices, what it uses of each limit, as parts of it. losses: of the same
     choices; those above `most`, a total that is known to be possible, or infinite are not looked at.
     """
+    if not losses:
+        return []
     kept: list[list[int]] = []
     amounts: list[Matrix] = []
     for cost, loss in zip(costs, losses, strict=True):

@@ -20,6 +20,7 @@ CLIPS = tuple(1 - 0.05 * step for step in range(12))  # shares of a group's larg
 RIDGE = 0.01
 MOST_FEATURES = 4096  # of a matrix whose inputs are looked at: the factorisation of more takes too long
 TAME = 0.25  # 0 and .5 are the best for weights of 4 bits and for what comes between; this is near both
+LARGEST_IN_BOTH = 65280.0  # of bfloat16 and of float16
 BLOCK = 128  # columns whose errors are carried over to the others together
 
 
@@ -87,8 +88,8 @@ def to_nearest(matrix: Tensor, grid: Grid, weights: Tensor | None = None, dtype:
 
 
 def as_bfloat16(matrix: Tensor, dtype: torch.dtype) -> Rounded:
-    """Each number to the nearest of bfloat16; what is finite stays so."""
-    largest = torch.finfo(torch.bfloat16).max
+    """Each number to the nearest of bfloat16 that is none too large for a dtype; what is finite stays so."""
+    largest = torch.finfo(torch.bfloat16).max if dtype != torch.float16 else LARGEST_IN_BOTH
     return Rounded(
         matrix.clamp(-largest, largest).bfloat16().contiguous().view(torch.int16),
         matrix.new_empty(len(matrix), 0, dtype=dtype),

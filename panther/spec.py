@@ -11,21 +11,20 @@ import hashlib
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 from functools import cached_property
 from typing import Any
 
 from panther.errors import PlanError
 
-PLAN_VERSION = 1
+PLAN_VERSION = 2
 
 MODES = ("none", "refit", "blocks", "distill", "auto")  # of healing
 TIME_LIMIT = 300.0
 
 BITS = {"bfloat16": 16, "int8": 8, "int4": 4, "int3": 3}  # of the numbers of weights that are stored shorter
 SCALE_BYTES = 2  # of a scale in a file: none has more digits than bfloat16
-STORED_SHORTER = ("quantised", "pivoted")  # the packings of such weights
 DTYPES = ("float32", *BITS)  # what weights may be stored in; the first stands for the layer's own
 
 BUDGET_FIELDS = ("params", "flops", "size_mb", "latency_ms", "peak_memory_mb", "max_drop")
@@ -223,7 +222,7 @@ class Choice:
     def grid(self) -> Grid | None:
         """What its weights are rounded to, if they are."""
         bits = BITS.get(self.dtype)
-        return None if bits is None or self.packing not in STORED_SHORTER else Grid(bits, self.group_size or None)
+        return None if bits is None or self.is_dense else Grid(bits, self.group_size or None)
 
     @property
     def kind(self) -> tuple[str, tuple[int, ...], str, int, Grid | None]:
@@ -501,9 +500,14 @@ class Plan:
         """
         try:
             data = json.loads(text)
-            if data.pop("panther_plan") != PLAN_VERSION:
-                raise PlanError(f"this plan is of another version (this panther reads version {PLAN_VERSION})")
-            read = {"choices": tuple(map(_choice_from, data["choices"])), "knobs": dict(data.get("knobs", {}))}
+            version = data.pop("panther_plan")
+            if version not in (1, PLAN_VERSION):
+                raise PlanError(f"this plan is of another version (this panther reads versions 1 and {PLAN_VERSION})")
+            choices = tuple(map(_choice_from, data["choices"]))
+            if version == 1:  # in which floats of a layer said its dtype
+                own = [replace(c, dtype=c.dtype if c.packing == "quantised" else DTYPES[0]) for c in choices]
+                choices = tuple(own)
+            read = {"choices": choices, "knobs": dict(data.get("knobs", {}))}
             if not all(isinstance(data.get(name, ""), str) for name in ("fingerprint", "allocator", "budget")):
                 raise TypeError("fingerprint, allocator and budget are texts")
             return cls(**{**data, **read})

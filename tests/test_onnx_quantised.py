@@ -327,3 +327,23 @@ def test_a_model_that_rounded_inputs_break_is_no_success(tmp_path: Path) -> None
     report = write(model, tmp_path / "broken.onnx", x, round_inputs=True)
     assert not report.ok and report.rounding is not None and report.rounding > 0.25
     assert report.path.name == "broken.failed.onnx" and not (tmp_path / "broken.onnx").exists()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("opset", [18, None])
+def test_bfloat16_needs_no_scales_to_be_written(opset: int | None, dtype: torch.dtype, tmp_path: Path) -> None:
+    small = with_whole(net().to(dtype), Grid(16))
+    report = write(small, tmp_path / "small.onnx", inputs(net()).to(dtype), opset=opset)
+    assert report.ok and "BFLOAT16" in kinds(report.path)["numbers"], report.notes
+    assert not any("float numbers in the file" in note for note in report.notes)
+
+
+def test_a_batch_norm_is_multiplied_to_bfloat16_in_the_file(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    conv, norm = nn.Conv2d(8, 16, 3, bias=False), nn.BatchNorm2d(16)
+    norm.running_var = torch.rand(16) + 0.5
+    norm.weight.data.uniform_(0.5, 2)
+    small = nn.Sequential(QUANTISED[nn.Conv2d].from_dense(conv, bits=16), norm).eval()
+    report = write(small, tmp_path / "small.onnx", torch.randn(2, 8, 7, 7))
+    assert report.ok and not any("float numbers" in note for note in report.notes), report.notes
+    assert "BFLOAT16" in kinds(report.path)["numbers"]

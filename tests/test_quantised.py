@@ -21,9 +21,9 @@ from panther.batches import Call, as_call
 from panther.errors import LoadError
 from panther.healers.rounding import round_layers
 from panther.nn import IN_WHOLE_NUMBERS, QUANTISED
-from panther.nn.on_grid import held, is_held
+from panther.nn.on_grid import OnGrid, held, is_held
 from panther.nn.quantised import packed_bits, unpacked_bits
-from panther.spec import Choice, Plan
+from panther.spec import Choice, Grid, Plan
 
 STRENGTHS = torch.logspace(0, -1.5, 64)  # of the inputs' features: what is rounded in the data norm knows of them
 
@@ -644,7 +644,7 @@ def test_a_drop_that_no_whole_numbers_hold_is_said_of_them() -> None:
         model, {"max_drop": 0.0}, dtypes=("int4",), eval_fn=lambda small: -error(model, small), heal="none"
     )
     assert not result.budget_met and quantised_layers(result.model)
-    assert any(note.startswith("no model in whole numbers is within max_drop=0 (at ") for note in result.report.notes)
+    assert any(note.startswith("no model that is stored so is within max_drop=0 (at ") for note in result.report.notes)
     assert any("of the bytes eval_fn falls from" in note for note in result.report.notes)
 
 
@@ -743,16 +743,30 @@ def test_healing_trains_what_bfloat16_holds() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_a_model_of_half_precision_gains_nothing_from_it(dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("dtypes", [("float32", "bfloat16"), ("bfloat16",)], ids=str)
+def test_a_model_of_half_precision_gains_nothing_from_it(dtypes: tuple[str, ...], dtype: torch.dtype) -> None:
     model = net().to(dtype)
     data = [x.to(dtype) for x in rows(4)]
     given: dict[str, Any] = {"example_inputs": data[0], "calib_data": data, "progress": False, "heal": "none"}
-    result = panther.compress(model, panther.Budget(size_mb="60%"), dtypes=("float32", "bfloat16"), **given)
+    result = panther.compress(model, panther.Budget(size_mb="60%"), dtypes=dtypes, **given)
     assert result.budget_met and not quantised_layers(result.model)
 
 
-def test_numbers_beyond_its_range_stay_finite() -> None:
-    layer = nn.Linear(4, 3)
-    layer.weight.data[0, 0] = torch.finfo(torch.float32).max
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_numbers_beyond_its_range_stay_finite(dtype: torch.dtype) -> None:
+    layer = nn.Linear(4, 3, dtype=dtype)
+    layer.weight.data[0, :2] = torch.finfo(dtype).max * torch.tensor([1, -1])
     small = QUANTISED[nn.Linear].from_dense(layer, bits=16)
     assert bool(torch.isfinite(small.weight.clone()).all())
+    assert bool(torch.isfinite(OnGrid(layer.weight.new_empty(3, 0), Grid(16))(layer.weight)).all())
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])
+def test_a_layer_of_bfloat16_numbers_is_moved_to_another_type_as_others_are(dtype: torch.dtype) -> None:
+    layer = nn.Linear(24, 16)
+    small = QUANTISED[nn.Linear].from_dense(layer, bits=16)
+    x = torch.randn(3, 24)
+    wanted = small(x)
+    moved = copy.deepcopy(small).to(dtype)
+    assert moved.stored[0].values.dtype == torch.int16 and moved(x.to(dtype)).dtype == dtype
+    torch.testing.assert_close(moved(x.to(dtype)).float(), wanted, rtol=0.02, atol=0.02)

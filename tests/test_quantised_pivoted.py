@@ -449,6 +449,17 @@ def test_inputs_are_rounded_where_pivots_would_not_bear_it(rank: int, tmp_path: 
     assert plain.ok and not any("rounded anew" in note for note in plain.notes)
 
 
+def test_what_is_rounded_anew_is_measured_and_pivots_that_are_to_stay_do(tmp_path: Path) -> None:
+    _, layer, x = layers("linear, rows")
+    model = nn.Sequential(layer).eval()
+    stays = write(model, tmp_path / "pivots.onnx", x, round_inputs=True, keep_pivots=True)
+    assert stays.ok and "Gather" in [node.op_type for node in onnx.load(stays.path).graph.node]
+    assert not any("rounded anew" in note for note in stays.notes)
+    double = copy.deepcopy(model).double()
+    report = write(double, tmp_path / "double.onnx", x.double(), round_inputs=True)
+    assert report.ok and not any("rounded anew" in note for note in report.notes)  # nothing of it can be rounded
+
+
 def test_the_model_itself_keeps_to_layers_that_healing_can_round() -> None:
     data = rows(8)
     given: dict[str, Any] = {"example_inputs": data[0], "calib_data": data, "progress": False, "heal": "refit"}

@@ -361,10 +361,10 @@ def test_a_half_written_plan_is_refused():
             Plan.from_json(text[:length])
 
 
-@pytest.mark.parametrize("version", [0, 2, "1", None])
+@pytest.mark.parametrize("version", [0, 3, "1", None])
 def test_a_plan_of_another_version_says_which_is_read(version):
     data = {**json.loads(plan_of(SKETCHED).to_json()), "panther_plan": version}
-    with pytest.raises(PlanError, match=r"of another version \(this panther reads version 1\)"):
+    with pytest.raises(PlanError, match=r"of another version \(this panther reads versions 1 and 2\)"):
         Plan.from_json(json.dumps(data))
 
 
@@ -457,3 +457,17 @@ def test_to_data_leaves_plain_values_and_makes_keys_text():
         "1": [2, [{"params": 1, "flops": 0, "size_bytes": 0, "latency_ms": 0.0}]],
         "x": None,
     }
+
+
+def test_plans_of_the_first_version_say_the_dtype_of_floats_which_is_the_layers_own() -> None:
+    rows = [
+        Choice("a", "linear", (8,), "pivoted", "bfloat16"),
+        Choice("b", "linear", (8,), "two_gemm", "float16"),
+        Choice("c", "linear", (8,), "quantised", "int8"),
+    ]
+    old = {**json.loads(Plan(tuple(rows)).to_json()), "panther_plan": 1}
+    read = Plan.from_json(json.dumps(old))
+    assert [choice.grid for choice in read.choices] == [None, None, read.choices[2].grid]
+    assert str(read.choices[2].grid) == "int8"
+    new = Plan.from_json(Plan(tuple(rows)).to_json())
+    assert [str(choice.grid) for choice in new.choices] == ["bfloat16", "None", "int8"]

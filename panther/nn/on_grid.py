@@ -29,7 +29,9 @@ class OnGrid(nn.Module):
 
     def forward(self, weight: Tensor) -> Tensor:
         if self.grid.is_bfloat16:
-            return weight + (weight.bfloat16().to(weight) - weight).detach()
+            return (
+                weight + (as_bfloat16(weight.flatten(1), weight.dtype).matrix().reshape(weight.shape) - weight).detach()
+            )
         flat = weight.flatten(1)
         low, high = RANGES[self.grid.bits]
         steps = spread(self.scales, flat.shape[1], self.grid)

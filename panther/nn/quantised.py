@@ -329,7 +329,7 @@ def read_grid(read: Config) -> Grid:
 
 
 class QuantisedLinear(QuantisedLayer):
-    """nn.Linear in 8, 4 or 3 bits a weight: QuantisedLinear.from_dense(layer, bits=8).
+    """nn.Linear in 16 (bfloat16), 8, 4 or 3 bits a weight: QuantisedLinear.from_dense(layer, bits=8).
 
     On a CPU the weight is widened as it is read, a few rows of inputs at a time, and never as a whole.
 
@@ -402,7 +402,7 @@ class QuantisedLinear(QuantisedLayer):
 
 
 class QuantisedConv(QuantisedLayer, SketchedConv):
-    """A convolution, or a chain of them, in 8 or 4 bits a weight; each link is widened when it runs.
+    """A convolution, or a chain of them, in few bits a weight; each link is widened when it runs.
 
     Shapes: input (batch, in_channels, *size) or (in_channels, *size) -> as the dense layer.
     """
@@ -440,7 +440,7 @@ class QuantisedConv(QuantisedLayer, SketchedConv):
 
 
 class QuantisedConv1d(QuantisedConv):
-    """nn.Conv1d in 8 or 4 bits a weight: QuantisedConv1d.from_dense(layer, bits=8)."""
+    """nn.Conv1d in few bits a weight: QuantisedConv1d.from_dense(layer, bits=8)."""
 
     DENSE = nn.Conv1d
     DIMS = 1
@@ -453,7 +453,7 @@ class QuantisedConv1d(QuantisedConv):
 
 
 class QuantisedConv2d(QuantisedConv):
-    """nn.Conv2d in 8 or 4 bits a weight: QuantisedConv2d.from_dense(layer, bits=8)."""
+    """nn.Conv2d in few bits a weight: QuantisedConv2d.from_dense(layer, bits=8)."""
 
     DENSE = nn.Conv2d
     DIMS = 2
@@ -466,7 +466,7 @@ class QuantisedConv2d(QuantisedConv):
 
 
 class QuantisedConv3d(QuantisedConv):
-    """nn.Conv3d in 8 or 4 bits a weight: QuantisedConv3d.from_dense(layer, bits=8)."""
+    """nn.Conv3d in few bits a weight: QuantisedConv3d.from_dense(layer, bits=8)."""
 
     DENSE = nn.Conv3d
     DIMS = 3

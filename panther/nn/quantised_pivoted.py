@@ -1,4 +1,5 @@
-"""Pivoted layers in whole numbers: what is left of the factors without their identity, in 8 or 4 bits with scales.
+"""Pivoted layers in whole numbers: what is left of the factors without their identity, in 8 or 4 bits with
+scales, or in bfloat16.
 
 Made from pivoted layers, whose orders of channels they keep. An error of a pivot reaches all rows that are combinations
 of pivots, so 8 bits lose nothing and few bits lose more than they do in two whole factors.
