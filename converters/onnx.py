@@ -92,8 +92,8 @@ def write(
     round_inputs: linear layers of 8 bits also round what they are given to 8 bits, on a scale of the whole tensor that
         is found as it comes, and multiply whole numbers: the fastest that onnxruntime does on a processor with VNNI or
         its like. Pivoted ones are rounded anew for that, unless keep_pivots. The file as it is without is held to the
-        tolerance first; the report's `rounding` is what comes on top, and above MOST_ROUNDED it says ok=False. On x86 without VNNI onnxruntime sums such products in pairs of 16
-        bits, which may overflow: check there.
+        tolerance first; the report's `rounding` is what comes on top, and above MOST_ROUNDED it says ok=False. On x86
+        without VNNI onnxruntime sums such products in pairs of 16 bits, which may overflow: check there.
 
     Raises: ExportError when the model cannot be exported to standard operators, or onnxruntime refuses the file.
         ValueError for an opset that does not exist.
