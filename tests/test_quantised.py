@@ -20,7 +20,7 @@ from panther import chains, prepared, verify
 from panther.batches import Call, as_call
 from panther.errors import LoadError
 from panther.healers.rounding import round_layers
-from panther.nn import IN_WHOLE_NUMBERS, QUANTISED
+from panther.nn import IN_WHOLE_NUMBERS, QUANTISED, PivotedLayer
 from panther.nn.on_grid import OnGrid, held, is_held
 from panther.nn.quantised import packed_bits, unpacked_bits
 from panther.spec import Choice, Grid, Plan
@@ -164,7 +164,9 @@ def test_a_budget_of_operations_takes_ranks_and_stores_them_in_whole_numbers_whe
     assert small.budget_met and len(quantised_layers(small.model)) == 6
     assert any(layer.ranks for layer in quantised_layers(small.model).values())
     assert small.report.compressed.size_bytes < 0.35 * floats.report.compressed.size_bytes
-    assert error(model, small.model) < 1.5 * error(model, floats.model)
+    # Pivots, which have more ranks for the same operations, are slower in whole numbers: they are for bytes.
+    assert error(model, small.model) < 3 * error(model, floats.model)
+    assert not any(isinstance(layer, PivotedLayer) for layer in quantised_layers(small.model).values())
 
 
 def test_bytes_and_operations_are_both_held() -> None:
@@ -725,7 +727,7 @@ def test_bfloat16_halves_the_weights_and_changes_next_to_nothing(build: Any, tmp
 @pytest.mark.parametrize("build", [net, cnn], ids=["linear", "convolutions"])
 def test_factors_in_bfloat16_take_half_of_the_bytes_of_others(build: Any) -> None:
     model = build()
-    budget = panther.Budget(flops=0.6)
+    budget = panther.Budget(flops=0.6, size_mb="99%")
     floats, halves = (compress(model, budget, dtypes=(dtype,)) for dtype in ("float32", "bfloat16"))
     assert floats.budget_met and halves.budget_met
     sizes = [sum(row.after.size_bytes for row in r.report.layers) for r in (floats, halves)]

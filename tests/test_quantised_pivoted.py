@@ -463,7 +463,9 @@ def test_what_is_rounded_anew_is_measured_and_pivots_that_are_to_stay_do(tmp_pat
 def test_the_model_itself_keeps_to_layers_that_healing_can_round() -> None:
     data = rows(8)
     given: dict[str, Any] = {"example_inputs": data[0], "calib_data": data, "progress": False, "heal": "refit"}
-    result = panther.compress(nn.Linear(64, 64).eval(), panther.Budget(flops=0.6), dtypes=("int8",), **given)
+    result = panther.compress(
+        nn.Linear(64, 64).eval(), panther.Budget(flops=0.6, size_mb="90%"), dtypes=("int8",), **given
+    )
     assert result.budget_met and not in_whole_numbers(result.model)
 
 
