@@ -6,8 +6,6 @@ import math
 from collections.abc import Sequence
 
 import numpy as np
-from scipy.optimize import linprog
-from scipy.sparse import csr_array
 
 LEAST_SHARE = 1e-6  # of a choice that counts as taken; the program is solved to about a tenth of this
 
@@ -24,6 +22,9 @@ def mixture(
     costs: for each layer, for each of its choices, what it uses of each limit, as parts of it. losses: of the same
     choices; those above `most`, a total that is known to be possible, or infinite are not looked at.
     """
+    from scipy.optimize import linprog
+    from scipy.sparse import csr_array
+
     if not losses:
         return []
     kept: list[list[int]] = []

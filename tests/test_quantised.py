@@ -24,6 +24,7 @@ from panther.nn import IN_WHOLE_NUMBERS, QUANTISED, PivotedLayer
 from panther.nn.on_grid import OnGrid, held, is_held
 from panther.nn.quantised import packed_bits, unpacked_bits
 from panther.spec import Choice, Grid, Plan
+from tests.killing import killed_at_step
 
 STRENGTHS = torch.logspace(0, -1.5, 64)  # of the inputs' features: what is rounded in the data norm knows of them
 
@@ -480,27 +481,12 @@ def test_a_plan_says_itself_what_it_stores_weights_in() -> None:
     assert list(quantised_layers(again.model)) == list(quantised_layers(first.model))
 
 
-def test_a_killed_run_goes_on_from_its_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_killed_run_goes_on_from_its_checkpoint(tmp_path: Path) -> None:
     model, plan = net(), everything(net(), "int4")
     heal = panther.Heal("distill", steps=60, learning_rate=1e-3, time_limit=1e6)
     whole = compress(model, 1.0, dtypes=("int4",), plan=plan, heal=heal, checkpoint=tmp_path / "a")
-    from panther.healers import training
-
-    steps, real = [0], training._step
-
-    class KilledError(BaseException):
-        pass
-
-    def step(*given: Any) -> bool:
-        steps[0] += 1
-        if steps[0] == 45:
-            raise KilledError
-        return real(*given)
-
-    monkeypatch.setattr(training, "_step", step)
-    with pytest.raises(KilledError):
+    with killed_at_step(45):
         compress(model, 1.0, dtypes=("int4",), plan=plan, heal=heal, checkpoint=tmp_path / "b")
-    monkeypatch.undo()
     assert (tmp_path / "b").exists()
     again = compress(model, 1.0, dtypes=("int4",), plan=plan, heal=heal, checkpoint=tmp_path / "b")
     for (name, a), b in zip(whole.model.state_dict().items(), again.model.state_dict().values(), strict=True):

@@ -35,6 +35,7 @@ from panther.nn import (
 from panther.nn.on_grid import is_held
 from panther.sizes import file_bytes
 from panther.spec import Choice, Grid, Plan
+from tests.killing import killed_at_step
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*would be smaller:UserWarning")  # layers this small hardly pay
 
@@ -392,27 +393,12 @@ def test_healing_trains_with_the_rounding_in_place() -> None:
     assert figures["distill"] < figures["rounding"]
 
 
-def test_a_killed_run_goes_on_from_its_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from panther.healers import training
-
+def test_a_killed_run_goes_on_from_its_checkpoint(tmp_path: Path) -> None:
     model, plan = net(), plan_of(net(), "int4")
     heal = panther.Heal("distill", steps=60, learning_rate=1e-3, time_limit=1e6)
     whole = compress(model, dtypes=("int4",), plan=plan, heal=heal, checkpoint=tmp_path / "a")
-    steps, real = [0], training._step
-
-    class KilledError(BaseException):
-        pass
-
-    def step(*given: Any) -> bool:
-        steps[0] += 1
-        if steps[0] == 45:
-            raise KilledError
-        return real(*given)
-
-    monkeypatch.setattr(training, "_step", step)
-    with pytest.raises(KilledError):
+    with killed_at_step(45):
         compress(model, dtypes=("int4",), plan=plan, heal=heal, checkpoint=tmp_path / "b")
-    monkeypatch.undo()
     again = compress(model, dtypes=("int4",), plan=plan, heal=heal, checkpoint=tmp_path / "b")
     for (name, a), b in zip(whole.model.state_dict().items(), again.model.state_dict().values(), strict=True):
         assert torch.equal(a, b), name
