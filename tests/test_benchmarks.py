@@ -15,6 +15,7 @@ from torch import Tensor, nn
 import panther
 from benchmarks import bytes as stored
 from benchmarks import (
+    convolutions,
     calibration,
     common,
     crepe,
@@ -336,6 +337,39 @@ def test_the_op_script_prints_every_layer_and_the_means(
         for cache in ("the same weights", "other weights each call")
     ]
     assert all(float(cell) >= 0 for row in rows[2:42] for cell in row[1:])
+
+
+def test_the_script_of_convolutions_prints_every_layer_and_the_means(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    layers = [convolutions.Layer(6, 40, 3, (9,), 2), convolutions.Layer(20, 24, 1, (5, 5))]
+    monkeypatch.setitem(convolutions.LAYERS, "temporal", layers)
+    before = torch.get_num_threads()
+    arguments = ["--layers", "temporal", "--batch", "1", "3", "--threads", "1", "--seconds", "0.001"]
+    assert start(convolutions, monkeypatch, *arguments) == 0
+    assert torch.get_num_threads() == before
+    rows = [row for row in printed_table(capsys.readouterr().out) if not row[0].startswith("---")]
+    assert [row[0] for row in rows] == [
+        "times as fast as torch",
+        *["temporal: 6 to 40, 3 / 2, of 9", "temporal: 20 to 24, 1 x 1, of 5 x 5"] * 2,
+        "geometric mean of the layers",
+        "temporal, batch 1, 1 threads",
+        "temporal, batch 3, 1 threads",
+        "slowest layer of all",
+    ]
+    assert rows[0][2:] == rows[5][1:] == list(convolutions.KINDS)
+    ratios = [float(cell) for row in rows[1:5] for cell in row[2:]]
+    assert len(ratios) == 16 and min(ratios) > 0
+    assert float(rows[-1][1]) == min(ratios[::4])
+
+
+def test_the_convolutions_that_are_timed_compute_the_same() -> None:
+    for layer in (convolutions.Layer(6, 40, 3, (9,), 2), convolutions.Layer(20, 24, 3, (5, 5))):
+        x = torch.randn(2, layer.channels, *layer.size)
+        for kind, own, plain in convolutions.runs(layer.module().eval(), x):
+            with torch.no_grad():
+                apart = float((own() - plain()).norm() / plain().norm())
+            assert apart < {"int8": 0.02, "int4": 0.2}.get(kind, 1e-5)
 
 
 def test_the_sketch_script_prints_every_way_and_the_exact_one_loses_nothing(

@@ -72,6 +72,7 @@ namespace avx512 {
 inline constexpr int64_t kDepth = 512;         // of A and B are multiplied at a time
 inline constexpr int64_t kPanel = 3 * kLanes;  // the most rows of A side by side
 inline constexpr int64_t kPackedRows = 192;    // whose panels of that depth stay in the second cache
+inline constexpr int64_t kMostPacked = 256;    // the most that `Panels` takes
 
 // As first_lanes, of any number.
 PANTHER_AVX512 inline __mmask16 up_to(int64_t count) { return first_lanes(std::clamp<int64_t>(count, 0, kLanes)); }
@@ -231,39 +232,65 @@ PANTHER_AVX512 inline void panel_columns(const float* panel, const Strided& b, i
   }
 }
 
+// How up to kMostPacked rows are packed: in panels of one to three registers, of about the same size.
+struct Panels {
+  int64_t registers;
+  int64_t count;
+  int64_t starts[kMostPacked / kPanel + 2] = {0};  // in registers
+
+  explicit Panels(int64_t rows) : registers((rows + kLanes - 1) / kLanes), count((registers + 2) / 3) {
+    for (int64_t q = 0; q < count; ++q) starts[q + 1] = registers * (q + 1) / count;
+  }
+
+  int64_t panel_of(int64_t v) const { return std::upper_bound(starts, starts + count + 1, v) - starts - 1; }
+  // Numbers of the panel that register v is in, for each of its columns.
+  int64_t width_at(int64_t v) const {
+    const int64_t q = panel_of(v);
+    return (starts[q + 1] - starts[q]) * kLanes;
+  }
+  // Where the first number of register v lies.
+  int64_t place(int64_t v, int64_t depth) const {
+    const int64_t q = panel_of(v);
+    return starts[q] * kLanes * depth + (v - starts[q]) * kLanes;
+  }
+};
+
+// Packed rows times the rows [first, last) of B, which `to` has columns for from its first one on.
+PANTHER_AVX512 inline void panels_times(const Panels& panels, const float* packed, const Strided& b, int64_t depth,
+                                        const Block& to, int64_t first, int64_t last) {
+  for (int64_t q = 0; q < panels.count; ++q) {
+    const int64_t row = panels.starts[q] * kLanes, width = panels.starts[q + 1] - panels.starts[q];
+    const float* panel = packed + row * depth;
+    Block part = to;
+    part.c += row * to.row;
+    part.count -= row;
+    if (to.of_rows) part.of_rows += row;
+    if (width == 3) panel_columns<3>(panel, b, depth, part, first, last);
+    if (width == 2) panel_columns<2>(panel, b, depth, part, first, last);
+    if (width == 1) panel_columns<1>(panel, b, depth, part, first, last);
+  }
+}
+
 // Rows [i, i + rows) of A and `depth` of their numbers, packed, times all of B, sixteen rows of it after the others.
 PANTHER_AVX512 inline void packed_rows(const Gemm& p, int64_t i, int64_t rows, int64_t r, int64_t depth,
                                        float* packed) {
-  const int64_t registers = (rows + kLanes - 1) / kLanes, panels = (registers + 2) / 3;
-  int64_t starts[kPackedRows / kPanel + 1] = {0};  // in registers: panels are of about the same size
-  for (int64_t q = 0; q < panels; ++q) {
-    starts[q + 1] = registers * (q + 1) / panels;
-    const int64_t width = (starts[q + 1] - starts[q]) * kLanes;
-    for (int64_t v = starts[q]; v < starts[q + 1]; ++v) {
-      const Strided some{p.a.at(i + v * kLanes, r), p.a.row, p.a.column};
-      pack_lanes(some, rows - v * kLanes, depth, width, packed + starts[q] * kLanes * depth + (v - starts[q]) * kLanes);
-    }
+  const Panels panels(rows);
+  for (int64_t v = 0; v < panels.registers; ++v) {
+    const Strided some{p.a.at(i + v * kLanes, r), p.a.row, p.a.column};
+    pack_lanes(some, rows - v * kLanes, depth, panels.width_at(v), packed + panels.place(v, depth));
   }
   const Strided b{p.b.at(0, r), p.b.row, p.b.column};
-  const bool is_last = r + depth == p.k;
+  const float* bias = r + depth == p.k ? p.bias : nullptr;
+  const Block to{p.c + i * p.c_row,
+                 p.c_row,
+                 p.c_column,
+                 rows,
+                 bias && p.bias_is_of_rows ? bias + i : nullptr,
+                 bias && !p.bias_is_of_rows ? bias : nullptr,
+                 r > 0};
   constexpr int64_t kColumns = most_columns(1);
   for (int64_t j = 0; j < p.n; j += kColumns) {
-    const int64_t end = std::min(p.n, j + kColumns);
-    for (int64_t q = 0; q < panels; ++q) {
-      const int64_t row = i + starts[q] * kLanes, width = starts[q + 1] - starts[q];
-      const float* panel = packed + starts[q] * kLanes * depth;
-      const float* bias = is_last ? p.bias : nullptr;
-      const Block to{p.c + row * p.c_row,
-                     p.c_row,
-                     p.c_column,
-                     rows - starts[q] * kLanes,
-                     bias && p.bias_is_of_rows ? bias + row : nullptr,
-                     bias && !p.bias_is_of_rows ? bias : nullptr,
-                     r > 0};
-      if (width == 3) panel_columns<3>(panel, b, depth, to, j, end);
-      if (width == 2) panel_columns<2>(panel, b, depth, to, j, end);
-      if (width == 1) panel_columns<1>(panel, b, depth, to, j, end);
-    }
+    panels_times(panels, packed, b, depth, to, j, std::min(p.n, j + kColumns));
   }
 }
 

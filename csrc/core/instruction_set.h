@@ -17,7 +17,7 @@
 #undef PANTHER_HAS_AVX
 #define PANTHER_HAS_AVX 1
 #define PANTHER_AVX2 __attribute__((target("avx2,fma")))
-#define PANTHER_AVX512 __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma")))
+#define PANTHER_AVX512 __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx2,bmi2,fma")))
 // A body that is compiled for whoever calls it: once for every processor and once for AVX2.
 #undef PANTHER_INLINE
 #define PANTHER_INLINE __attribute__((always_inline)) inline
@@ -41,7 +41,7 @@ inline bool has(InstructionSet set) {
   if (set == InstructionSet::avx2) return has_avx2;
   if (set == InstructionSet::avx512) {
     return has_avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-           __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+           __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("bmi2");
   }
 #elif PANTHER_HAS_NEON
   if (set == InstructionSet::neon) return true;

@@ -120,6 +120,11 @@ PANTHER_AVX2 inline Vector all_lanes(float number) { return _mm256_set1_ps(numbe
 PANTHER_AVX2 inline Vector multiply(Vector a, Vector b) { return _mm256_mul_ps(a, b); }
 PANTHER_AVX2 inline void store(float* to, Vector a) { _mm256_storeu_ps(to, a); }
 
+PANTHER_AVX2 inline void store(float* to, Vector a, int64_t count) {
+  const __m256i lanes = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
+  _mm256_maskstore_ps(to, _mm256_cmpgt_epi32(_mm256_set1_epi32(static_cast<int>(count)), lanes), a);
+}
+
 PANTHER_AVX2 inline void store(__m128 sums, const float* bias, float* to) {
   _mm_storeu_ps(to, bias ? _mm_add_ps(sums, _mm_loadu_ps(bias)) : sums);
 }
@@ -180,6 +185,10 @@ PANTHER_AVX512 inline Vector all_lanes(float number) { return _mm512_set1_ps(num
 PANTHER_AVX512 inline Vector multiply(Vector a, Vector b) { return _mm512_mul_ps(a, b); }
 PANTHER_AVX512 inline void store(float* to, Vector a) { _mm512_storeu_ps(to, a); }
 
+PANTHER_AVX512 inline void store(float* to, Vector a, int64_t count) {
+  _mm512_mask_storeu_ps(to, first_lanes(count), a);
+}
+
 // Four bits choose one of the sixteen multiples of a scale, which are what the numbers are worth.
 PANTHER_AVX512 inline Vector factor_of(const Nibbles*, float scale) {
   const Vector numbers = _mm512_setr_ps(-8, -7, -6, -5, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5, 6, 7);
@@ -232,6 +241,12 @@ inline Vector multiply_add(Vector a, Vector b, Vector c) { return vfmaq_f32(c, a
 inline Vector all_lanes(float number) { return vdupq_n_f32(number); }
 inline Vector multiply(Vector a, Vector b) { return vmulq_f32(a, b); }
 inline void store(float* to, Vector a) { vst1q_f32(to, a); }
+
+inline void store(float* to, Vector a, int64_t count) {
+  float some[kLanes];
+  vst1q_f32(some, a);
+  for (int64_t lane = 0; lane < count; ++lane) to[lane] = some[lane];
+}
 
 inline Vector load(const float* numbers) { return vld1q_f32(numbers); }
 
@@ -290,11 +305,11 @@ template <class W>
 inline void widen(const W& w, int64_t first, int64_t last, float* wide) {
 #if PANTHER_HAS_AVX
   const InstructionSet set = instruction_set_in_use().load(std::memory_order_relaxed);
-  if (set == InstructionSet::avx512) return avx512::widen_rows(w, first, last, wide);
-  if (set == InstructionSet::avx2) return avx2::widen_rows(w, first, last, wide);
+  if (set == InstructionSet::avx512) return avx512::widen_rows(w, first, last, 0, w.in, wide);
+  if (set == InstructionSet::avx2) return avx2::widen_rows(w, first, last, 0, w.in, wide);
 #elif PANTHER_HAS_NEON
   const InstructionSet set = instruction_set_in_use().load(std::memory_order_relaxed);
-  if (set == InstructionSet::neon) return neon::widen_rows(w, first, last, wide);
+  if (set == InstructionSet::neon) return neon::widen_rows(w, first, last, 0, w.in, wide);
 #endif
   for (int64_t column = first; column < last; ++column, wide += w.in) {
     for (int64_t k = 0; k < w.in; ++k) wide[k] = w.value(column, k);

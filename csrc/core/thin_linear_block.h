@@ -109,16 +109,26 @@ PANTHER_VECTOR inline void strip(const ThinLinear<W>& p, int64_t column) {
   }
 }
 
-// The rows [first, last) of w as floats, one after another.
+// The numbers [begin, end) of the rows [first, last) of w as floats, one row after another. `begin` is that of a group.
 template <class W>
-PANTHER_VECTOR inline void widen_rows(W w, int64_t first, int64_t last, float* wide) {
-  for (int64_t column = first; column < last; ++column, wide += w.in) {
-    for (int64_t k = 0, end; k < w.in; k = end) {
-      end = w.group_end(k);
-      const auto* numbers = w.numbers + w.at(column, k);
-      const Vector factor = factor_of(numbers, w.scale(column, k));
-      for (; end - k >= kLanes; k += kLanes) store(wide + k, scaled(w.numbers + w.at(column, k), factor));
-      for (; k < end; ++k) wide[k] = w.value(column, k);
+PANTHER_VECTOR inline void widen_rows(W w, int64_t first, int64_t last, int64_t begin, int64_t end, float* wide) {
+  for (int64_t column = first; column < last; ++column, wide += end - begin) {
+    for (int64_t k = begin, until; k < end; k = until) {
+      until = std::min(end, w.group_end(k));
+      if constexpr (W::kHasScales) {
+        const Vector factor = factor_of(w.numbers + w.at(column, k), w.scale(column, k));
+        for (; until - k >= kLanes; k += kLanes) store(wide + (k - begin), scaled(w.numbers + w.at(column, k), factor));
+      } else {
+        for (; until - k >= kLanes; k += kLanes) store(wide + (k - begin), load(w.numbers + w.at(column, k)));
+      }
+      if (k < until) {  // the last ones lie before whatever comes after the row
+        const auto* numbers = w.numbers + w.at(column, k);
+        if constexpr (W::kHasScales) {
+          store(wide + (k - begin), scaled(numbers, until - k, factor_of(numbers, w.scale(column, k))), until - k);
+        } else {
+          store(wide + (k - begin), load(numbers, until - k), until - k);
+        }
+      }
     }
   }
 }
@@ -133,7 +143,7 @@ PANTHER_VECTOR inline int64_t widened_strips(const ThinLinear<W>& p, int64_t fir
   float* wide = reinterpret_cast<float*>(lines.get());
   int64_t column = first;
   for (; last - column >= kStrip; column += kStrip) {
-    widen_rows(p.w, column, column + kStrip, wide);
+    widen_rows(p.w, column, column + kStrip, 0, p.in, wide);
     const float* bias = p.bias ? p.bias + column : nullptr;
     const Plain<float> w{wide, p.in};
     strip<kStrip>(ThinLinear<Plain<float>>{p.x, w, bias, p.y + column, p.rows, p.in, kStrip, p.x_stride, p.y_stride},

@@ -11,8 +11,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from panther import chains
+from panther.chains import Link
 from panther.nn.arguments import MAX_SIZE, Config, as_count, one_of, per_axis
 from panther.nn.base import COMMON_KEYS, Shape, SketchedLayer, ranks_for
+from panther.ops import conv
 
 PADDING_MODES = ("zeros", "reflect", "replicate", "circular")
 PADDING_WORDS = ("same", "valid")
@@ -111,7 +113,7 @@ class SketchedConv(SketchedLayer):
         self.kernel_size, self.stride, self.dilation = shape.kernel_size, shape.stride, shape.dilation
         self.padding = shape.padding
         # Modes other than zeros pad the input once, before the chain; its links then pad nothing.
-        self._padded_first = () if padding_mode == "zeros" else _pad_amounts(shape)
+        self._padded_first = () if padding_mode == "zeros" else pad_amounts(shape)
         inner = shape if padding_mode == "zeros" else replace(shape, padding=(0,) * self.DIMS)
         chain = self._chain(scheme, inner, ranks)
         self._allocate(shape, chain, low_rank=low_rank, bias=bias, device=device, dtype=dtype)
@@ -130,8 +132,7 @@ class SketchedConv(SketchedLayer):
     def forward(self, input: Tensor) -> Tensor:
         x, last = self._padded(input), self._links[-1]
         for link, weight in zip(self._links, self.active_weights(), strict=True):
-            bias = self.bias if link is last else None
-            x = self.CONVOLVE(x, weight, bias, link.stride, link.padding, link.dilation)
+            x = convolve(x, weight, self.bias if link is last else None, link)
         return x
 
     @classmethod
@@ -258,8 +259,8 @@ def _check_groups(owner: str, groups: int) -> None:
         raise ValueError(f"{owner}(groups={groups}): only groups=1 can be sketched; keep the dense layer for others")
 
 
-def _pad_amounts(shape: Shape) -> tuple[int, ...]:
-    """What F.pad must add for a shape's padding: before and after each axis, last axis first."""
+def pad_amounts(shape: Shape | Link) -> tuple[int, ...]:
+    """What F.pad must add for a padding: before and after each axis, last axis first."""
     if shape.padding == "valid":
         pairs = [(0, 0)] * len(shape.kernel_size)
     elif shape.padding == "same":
@@ -268,3 +269,14 @@ def _pad_amounts(shape: Shape) -> tuple[int, ...]:
     else:
         pairs = [(int(amount), int(amount)) for amount in shape.padding]
     return tuple(amount for pair in reversed(pairs) for amount in pair)
+
+
+def both_paddings(link: Link) -> tuple[int, ...]:
+    """What a link pads before all of its axes, and then after all."""
+    amounts = pad_amounts(link)
+    return (*amounts[-2::-2], *amounts[::-2])
+
+
+def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, link: Link) -> Tensor:
+    """One link of a chain, in the faster kernel."""
+    return conv(x, weight, bias, stride=link.stride, padding=both_paddings(link), dilation=link.dilation)

@@ -22,7 +22,7 @@ from panther import chains
 from panther.nn.arguments import MAX_SIZE, Config, one_of
 from panther.nn.base import COMMON_KEYS, Shape, SketchedLayer
 from panther.nn.conv import CONFIG_KEYS as CONV_KEYS
-from panther.nn.conv import SKConv1d, SKConv2d, SKConv3d, SketchedConv
+from panther.nn.conv import SKConv1d, SKConv2d, SKConv3d, SketchedConv, convolve
 from panther.nn.factor import compose
 from panther.nn.linear import SKLinear
 from panther.ops import pivoted_linear
@@ -531,7 +531,7 @@ class PivotedConv(PivotedLayer, SketchedConv):
         )
 
     def _product(self, x: Tensor, weight: Any, bias: Tensor | None, link: chains.Link) -> Tensor:
-        return self.CONVOLVE(x, weight, bias, link.stride, link.padding, link.dilation)
+        return convolve(x, weight, bias, link)
 
     def forward(self, input: Tensor) -> Tensor:
         return super().forward(self._padded(input))

@@ -21,10 +21,10 @@ from panther import chains
 from panther.nn.arguments import MAX_SIZE, Config, one_of
 from panther.nn.base import COMMON_KEYS, Shape, SketchedLayer, _check_finite
 from panther.nn.conv import CONFIG_KEYS as CONV_KEYS
-from panther.nn.conv import SKConv1d, SKConv2d, SKConv3d, SketchedConv
+from panther.nn.conv import SKConv1d, SKConv2d, SKConv3d, SketchedConv, both_paddings
 from panther.nn.factor import compose
 from panther.nn.linear import SKLinear
-from panther.ops import dequantised, low_rank_linear_int8, packed_int4, quantised_linear, unpacked_int4
+from panther.ops import dequantised, low_rank_linear_int8, packed_int4, quantised_conv, quantised_linear, unpacked_int4
 from panther.quantise import Rounded, to_nearest
 from panther.spec import BITS, Grid
 
@@ -123,6 +123,11 @@ class StoredWeight(nn.Module):
     def forward(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """x (..., columns) -> (..., out), without a copy of the whole weight on a CPU."""
         return quantised_linear(x, self.values, self.scales, bias)
+
+    def convolve(self, x: Tensor, bias: Tensor | None, link: chains.Link) -> Tensor:
+        """x (batch, channels, *size) or (channels, *size) -> as a convolution of the link, without such a copy."""
+        geometry = {"stride": link.stride, "padding": both_paddings(link), "dilation": link.dilation}
+        return quantised_conv(x, self.values, self.scales, bias, kernel_size=link.kernel_size, **geometry)
 
     def extra_repr(self) -> str:
         group = "" if self.grid.group_size is None else f", group_size={self.grid.group_size}"
@@ -402,10 +407,16 @@ class QuantisedLinear(QuantisedLayer):
 
 
 class QuantisedConv(QuantisedLayer, SketchedConv):
-    """A convolution, or a chain of them, in few bits a weight; each link is widened when it runs.
+    """A convolution, or a chain of them, in few bits a weight, which are widened as they are read.
 
     Shapes: input (batch, in_channels, *size) or (in_channels, *size) -> as the dense layer.
     """
+
+    def forward(self, input: Tensor) -> Tensor:
+        x, last = self._padded(input), self._links[-1]
+        for link, part in zip(self._links, self.stored, strict=True):
+            x = part.convolve(x, self.bias if link is last else None, link)
+        return x
 
     def _follow_dense(self, layer: nn.Module, scheme: str, ranks: Sequence[int], bias: bool) -> None:
         one_of(type(self).__name__, "scheme", scheme, CONV_SCHEMES)

@@ -229,7 +229,7 @@ class QuantisedPivotedLinear(QuantisedPivotedLayer, SKPivotedLinear):
 
 
 class QuantisedPivotedConv(QuantisedPivotedLayer, PivotedConv):
-    """A pivoted convolution in few bits a weight; each link is widened when it runs.
+    """A pivoted convolution in few bits a weight, which are widened as they are read.
 
     Shapes: input (batch, in_channels, *size) or (in_channels, *size) -> as the dense layer.
     """
@@ -237,8 +237,9 @@ class QuantisedPivotedConv(QuantisedPivotedLayer, PivotedConv):
     CONFIG_KEYS = PIVOTED_CONV_KEYS
 
     def _product(self, x: Tensor, weight: Any, bias: Tensor | None, link: chains.Link) -> Tensor:
-        numbers = weight if isinstance(weight, Tensor) else weight.dense()
-        return super()._product(x, numbers, bias, link)
+        if isinstance(weight, Tensor):
+            return super()._product(x, weight, bias, link)
+        return cast(StoredWeight, weight).convolve(x, bias, link)
 
 
 class QuantisedPivotedConv1d(QuantisedPivotedConv, SKPivotedConv1d):

@@ -10,19 +10,23 @@ from __future__ import annotations
 from panther.ops import _kernels
 from panther.ops._define import Op
 from panther.ops._quantised import dequantised, packed_int4, quantised, unpacked_int4
+from panther.ops.conv import CONV, conv
 from panther.ops.hadamard import HADAMARD, hadamard
 from panther.ops.linear import LINEAR, linear
 from panther.ops.low_rank_linear import LOW_RANK_LINEAR, low_rank_linear
 from panther.ops.low_rank_linear_int8 import LOW_RANK_LINEAR_INT8, low_rank_linear_int8
 from panther.ops.pivoted_linear import PIVOTED_LINEAR, pivoted_linear
+from panther.ops.quantised_conv import QUANTISED_CONV, quantised_conv
 from panther.ops.quantised_linear import QUANTISED_LINEAR, quantised_linear
 from panther.ops.sparse_sign_sketch import SPARSE_SIGN_SKETCH, sparse_sign_sketch
 
 OPS: dict[str, Op] = {
+    "conv": CONV,
     "linear": LINEAR,
     "low_rank_linear": LOW_RANK_LINEAR,
     "low_rank_linear_int8": LOW_RANK_LINEAR_INT8,
     "pivoted_linear": PIVOTED_LINEAR,
+    "quantised_conv": QUANTISED_CONV,
     "quantised_linear": QUANTISED_LINEAR,
     "sparse_sign_sketch": SPARSE_SIGN_SKETCH,
     "hadamard": HADAMARD,
@@ -40,6 +44,7 @@ __all__ = [
     "OPS",
     "REFERENCES",
     "Op",
+    "conv",
     "dequantised",
     "hadamard",
     "linear",
@@ -48,6 +53,7 @@ __all__ = [
     "packed_int4",
     "pivoted_linear",
     "quantised",
+    "quantised_conv",
     "quantised_linear",
     "sparse_sign_sketch",
     "unpacked_int4",

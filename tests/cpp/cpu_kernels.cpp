@@ -4,8 +4,10 @@
 #include <array>
 #include <cstring>
 #include <stdexcept>
+#include <vector>
 
 #include "check.h"
+#include "core/conv.h"
 #include "core/gemm.h"
 #include "core/hadamard.h"
 #include "core/sparse_sign_sketch.h"
@@ -183,6 +185,86 @@ void check_gemms() {
   check_gemm(397, 5, 513, {Layout::columns, Layout::rows, Layout::columns}, true, 2);
 }
 
+// Windows of `size` numbers along two axes, some of which reach over the edges of x.
+struct Picture {
+  int64_t samples, channels, height, width, kernel, stride, padding;
+
+  int64_t across(int64_t size) const { return (size + 2 * padding - kernel) / stride + 1; }
+};
+
+template <class Matrix>
+void check_conv(const Picture& of, int64_t out, bool is_aligned, bool has_bias) {
+  const int64_t rows = of.across(of.height), columns = of.across(of.width), positions = rows * columns;
+  const int64_t taps = of.kernel * of.kernel, depth = of.channels * taps, plane = of.height * of.width;
+  std::vector<int64_t> starts, offsets;
+  std::vector<int32_t> begins, shifts;
+  for (int64_t i = 0; i < positions; ++i) {
+    starts.push_back((i / columns * of.stride - of.padding) * of.width + i % columns * of.stride - of.padding);
+  }
+  for (int64_t k = 0; k < depth; ++k) {
+    offsets.push_back(k / taps * plane + k % taps / of.kernel * of.width + k % of.kernel);
+  }
+  for (int64_t i = 0; i < positions; ++i) begins.push_back(i / columns * of.stride - of.padding);
+  for (int64_t i = 0; i < positions; ++i) begins.push_back(i % columns * of.stride - of.padding);
+  for (int64_t tap = 0; tap < taps; ++tap) shifts.push_back(tap / of.kernel);
+  for (int64_t tap = 0; tap < taps; ++tap) shifts.push_back(tap % of.kernel);
+  const int32_t sizes[] = {static_cast<int32_t>(of.height), static_cast<int32_t>(of.width)};
+
+  const int64_t x_sample = of.channels * plane, y_sample = out * positions;
+  const Buffer<float> x(of.samples * x_sample, is_aligned), bias(out, is_aligned), y(of.samples * y_sample, is_aligned),
+      again(of.samples * y_sample, true), windows(positions * depth, is_aligned);
+  for (int64_t i = 0; i < of.samples * x_sample; ++i) x.data()[i] = check::random_number();
+  for (int64_t i = 0; i < out; ++i) bias.data()[i] = check::random_number();
+  const Matrix matrix(out, depth, is_aligned);
+  const Windows all{x.data(),  starts.data(),          offsets.data(), positions,     depth, taps,
+                    of.stride, of.padding > 0 ? 2 : 0, begins.data(),  shifts.data(), sizes};
+  Conv<decltype(matrix.weights())> whole{
+      all, matrix.weights(), has_bias ? bias.data() : nullptr, y.data(), out, of.samples, x_sample, y_sample};
+  conv(whole, 0, parts_of(whole));
+  whole.y = again.data();
+  for (int64_t part = 0; part < parts_of(whole); ++part) conv(whole, part, part + 1);
+  require(std::memcmp(y.data(), again.data(), of.samples * y_sample * sizeof(float)) == 0,
+          "sharing a convolution changes no bit");
+
+  for (int64_t sample = 0; sample < of.samples; ++sample) {
+    const Windows one = whole.sample(sample).x;
+    unfold(one, 0, positions, windows.data());
+    for (int64_t i = 0; i < positions; ++i) {
+      for (int64_t o = 0; o < out; ++o) {
+        check::Exact exact;
+        for (int64_t k = 0; k < depth; ++k) {
+          const int64_t row = i / columns * of.stride - of.padding + k % taps / of.kernel,
+                        column = i % columns * of.stride - of.padding + k % of.kernel;
+          const bool is_there = row >= 0 && row < of.height && column >= 0 && column < of.width;
+          const float number =
+              is_there ? x.data()[sample * x_sample + k / taps * plane + row * of.width + column] : 0.0f;
+          require(windows.data()[i * depth + k] == number, "a window has the numbers of its places, and zeros");
+          exact.add(double{number} * matrix.weights().value(o, k));
+        }
+        if (has_bias) exact.add(bias.data()[o]);
+        require(exact.is_near(y.data()[sample * y_sample + o * positions + i]), "a convolution is near the exact one");
+      }
+    }
+  }
+}
+
+template <class Matrix>
+void check_convs() {
+  int count = 0;
+  for (int64_t kernel : {1, 3}) {
+    for (int64_t stride : {1, 2, 3}) {
+      for (int64_t padding : {0, 1, 2}) {
+        for (int64_t width : {3, 5, 17, 40}) {
+          const Picture of{1 + count % 2, 1 + count % 3, 4, width, kernel, stride, padding};
+          check_conv<Matrix>(of, std::array{1, 5, 16, 19}[count % 4], count % 3 == 0, count % 5 > 0);
+          ++count;
+        }
+      }
+    }
+  }
+  check_conv<Matrix>({2, 60, 18, 17, 3, 1, 1}, 18, false, true);  // more than is packed at once, in both directions
+}
+
 // Widened rows are the numbers themselves, bit for bit, in every instruction set.
 template <class Matrix>
 void check_widening() {
@@ -279,6 +361,10 @@ int main() {
     check_products<WholeMatrix<Nibbles, 5>>();
     check_products<WholeMatrix<Nibbles, 62>>();
     check_gemms();
+    check_convs<PlainMatrix<float>>();
+    check_convs<PlainMatrix<BFloat16>>();
+    check_convs<WholeMatrix<int8_t, 5>>();
+    check_convs<WholeMatrix<Nibbles, 62>>();
     check_widening<WholeMatrix<int8_t, 5>>();
     check_widening<WholeMatrix<Nibbles, 5>>();
     check_widening<WholeMatrix<Nibbles, 62>>();

@@ -1,0 +1,264 @@
+// What the ops that convolve share: which windows fit, where they lie in the input, and the kernel of core/conv.h on
+// all of torch's threads.
+#pragma once
+
+#include <algorithm>
+#include <array>
+#include <limits>
+#include <optional>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "core/conv.h"
+#include "tensors.h"
+#include "threads.h"
+
+namespace panther {
+
+using Sizes = std::vector<int64_t>;
+
+// The most windows that are copied side by side for core/thin_linear.h: before torch's own convolution, before
+// core/conv.h, and without vector instructions.
+inline constexpr int64_t kFewWindows = 128, kFewBeforeOwn = 28, kFewScalarWindows = 1;
+
+// Windows of a sample, below which all samples are one: panels take 48 at a time.
+inline constexpr int64_t kJoined = 96;
+
+inline int64_t product(const Sizes& sizes) {
+  int64_t all = 1;
+  for (const int64_t size : sizes) all *= size;
+  return all;
+}
+
+inline std::string sizes_text(const Sizes& sizes) {
+  std::string text = "[";
+  for (size_t i = 0; i < sizes.size(); ++i) text += (i ? ", " : "") + std::to_string(sizes[i]);
+  return text + "]";
+}
+
+struct ConvShape {
+  const Tensor& x;
+  const Sizes& kernel_size;
+  const Sizes& stride;
+  const Sizes& padding;  // before all axes, then after all
+  const Sizes& dilation;
+
+  int64_t dims() const { return static_cast<int64_t>(kernel_size.size()); }
+  int64_t padded(int64_t axis) const { return x.size(axis + 2) + padding[axis] + padding[axis + dims()]; }
+  int64_t depth() const { return x.size(1) * product(kernel_size); }
+
+  Sizes positions() const {
+    Sizes sizes;
+    for (int64_t axis = 0; axis < dims(); ++axis) {
+      const int64_t span = dilation[axis] * (kernel_size[axis] - 1) + 1;
+      sizes.push_back((padded(axis) - span) / stride[axis] + 1);
+    }
+    return sizes;
+  }
+
+  Sizes result_size(int64_t out) const {
+    Sizes sizes = positions();
+    sizes.insert(sizes.begin(), {x.size(0), out});
+    return sizes;
+  }
+
+  bool fits() const {
+    const size_t count = kernel_size.size();
+    bool fits = count >= 1 && count <= 3 && stride.size() == count && padding.size() == 2 * count &&
+                dilation.size() == count && x.dim() == dims() + 2;
+    for (int64_t axis = 0; fits && axis < dims(); ++axis) {
+      fits = kernel_size[axis] > 0 && stride[axis] > 0 && padding[axis] >= 0 && padding[axis + dims()] >= 0 &&
+             dilation[axis] > 0 && dilation[axis] * (kernel_size[axis] - 1) < padded(axis);
+    }
+    return fits;
+  }
+
+  // Refuses in the words of panther/ops/_windows.py.
+  void check(const std::string& name, const Tensor& given) const {
+    if (fits()) return;
+    throw std::invalid_argument(
+        name +
+        ": expected x (batch, channels, *size) or (channels, *size) of one to three sizes, for each of them a positive "
+        "kernel_size, stride and dilation, and what is padded before all and after all of them, of windows that fit; "
+        "got " +
+        shape_text(given) + ", " + sizes_text(kernel_size) + ", " + sizes_text(stride) + ", " + sizes_text(dilation) +
+        ", " + sizes_text(padding));
+  }
+
+  int64_t windows() const { return x.size(0) * product(positions()); }
+
+  // Whether kernels of panther's own can run at all; places are counted in 32 bits.
+  bool has_numbers(int64_t out) const {
+    return windows() > 0 && depth() > 0 && out > 0 && x.numel() < std::numeric_limits<int32_t>::max();
+  }
+};
+
+// Whether torch's own convolution of many windows is as fast as core/conv.h, or faster. It takes channels sixteen at a
+// time, and slows down where these do not come out even, for long kernels and for few windows; of single places it is
+// slower while their numbers stay in the caches. Measured on Zen 4, one and two threads, batches of 1 to 32.
+inline bool torch_is_fast(const ConvShape& p, int64_t out) {
+  constexpr int64_t kInCaches = 1 << 22, kLongKernel = 32, kManyWindows = 512, kImageChannels = 4;
+  const int64_t taps = product(p.kernel_size), in = p.x.size(1), windows = p.windows();
+  if (taps == 1) return p.x.numel() + windows * out > kInCaches;
+  if (p.dims() > 1 && in <= kImageChannels) return true;
+  return in % 16 == 0 && out % 16 == 0 && taps < kLongKernel && windows >= kManyWindows;
+}
+
+inline bool has_avx512() { return core::instruction_set_in_use().load() == core::InstructionSet::avx512; }
+
+inline int64_t few_windows() {
+  if (has_avx512()) return kFewBeforeOwn;
+  const bool is_scalar = core::instruction_set_in_use().load() == core::InstructionSet::scalar;
+  return is_scalar ? kFewScalarWindows : kFewWindows;
+}
+
+// Where windows begin and where their numbers are, in a contiguous sample, or in all samples where they are joined.
+struct Geometry {
+  Sizes starts;
+  Sizes offsets;
+  std::vector<int32_t> begins, shifts, sizes;  // along the axes that are padded
+  int64_t samples;                             // that each have these windows
+  int64_t x_sample;                            // from one to the next
+  int64_t taps;
+  int64_t step;
+
+  core::Windows windows(const float* x) const {
+    const auto count = [](const auto& list) { return static_cast<int64_t>(list.size()); };
+    return {x,    starts.data(), offsets.data(), count(starts), count(offsets), taps,
+            step, count(sizes),  begins.data(),  shifts.data(), sizes.data()};
+  }
+};
+
+// `places` and, for each of them, those of `count` neighbours that are `step` apart.
+inline Sizes multiplied_out(const Sizes& places, int64_t count, int64_t step) {
+  Sizes all;
+  all.reserve(places.size() * count);
+  for (const int64_t place : places) {
+    for (int64_t i = 0; i < count; ++i) all.push_back(place + i * step);
+  }
+  return all;
+}
+
+inline Geometry geometry(const ConvShape& p, bool is_joined) {
+  const int64_t dims = p.dims(), samples = p.x.size(0);
+  const Sizes positions = p.positions();
+  Sizes apart(dims, 1);  // numbers from a place to the next one along an axis
+  for (int64_t axis = dims - 1; axis > 0; --axis) apart[axis - 1] = apart[axis] * p.x.size(axis + 2);
+  const int64_t volume = apart[0] * p.x.size(2), x_sample = p.x.size(1) * volume;
+  Geometry found{};
+  found.samples = is_joined ? 1 : samples;
+  found.x_sample = x_sample;
+  found.step = p.stride.back();
+  found.starts = multiplied_out({0}, is_joined ? samples : 1, x_sample);
+  found.offsets = multiplied_out({0}, p.x.size(1), volume);
+  for (int64_t axis = 0; axis < dims; ++axis) {
+    found.starts = multiplied_out(found.starts, positions[axis], p.stride[axis] * apart[axis]);
+    for (int64_t& start : found.starts) start -= p.padding[axis] * apart[axis];
+    found.offsets = multiplied_out(found.offsets, p.kernel_size[axis], p.dilation[axis] * apart[axis]);
+  }
+  found.taps = product(p.kernel_size);
+  for (int64_t axis = 0; axis < dims; ++axis) {
+    if (p.padding[axis] == 0 && p.padding[axis + dims] == 0) continue;
+    const auto along = [&](Sizes places, const Sizes& counts, const Sizes& steps) {
+      for (int64_t other = 0; other < dims; ++other) {
+        places = multiplied_out(places, counts[other], other == axis ? steps[axis] : 0);
+      }
+      return places;
+    };
+    const Sizes begins = along(Sizes(is_joined ? samples : 1, -p.padding[axis]), positions, p.stride);
+    const Sizes shifts = along({0}, p.kernel_size, p.dilation);
+    found.begins.insert(found.begins.end(), begins.begin(), begins.end());
+    found.shifts.insert(found.shifts.end(), shifts.begin(), shifts.end());
+    found.sizes.push_back(static_cast<int32_t>(p.x.size(axis + 2)));
+  }
+  return found;
+}
+
+// Joined samples: number (n, p, o) of `from`, wherever these strides say, -> (samples, out, positions).
+struct Strides {
+  int64_t sample, position, channel;
+};
+
+inline void put_channels_second(const float* from, const Strides& by, int64_t samples, int64_t positions, int64_t out,
+                                float* to) {
+  torch::stable::parallel_for(0, samples * out, std::max<int64_t>(1, kGrain / positions),
+                              [&](int64_t first, int64_t last) {
+                                for (int64_t row = first; row < last; ++row) {
+                                  const float* numbers = from + row / out * by.sample + row % out * by.channel;
+                                  for (int64_t i = 0; i < positions; ++i) {
+                                    to[row * positions + i] = numbers[i * by.position];
+                                  }
+                                }
+                              });
+}
+
+// All windows of all samples, side by side -> (windows, depth).
+inline std::vector<float> unfolded(const core::Windows& x) {
+  std::vector<float> rows(x.positions * x.depth);
+  torch::stable::parallel_for(
+      0, x.positions, std::max<int64_t>(1, kGrain / std::max<int64_t>(1, x.depth)),
+      [&](int64_t first, int64_t last) { core::unfold(x, first, last, rows.data() + first * x.depth); });
+  return rows;
+}
+
+template <class W>
+void run(const core::Conv<W>& p) {
+  const int64_t work = core::kWindows * core::kChannels * std::max<int64_t>(1, p.x.depth);
+  torch::stable::parallel_for(0, core::parts_of(p), std::max<int64_t>(1, kGrain / work),
+                              [&](int64_t first, int64_t last) { core::conv(p, first, last); });
+}
+
+// Few windows: `thin(rows, count, found)` multiplies (count, depth) into (count, out). x is contiguous float, and so is
+// y.
+template <class Thin>
+void conv_of_few(const ConvShape& p, const Tensor& x, int64_t out, float* y, const Thin& thin) {
+  const Geometry of = geometry(p, true);
+  const int64_t samples = x.size(0), all = static_cast<int64_t>(of.starts.size());
+  const std::vector<float> rows = unfolded(of.windows(numbers<float>(x)));
+  std::vector<float> found(all * out);
+  thin(rows.data(), all, found.data());
+  put_channels_second(found.data(), {all / samples * out, out, 1}, samples, all / samples, out, y);
+}
+
+template <class W>
+void conv_of_many(const ConvShape& p, const Tensor& x, const W& w, const float* bias, int64_t out, float* y) {
+  const int64_t samples = x.size(0), each = product(p.positions());
+  const bool is_joined = samples > 1 && each < kJoined;
+  const Geometry of = geometry(p, is_joined);
+  const core::Windows windows = of.windows(numbers<float>(x));
+  if (!is_joined) return run(core::Conv<W>{windows, w, bias, y, out, samples, of.x_sample, out * each});
+  std::vector<float> found(samples * each * out);
+  run(core::Conv<W>{windows, w, bias, found.data(), out, 1, 0, 0});
+  put_channels_second(found.data(), {each, 1, samples * each}, samples, each, out, y);
+}
+
+// torch's own convolution pads both sides of an axis alike; the rest is padded before.
+inline Tensor torch_conv(const ConvShape& p, const Tensor& weight, const std::optional<Tensor>& bias) {
+  using torch::stable::detail::from;
+  Sizes common, more;
+  for (int64_t axis = p.dims() - 1; axis >= 0; --axis) {
+    const int64_t before = p.padding[axis], after = p.padding[axis + p.dims()], both = std::min(before, after);
+    common.insert(common.begin(), both);
+    more.insert(more.end(), {before - both, after - both});
+  }
+  const bool has_more = std::any_of(more.begin(), more.end(), [](int64_t amount) { return amount > 0; });
+  const Tensor x = has_more ? torch::stable::pad(p.x, more) : p.x;
+  const Sizes zeros(p.kernel_size.size(), 0);
+  std::array<StableIValue, 9> stack{from(x),          from(weight), from(bias),  from(p.stride),  from(common),
+                                    from(p.dilation), from(false),  from(zeros), from(int64_t{1})};
+  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::convolution", "", stack.data(), TORCH_ABI_VERSION));
+  return torch::stable::detail::to<Tensor>(stack[0]);
+}
+
+// x with a batch, where it has none for so many axes, and the result without it.
+inline Tensor batched(const Tensor& x, size_t dims) {
+  const bool is_one = dims > 0 && x.dim() == static_cast<int64_t>(dims) + 1;
+  return is_one ? torch::stable::unsqueeze(x, 0) : x;
+}
+
+inline Tensor like_given(const Tensor& y, const Tensor& given) {
+  return given.dim() < y.dim() ? torch::stable::squeeze(y, 0) : y;
+}
+
+}  // namespace panther

@@ -1,0 +1,281 @@
+// Convolutions as products with a matrix of windows that is never written down: its numbers are read where they lie in
+// the input, some rows of it at a time are packed into lanes, and a few rows of the weight are widened for them.
+//
+// Notation: number k of window p is x[starts[p] + offsets[k]], or 0 where that is outside the input; w (out, depth),
+// bias (out) or null; y (out, positions): y[o, p] = bias[o] + the sum over k of w[o, k] times number k of window p.
+// A batch has the same windows in each sample.
+//
+// Each number of y is summed in the same order whatever the part of y that a call fills, so that the number of threads
+// changes no bit.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <memory>
+
+#include "core/gemm.h"
+
+namespace panther::core {
+
+// The last numbers of `offsets` are those of the places in the kernel: k stands for place k % taps.
+struct Windows {
+  const float* numbers;
+  const int64_t* starts;   // (positions)
+  const int64_t* offsets;  // (depth)
+  int64_t positions;
+  int64_t depth;
+  int64_t taps;
+  int64_t step;           // between the starts of most neighbours
+  int64_t axes;           // along which windows reach over the edge of the input
+  const int32_t* begins;  // (axes, positions): where a window begins along each of them
+  const int32_t* shifts;  // (axes, taps): and how far from there a place is
+  const int32_t* sizes;   // (axes): of the input
+
+  bool has(int64_t position, int64_t tap) const {
+    for (int64_t axis = 0; axis < axes; ++axis) {
+      const int32_t place = begins[axis * positions + position] + shifts[axis * taps + tap];
+      if (place < 0 || place >= sizes[axis]) return false;
+    }
+    return true;
+  }
+
+  float at(int64_t position, int64_t k) const {
+    return has(position, k % taps) ? numbers[starts[position] + offsets[k]] : 0;
+  }
+};
+
+template <class W>
+struct Conv {
+  Windows x;
+  W w;
+  const float* bias;
+  float* y;
+  int64_t out;
+  int64_t samples;
+  int64_t x_sample;  // from a sample to the next one
+  int64_t y_sample;
+
+  Conv sample(int64_t index) const {
+    Conv one = *this;
+    one.x.numbers += index * x_sample;
+    one.y += index * y_sample;
+    return one;
+  }
+};
+
+// The windows [first, last) one after another, each of `depth` numbers.
+inline void unfold(const Windows& x, int64_t first, int64_t last, float* rows) {
+  for (int64_t position = first; position < last; ++position, rows += x.depth) {
+    for (int64_t tap = 0; tap < x.taps; ++tap) {
+      const bool is_there = x.has(position, tap);
+      for (int64_t k = tap; k < x.depth; k += x.taps) {
+        rows[k] = is_there ? x.numbers[x.starts[position] + x.offsets[k]] : 0;
+      }
+    }
+  }
+}
+
+// What threads share: up to kWindows windows of a sample, about as many in each part, by kChannels channels of y.
+inline constexpr int64_t kWindows = 256, kChannels = 16;
+
+inline int64_t parts_of(int64_t whole, int64_t most) { return (whole + most - 1) / most; }
+
+template <class W>
+int64_t parts_of(const Conv<W>& p) {
+  return p.samples * parts_of(p.x.positions, kWindows) * parts_of(p.out, kChannels);
+}
+
+// Where part i of `count` begins: at a whole number of registers.
+inline int64_t start_of(int64_t i, int64_t count, int64_t positions) {
+  return std::min(positions, parts_of(positions, 16) * i / count * 16);
+}
+
+// Windows [i, i + rows) times rows [first, last) of w.
+struct ConvPart {
+  int64_t i;
+  int64_t rows;
+  int64_t first;
+  int64_t last;
+};
+
+// The twin without intrinsics.
+template <class W>
+inline void conv_part_scalar(const Conv<W>& p, const ConvPart& part) {
+  for (int64_t o = part.first; o < part.last; ++o) {
+    for (int64_t i = part.i; i < part.i + part.rows; ++i) {
+      float sum = 0;
+      for (int64_t k = 0; k < p.x.depth; ++k) sum += p.x.at(i, k) * p.w.value(o, k);
+      p.y[o * p.x.positions + i] = p.bias ? sum + p.bias[o] : sum;
+    }
+  }
+}
+
+#if PANTHER_HAS_AVX
+
+namespace avx512 {
+
+// Sixteen windows at most as lanes: those that begin one or two numbers apart are read together, else one by one.
+struct WindowLanes {
+  static constexpr int kMostRuns = 6;  // above, a gather is faster
+  int64_t begin;
+  int64_t starts[kMostRuns];   // of the lane 0 that a run would have
+  __mmask16 lanes[kMostRuns];  // of a run
+  int runs = 0;
+  __m512i places;  // of all lanes, from `begin` on
+
+  PANTHER_AVX512 WindowLanes(const int64_t* windows, int64_t count, int64_t step) : begin(windows[0]) {
+    alignas(64) int32_t indices[kLanes] = {};
+    for (int64_t lane = 0; lane < count; ++lane) {
+      indices[lane] = static_cast<int32_t>(windows[lane] - begin);
+      const bool is_new = lane == 0 || step > 2 || windows[lane] != windows[lane - 1] + step;
+      if (is_new && ++runs <= kMostRuns) {
+        starts[runs - 1] = windows[lane] - (step == 2 ? 2 : 1) * lane;
+        lanes[runs - 1] = 0;
+      }
+      if (runs <= kMostRuns) lanes[runs - 1] |= static_cast<__mmask16>(1u << lane);
+    }
+    places = _mm512_load_si512(indices);
+  }
+};
+
+// Number 2 i in lane i, for some lanes; no others are read.
+PANTHER_AVX512 inline __m512 every_second(const float* numbers, __mmask16 some) {
+  const __m512i even = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+  const uint32_t spread = _pdep_u32(some, 0x55555555u);
+  const __m512 low = _mm512_maskz_loadu_ps(static_cast<__mmask16>(spread), numbers);
+  const __m512 high = _mm512_maskz_loadu_ps(static_cast<__mmask16>(spread >> 16), numbers + kLanes);
+  return _mm512_permutex2var_ps(low, even, high);
+}
+
+// Number `offset` of the windows in those of their lanes that have it, and zeros. Runs: as many as there are, 0: any.
+template <int Step, int Runs>
+PANTHER_AVX512 inline __m512 window_numbers(const WindowLanes& of, const float* x, int64_t offset, __mmask16 there) {
+  if constexpr (Step == 0) {
+    return _mm512_mask_i32gather_ps(_mm512_setzero_ps(), there, of.places, x + (of.begin + offset), sizeof(float));
+  }
+  __m512 values = _mm512_setzero_ps();
+  for (int run = 0; run < (Runs ? Runs : of.runs); ++run) {
+    const __mmask16 some = Runs == 1 ? there : of.lanes[run] & there;
+    const float* from = x + (of.starts[run] + offset);
+    values = Step == 1 ? _mm512_mask_loadu_ps(values, some, from)
+                       : _mm512_mask_mov_ps(values, some, every_second(from, some));
+  }
+  return values;
+}
+
+// The lanes of `count` windows from `position` on that have a number at a place of the kernel.
+PANTHER_AVX512 inline __mmask16 lanes_with(const Windows& x, int64_t position, int64_t count, int64_t tap) {
+  __mmask16 there = first_lanes(count);
+  for (int64_t axis = 0; axis < x.axes; ++axis) {
+    const __m512i begins = _mm512_maskz_loadu_epi32(there, x.begins + axis * x.positions + position);
+    const __m512i places = _mm512_add_epi32(begins, _mm512_set1_epi32(x.shifts[axis * x.taps + tap]));
+    there = _mm512_mask_cmplt_epu32_mask(there, places, _mm512_set1_epi32(x.sizes[axis]));  // below 0: a large number
+  }
+  return there;
+}
+
+template <int Step, int Runs>
+PANTHER_AVX512 inline void pack_runs(const WindowLanes& lanes, const Windows& x, int64_t r, int64_t depth,
+                                     const __mmask16* there, int64_t width, float* packed) {
+  for (int64_t k = 0, tap = r % x.taps; k < depth; ++k) {
+    _mm512_storeu_ps(packed + k * width, window_numbers<Step, Runs>(lanes, x.numbers, x.offsets[r + k], there[tap]));
+    if (++tap == x.taps) tap = 0;
+  }
+}
+
+// Numbers [r, r + depth) of the windows from `position` on, as lanes: packed[k * width + lane].
+PANTHER_AVX512 inline void pack_windows(const Windows& x, int64_t position, int64_t count, int64_t r, int64_t depth,
+                                        const __mmask16* there, int64_t width, float* packed) {
+  const WindowLanes lanes(x.starts + position, count, x.step);
+  if (lanes.runs > WindowLanes::kMostRuns) {
+    pack_runs<0, 0>(lanes, x, r, depth, there, width, packed);
+  } else if (x.step == 2) {
+    pack_runs<2, 0>(lanes, x, r, depth, there, width, packed);
+  } else if (lanes.runs == 1) {
+    pack_runs<1, 1>(lanes, x, r, depth, there, width, packed);
+  } else if (lanes.runs == 2) {
+    pack_runs<1, 2>(lanes, x, r, depth, there, width, packed);
+  } else {
+    pack_runs<1, 0>(lanes, x, r, depth, there, width, packed);
+  }
+}
+
+// Rows [first, last) of w from column r on, as floats that stay where they are or in `wide`.
+PANTHER_AVX512 inline Strided rows_of(const Plain<float>& w, int64_t first, int64_t, int64_t r, int64_t, float*) {
+  return {w.numbers + first * w.in + r, w.in, 1};
+}
+
+template <class W>
+PANTHER_AVX512 inline Strided rows_of(const W& w, int64_t first, int64_t last, int64_t r, int64_t depth, float* wide) {
+  widen_rows(w, first, last, r, r + depth, wide);
+  return {wide, depth, 1};
+}
+
+// What a thread needs besides.
+struct ConvRoom {
+  std::unique_ptr<float[]> packed;
+  std::unique_ptr<float[]> wide;
+  std::unique_ptr<__mmask16[]> there;  // (registers, taps)
+
+  explicit ConvRoom(const Windows& x)
+      : packed(new float[kWindows * std::min(kDepth, x.depth)]),
+        wide(new float[kChannels * std::min(kDepth, x.depth)]),
+        there(new __mmask16[kWindows / kLanes * x.taps]) {}
+};
+
+template <class W>
+PANTHER_AVX512 void conv_part(const Conv<W>& p, const ConvPart& part, const ConvRoom& room) {
+  const Panels panels(part.rows);
+  const auto count = [&](int64_t v) { return std::min(kLanes, part.rows - v * kLanes); };
+  for (int64_t v = 0; v < panels.registers; ++v) {
+    for (int64_t tap = 0; tap < p.x.taps; ++tap) {
+      room.there[v * p.x.taps + tap] = lanes_with(p.x, part.i + v * kLanes, count(v), tap);
+    }
+  }
+  for (int64_t r = 0; r < p.x.depth; r += kDepth) {
+    const int64_t depth = std::min(kDepth, p.x.depth - r);
+    for (int64_t v = 0; v < panels.registers; ++v) {
+      pack_windows(p.x, part.i + v * kLanes, count(v), r, depth, room.there.get() + v * p.x.taps, panels.width_at(v),
+                   room.packed.get() + panels.place(v, depth));
+    }
+    const float* bias = r + depth == p.x.depth ? p.bias : nullptr;
+    for (int64_t o = part.first; o < part.last; o += kChannels) {
+      const int64_t channels = std::min(kChannels, part.last - o);
+      const Block to{p.y + o * p.x.positions + part.i, 1,    p.x.positions, part.rows, nullptr,
+                     bias ? bias + o : nullptr,        r > 0};
+      panels_times(panels, room.packed.get(), rows_of(p.w, o, o + channels, r, depth, room.wide.get()), depth, to, 0,
+                   channels);
+    }
+  }
+}
+
+}  // namespace avx512
+
+#endif
+
+// Parts [first, last) of y, those of the same windows together.
+template <class W>
+inline void conv(const Conv<W>& whole, int64_t first, int64_t last) {
+  const int64_t of_out = parts_of(whole.out, kChannels), of_positions = parts_of(whole.x.positions, kWindows);
+#if PANTHER_HAS_AVX
+  const bool is_vector = instruction_set_in_use().load() == InstructionSet::avx512;
+  std::unique_ptr<avx512::ConvRoom> room(is_vector ? new avx512::ConvRoom(whole.x) : nullptr);
+#endif
+  for (int64_t count; first < last; first += count) {
+    const int64_t windows = first / of_out, begin = first % of_out;
+    count = std::min(of_out - begin, last - first);
+    const int64_t i = start_of(windows % of_positions, of_positions, whole.x.positions),
+                  end = start_of(windows % of_positions + 1, of_positions, whole.x.positions);
+    const ConvPart part{i, end - i, begin * kChannels, std::min(whole.out, (begin + count) * kChannels)};
+    const Conv<W> p = whole.sample(windows / of_positions);
+#if PANTHER_HAS_AVX
+    if (is_vector) {
+      avx512::conv_part(p, part, *room);
+      continue;
+    }
+#endif
+    conv_part_scalar(p, part);
+  }
+}
+
+}  // namespace panther::core

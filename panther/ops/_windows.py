@@ -1,0 +1,95 @@
+"""What the ops that convolve share: which windows fit, what they cost, and their gradients."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from panther.ops._text import shape_text
+
+CONVOLVE: dict[int, Callable[..., Tensor]] = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
+
+Sizes = Sequence[int]
+
+
+def check_windows(name: str, x: Tensor, kernel_size: Sizes, stride: Sizes, padding: Sizes, dilation: Sizes) -> None:
+    """The compiled kernels refuse the same inputs in the same words (csrc/conv.h)."""
+    if not _fit(x, kernel_size, stride, padding, dilation):
+        lists = ", ".join(str(list(sizes)) for sizes in (kernel_size, stride, dilation, padding))
+        raise ValueError(
+            f"{name}: expected x (batch, channels, *size) or (channels, *size) of one to three sizes, for each of them "
+            "a positive kernel_size, stride and dilation, and what is padded before all and after all of them, of "
+            f"windows that fit; got {shape_text(x)}, {lists}"
+        )
+
+
+def _fit(x: Tensor, kernel_size: Sizes, stride: Sizes, padding: Sizes, dilation: Sizes) -> bool:
+    dims = len(kernel_size)
+    if dims not in CONVOLVE or x.dim() - dims not in (1, 2) or len(padding) != 2 * dims or min(padding) < 0:
+        return False
+    return len(stride) == len(dilation) == dims and all(
+        kernel > 0 and step > 0 and apart > 0 and apart * (kernel - 1) < size + before + after
+        for size, kernel, step, apart, before, after in zip(
+            x.shape[-dims:], kernel_size, stride, dilation, padding[:dims], padding[dims:], strict=True
+        )
+    )
+
+
+def both_sides(padding: Sizes) -> list[int]:
+    """Padding as the ops take it, before all axes and then after all, where it is the same."""
+    return [*padding, *padding]
+
+
+def convolved(x: Tensor, weight: Tensor, bias: Tensor | None, stride: Sizes, padding: Sizes, dilation: Sizes) -> Tensor:
+    """torch's own convolution."""
+    common, more = _split(padding)
+    result: Tensor = CONVOLVE[len(stride)](_padded(x, more), weight, bias, stride, common, dilation)
+    return result
+
+
+def _split(padding: Sizes) -> tuple[list[int], list[int]]:
+    """What is padded on both sides of each axis, and what F.pad must add to that."""
+    dims = len(padding) // 2
+    common = [min(pair) for pair in zip(padding[:dims], padding[dims:], strict=True)]
+    more = [padding[i + side * dims] - common[i] for i in reversed(range(dims)) for side in (0, 1)]
+    return common, more
+
+
+def _padded(x: Tensor, more: Sizes) -> Tensor:
+    return F.pad(x, list(more)) if any(more) else x
+
+
+def gradients(
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    geometry: tuple[Sizes, Sizes, Sizes],
+    wants: tuple[bool, bool, bool],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Those of x, weight and bias that are wanted. geometry: stride, padding, dilation."""
+    stride, padding, dilation = geometry
+    if x.dim() == len(stride) + 1:
+        of_x, of_weight, of_bias = gradients(grad.unsqueeze(0), x.unsqueeze(0), weight, geometry, wants)
+        return None if of_x is None else of_x.squeeze(0), of_weight, of_bias
+    common, more = _split(padding)
+    of_x, of_weight, _ = torch.ops.aten.convolution_backward(
+        grad, _padded(x, more), weight, None, stride, common, dilation, False, [0] * len(stride), 1, (*wants[:2], False)
+    )
+    of_bias = grad.transpose(0, 1).flatten(1).sum(1) if wants[2] else None
+    return _padded(of_x, [-m for m in more]) if wants[0] else None, of_weight if wants[1] else None, of_bias
+
+
+def flops(x: Sizes, out: int, kernel_size: Sizes, stride: Sizes, padding: Sizes, dilation: Sizes) -> int:
+    """Of one run, from the shape of x."""
+    dims = len(stride)
+    windows: Iterator[int] = (
+        (size + before + after - apart * (kernel - 1) - 1) // step + 1
+        for size, kernel, step, apart, before, after in zip(
+            x[-dims:], kernel_size, stride, dilation, padding[:dims], padding[dims:], strict=True
+        )
+    )
+    return 2 * math.prod(x[:-dims]) * math.prod(windows) * out * math.prod(kernel_size)

@@ -1,0 +1,240 @@
+"""Convolutions in panther's own kernel, with float weights and with stored ones, beside torch's in float64."""
+
+from dataclasses import dataclass
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from panther.ops import OPS, conv, dequantised, packed_int4, quantised, quantised_conv
+from tests.kernels import needs_kernels
+
+CONVOLVE = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
+KINDS = ("float", 8, 4, 16)  # 16: bfloat16
+
+every_kind = pytest.mark.parametrize("kind", KINDS, ids=str)
+
+
+@dataclass(frozen=True)
+class Geometry:
+    size: tuple[int, ...]  # of x, with batch and channels
+    out: int
+    kernel: tuple[int, ...]
+    stride: tuple[int, ...] = ()
+    padding: tuple[int, ...] = ()
+    dilation: tuple[int, ...] = ()
+
+    def where(self):
+        """stride, padding and dilation, as the ops take them."""
+        ones = (1,) * len(self.kernel)
+        zeros = (0,) * len(self.kernel)
+        return {
+            "stride": self.stride or ones,
+            "padding": self.padding or zeros,
+            "dilation": self.dilation or ones,
+        }
+
+
+GEOMETRIES = {
+    "few windows": Geometry((1, 5, 9), 7, (3,), padding=(1,)),
+    "points": Geometry((2, 37, 11, 13), 50, (1, 1)),
+    "points of one sample, apart": Geometry((1, 9, 30, 31), 18, (1, 1), stride=(2, 2)),
+    "points with an edge": Geometry((1, 9, 12, 13), 18, (1, 1), padding=(2, 1)),
+    "long kernel": Geometry((3, 4, 50), 21, (33,), padding=(16,)),
+    "even kernel": Geometry((2, 6, 70), 17, (4,), padding=(1, 2)),
+    "one channel, far apart": Geometry((2, 1, 300), 33, (20,), stride=(7,)),
+    "picture": Geometry((2, 17, 15, 14), 40, (3, 3), padding=(1, 1)),
+    "picture, every second": Geometry((1, 8, 41, 40), 24, (3, 3), stride=(2, 2), padding=(1, 1)),
+    "small pictures": Geometry((9, 20, 7, 7), 30, (3, 3), padding=(1, 1)),
+    "narrow pictures": Geometry((30, 3, 9, 2), 5, (2, 2), padding=(1, 0)),
+    "dilated": Geometry((1, 10, 23, 26), 19, (3, 2), stride=(1, 2), padding=(3, 0, 1, 4), dilation=(2, 3)),
+    "edge wider than the input": Geometry((2, 3, 4, 5), 6, (3, 3), padding=(4, 6)),
+    "volume": Geometry((2, 3, 6, 7, 8), 20, (2, 3, 3), stride=(1, 2, 1), padding=(1, 0, 1)),
+    "many windows and channels": Geometry((1, 70, 20, 19), 21, (3, 3), padding=(1, 1)),
+    "sixteen channels": Geometry((2, 16, 24, 24), 32, (3, 3), padding=(1, 1)),
+    "three channels": Geometry((1, 3, 40, 40), 20, (5, 5), stride=(2, 2), padding=(2, 2)),
+}
+
+every_geometry = pytest.mark.parametrize("of", GEOMETRIES.values(), ids=GEOMETRIES)
+
+
+def stored(weight, kind, group_size=32):
+    if kind == 16:
+        return weight.flatten(1).bfloat16().view(torch.int16), weight.new_empty(len(weight), 0)
+    values, scales = quantised(weight.flatten(1), group_size, kind)
+    return packed_int4(values) if kind == 4 else values, scales
+
+
+def inputs_of(of, kind, dtype=torch.float32):
+    """A function of x alone, and what it is to be near: the weight in float64, and the bias."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(of.size, generator=generator, dtype=torch.float64).to(dtype)
+    weight = torch.randn(of.out, of.size[1], *of.kernel, generator=generator, dtype=torch.float64).to(dtype)
+    bias = torch.randn(of.out, generator=generator, dtype=torch.float64).to(dtype)
+    if kind == "float":
+        return x, weight.double(), bias, lambda x: conv(x, weight, bias, **of.where())
+    values, scales = stored(weight, kind)
+    meant = dequantised(values, scales.double(), weight[0].numel()).reshape(weight.shape)
+    return x, meant, bias, lambda x: quantised_conv(x, values, scales, bias, kernel_size=of.kernel, **of.where())
+
+
+def exactly(of, x, weight, bias):
+    where, dims = of.where(), len(of.kernel)
+    befores, afters = where["padding"][:dims], where["padding"][-dims:]
+    amounts = [amount for pair in zip(reversed(befores), reversed(afters), strict=True) for amount in pair]
+    return CONVOLVE[dims](F.pad(x, amounts), weight, bias, where["stride"], 0, where["dilation"])
+
+
+def assert_within_the_rounding_bound(got, of, x, weight, bias):
+    exact = exactly(of, x.double(), weight, bias.double())
+    scale = exactly(of, x.double().abs(), weight.abs(), bias.double().abs())
+    roundings = weight[0].numel() + 3
+    assert got.shape == exact.shape
+    assert bool(((got.double() - exact).abs() <= roundings * torch.finfo(got.dtype).eps * scale).all())
+
+
+@needs_kernels
+@every_kind
+@every_geometry
+@pytest.mark.usefixtures("instruction_set")
+def test_every_geometry_is_within_the_rounding_bound(of, kind):
+    x, weight, bias, run = inputs_of(of, kind)
+    assert_within_the_rounding_bound(run(x), of, x, weight, bias)
+
+
+@every_kind
+@every_geometry
+def test_input_without_a_batch_is_one_sample(of, kind):
+    x, _, _, run = inputs_of(of, kind)
+    torch.testing.assert_close(run(x[0]), run(x[:1])[0], rtol=1e-4, atol=1e-4)
+
+
+@needs_kernels
+@every_kind
+@every_geometry
+def test_number_of_threads_changes_no_bit(of, kind, threads):
+    x, _, _, run = inputs_of(of, kind)
+    threads(1)
+    alone = run(x)
+    threads(3)
+    assert torch.equal(alone, run(x))
+
+
+@every_kind
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("name", ["few windows", "picture"])
+def test_other_types_are_rounded_at_the_end(name, dtype, kind):
+    of = GEOMETRIES[name]
+    x, weight, bias, run = inputs_of(of, kind, dtype)
+    got, exact = run(x), exactly(of, x.double(), weight, bias.double())
+    assert got.dtype == dtype
+    loose = 1e-12 if dtype == torch.float64 else 0.03
+    torch.testing.assert_close(got.double(), exact, rtol=loose, atol=loose * float(exact.abs().mean()))
+
+
+@every_kind
+@pytest.mark.parametrize("channels", [24, 600])  # the latter: more than a tile of the weight
+@pytest.mark.usefixtures("scalar_kernels")
+def test_where_torch_convolves_the_weight_is_widened_in_parts(channels, kind):
+    of = Geometry((1, channels, 6, 6), 260, (3, 3), padding=(1, 1))
+    x, weight, bias, run = inputs_of(of, kind)
+    assert_within_the_rounding_bound(run(x), of, x, weight, bias)
+
+
+@every_kind
+@pytest.mark.parametrize("channels", [24, 600])
+def test_channels_last_stay_last(channels, kind):
+    of = Geometry((2, channels, 6, 6), 260, (3, 3), padding=(1, 1))
+    x, weight, bias, run = inputs_of(of, kind)
+    last = x.contiguous(memory_format=torch.channels_last)
+    got = run(last)
+    assert got.is_contiguous(memory_format=torch.channels_last)
+    assert_within_the_rounding_bound(got, of, x, weight, bias)
+
+
+@every_kind
+def test_views_give_what_their_copies_give(kind):
+    of = GEOMETRIES["picture"]
+    x, weight, bias, run = inputs_of(of, kind)
+    views = (x.transpose(2, 3).contiguous().transpose(2, 3), torch.cat((x, x), 1)[:, : x.shape[1]], x.flip(0).flip(0))
+    for view in views:
+        assert_within_the_rounding_bound(run(view), of, x, weight, bias)
+
+
+@every_kind
+def test_no_samples_give_none(kind):
+    of = GEOMETRIES["picture"]
+    x, _, _, run = inputs_of(of, kind)
+    assert run(x[:0]).shape == (0, *run(x).shape[1:])
+
+
+@every_kind
+def test_infinities_and_nans_reach_their_windows_only(kind):
+    of = Geometry((1, 20, 40), 18, (3,), padding=(1,))
+    x, _, _, run = inputs_of(of, kind)
+    x[0, 3, 0] = torch.nan
+    got = run(x)
+    assert bool(got[..., :2].isnan().all())
+    assert bool(got[..., 2:].isfinite().all())
+
+
+# Refusals -------------------------------------------------------------------------------------------------------------
+
+WHERE = {"stride": [1, 1], "padding": [0, 0, 0, 0], "dilation": [1, 1]}
+X, WEIGHT, BIAS = torch.ones(2, 3, 5, 6), torch.ones(4, 3, 3, 2), torch.ones(4)
+VALUES, SCALES = torch.ones(4, 18, dtype=torch.int8), torch.ones(4, 1)
+
+BAD_WINDOWS = {
+    "larger than the input": ({}, torch.ones(2, 3, 2, 6), "got (2, 3, 2, 6), [3, 2], [1, 1], [1, 1], [0, 0, 0, 0]"),
+    "no stride": ({"stride": [0, 1]}, X, "[3, 2], [0, 1]"),
+    "strides of one axis": ({"stride": [1]}, X, "[3, 2], [1], [1, 1]"),
+    "negative padding": ({"padding": [0, -1, 0, 0]}, X, "[0, -1, 0, 0]"),
+    "padding of three sides": ({"padding": [0, 0, 0]}, X, "[0, 0, 0]"),
+    "no dilation": ({"dilation": [1, 0]}, X, "[1, 0], [0, 0, 0, 0]"),
+    "x without channels": ({}, torch.ones(5, 6), "got (5, 6), [3, 2]"),
+    "x of another size": ({}, torch.ones(1, 1, 3, 5, 6), "got (1, 1, 3, 5, 6)"),
+}
+
+
+@pytest.mark.parametrize(("where", "x", "says"), BAD_WINDOWS.values(), ids=BAD_WINDOWS)
+@pytest.mark.parametrize("name", ["conv", "quantised_conv"])
+def test_windows_that_do_not_fit_are_refused_in_the_same_words_with_and_without_kernel(name, where, x, says):
+    given = WHERE | where
+    geometry = [given["stride"], given["padding"], given["dilation"]]
+    inputs = (x, WEIGHT, BIAS, *geometry) if name == "conv" else (x, VALUES, SCALES, BIAS, [3, 2], *geometry)
+    assert_refused(name, inputs, says)
+
+
+BAD = {
+    "other channels": ("conv", (X, torch.ones(4, 2, 3, 2), BIAS), "got (2, 3, 5, 6), (4, 2, 3, 2), (4)"),
+    "bias of another size": ("conv", (X, WEIGHT, torch.ones(3)), "(4, 3, 3, 2), (3)"),
+    "no bias": ("conv", (X, torch.ones(4, 2, 3, 2), None), "(4, 2, 3, 2), None"),
+    "another dtype": ("conv", (X, WEIGHT.double(), BIAS), "got float32, float64, float32"),
+    "whole numbers": ("conv", (X.int(), WEIGHT.int(), BIAS.int()), "got int32, int32, int32"),
+    "values of another size": (
+        "quantised_conv",
+        (X, VALUES[:, :17], SCALES, BIAS),
+        "got (2, 3, 5, 6), (4, 17), (4, 1), (4) and [3, 2]",
+    ),
+    "scales of other rows": ("quantised_conv", (X, VALUES, torch.ones(3, 1), BIAS), "(4, 18), (3, 1), (4)"),
+    "no such groups": ("quantised_conv", (X, VALUES, torch.ones(4, 5), None), "(4, 18), (4, 5), None"),
+    "stored bias of another size": ("quantised_conv", (X, VALUES, SCALES, torch.ones(5)), "(4, 1), (5)"),
+    "float values": ("quantised_conv", (X, VALUES.float(), SCALES, BIAS), "got float32, float32, float32, float32"),
+    "scales of another dtype": ("quantised_conv", (X, VALUES, SCALES.double(), None), "got float32, int8, float64"),
+}
+
+
+@pytest.mark.parametrize(("name", "inputs", "says"), BAD.values(), ids=BAD)
+def test_bad_input_is_refused_in_the_same_words_with_and_without_kernel(name, inputs, says):
+    sizes = () if name == "conv" else ([3, 2],)
+    assert_refused(name, (*inputs, *sizes, *WHERE.values()), says)
+
+
+def assert_refused(name, inputs, says):
+    messages = []
+    for function in (OPS[name], OPS[name].reference, getattr(torch.ops.panther, name)):
+        with pytest.raises(ValueError, match=f"^{name}: ") as refusal:
+            function(*inputs)
+        messages.append(str(refusal.value))
+    assert says in messages[0]
+    assert messages[0] == messages[1] == messages[2]
