@@ -33,6 +33,10 @@ void check(const Tensor& x, int64_t in, const Tensor& weight, const std::optiona
   }
 }
 
+bool is_channels_last(const Tensor& weight) {
+  return weight.size(1) > 1 && weight.stride(1) == 1 && weight.stride(weight.dim() - 1) == weight.size(1);
+}
+
 Tensor conv(const Tensor& given, const Tensor& weight, const std::optional<Tensor>& bias, Sizes stride, Sizes padding,
             Sizes dilation) {
   Sizes kernel_size(weight.sizes().begin(), weight.sizes().end());
@@ -43,11 +47,12 @@ Tensor conv(const Tensor& given, const Tensor& weight, const std::optional<Tenso
   check(given, x.size(1), weight, bias);
   const int64_t out = weight.size(0);
   const bool is_few = shape.windows() <= few_windows(), is_own = is_few || (has_avx512() && !torch_is_fast(shape, out));
-  // Of any other layout, like channels last, the result has that layout, too.
-  const bool is_plain = x.scalar_type() == ScalarType::Float && x.is_contiguous() && weight.is_contiguous();
+  // Where channels lie last the result has that layout, too.
+  const bool is_plain = x.scalar_type() == ScalarType::Float && x.is_contiguous() && !is_channels_last(weight);
   if (!is_plain || !is_own || !shape.has_numbers(out)) return like_given(torch_conv(shape, weight, bias), given);
   const Tensor offset = bias ? packed(*bias) : Tensor();
-  const core::Plain<float> w{numbers<float>(weight), shape.depth()};
+  const Tensor weights = packed(weight);
+  const core::Plain<float> w{numbers<float>(weights), shape.depth()};
   const float* added = bias ? numbers<float>(offset) : nullptr;
   const Tensor y = torch::stable::new_empty(x, shape.result_size(out));
   float* to = static_cast<float*>(y.mutable_data_ptr());
