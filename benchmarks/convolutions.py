@@ -1,8 +1,9 @@
 """How fast convolutions of panther.ops are, beside what they replace.
 
-`python -m benchmarks.convolutions` takes layers of CREPE, ResNet-50, EfficientNet-lite0, Whisper's encoder and a temporal
-network: "low rank" are the two convolutions of an SKConv that keeps half of the numbers, beside the same two in torch;
-"dense", "int8" (a scale a row) and "int4" (a scale for 32 numbers) the whole layer, beside torch's in float32.
+`python -m benchmarks.convolutions` takes layers of CREPE, ResNet-50, EfficientNet-lite0, Whisper's encoder, a temporal
+network and of large pictures: "low rank" are the two convolutions of an SKConv that keeps half of the numbers, beside
+the same two in torch; "dense", "int8" (a scale a row) and "int4" (a scale for 32 numbers) the whole layer, beside
+torch's in float32.
 
 All of a layer's run in turns; a ratio above 1 means that panther's is faster.
 """
@@ -16,6 +17,7 @@ import statistics
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -78,6 +80,7 @@ LAYERS = {
     ],
     "Whisper": [Layer(80, 384, 3, (3000,)), Layer(384, 384, 3, (3000,), 2)],
     "temporal": [Layer(256, 256, 5, (300,)), Layer(128, 128, 7, (1000,)), Layer(512, 512, 3, (799,), 2, 0)],
+    "large pictures": [Layer(64, 64, 3, (256, 256)), Layer(64, 128, 1, (256, 256)), Layer(48, 8, 1, (200, 200))],
 }
 KEEP = 0.5
 KINDS = ("low rank", "dense", "int8", "int4")
@@ -112,9 +115,7 @@ def runs(dense: nn.Module, x: Tensor) -> Iterator[tuple[str, Run, Run]]:
 def _chain(dense: nn.Module) -> SketchedConv:
     taps, (out, channels) = dense.weight[0, 0].numel(), dense.weight.shape[:2]
     rank = max(8, round(KEEP * out * channels * taps / (channels * taps + out) / 8) * 8)
-    chain = SKETCHED[type(dense)].from_dense(dense, num_terms=1, low_rank=rank // 2)
-    assert isinstance(chain, SketchedConv)
-    return chain
+    return cast(SketchedConv, SKETCHED[type(dense)].from_dense(dense, num_terms=1, low_rank=rank // 2))
 
 
 def _in_torch(chain: SketchedConv, x: Tensor) -> Tensor:

@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <array>
 #include <limits>
+#include <memory>
 #include <optional>
 #include <stdexcept>
 #include <string>
@@ -45,14 +46,17 @@ struct ConvShape {
   const Sizes& dilation;
 
   int64_t dims() const { return static_cast<int64_t>(kernel_size.size()); }
-  int64_t padded(int64_t axis) const { return x.size(axis + 2) + padding[axis] + padding[axis + dims()]; }
+  double padded(int64_t axis) const {
+    return static_cast<double>(x.size(axis + 2)) + static_cast<double>(padding[axis]) +
+           static_cast<double>(padding[axis + dims()]);
+  }
   int64_t depth() const { return x.size(1) * product(kernel_size); }
 
   Sizes positions() const {
     Sizes sizes;
     for (int64_t axis = 0; axis < dims(); ++axis) {
       const int64_t span = dilation[axis] * (kernel_size[axis] - 1) + 1;
-      sizes.push_back((padded(axis) - span) / stride[axis] + 1);
+      sizes.push_back((x.size(axis + 2) + padding[axis] + padding[axis + dims()] - span) / stride[axis] + 1);
     }
     return sizes;
   }
@@ -69,9 +73,10 @@ struct ConvShape {
                 dilation.size() == count && x.dim() == dims() + 2;
     for (int64_t axis = 0; fits && axis < dims(); ++axis) {
       fits = kernel_size[axis] > 0 && stride[axis] > 0 && padding[axis] >= 0 && padding[axis + dims()] >= 0 &&
-             dilation[axis] > 0 && dilation[axis] * (kernel_size[axis] - 1) < padded(axis);
+             dilation[axis] > 0 && x.size(axis + 2) > 0 &&
+             static_cast<double>(dilation[axis]) * static_cast<double>(kernel_size[axis] - 1) < padded(axis);
     }
-    return fits;
+    return fits && x.size(1) > 0;
   }
 
   // Refuses in the words of panther/ops/_windows.py.
@@ -89,20 +94,36 @@ struct ConvShape {
   int64_t windows() const { return x.size(0) * product(positions()); }
 
   // Whether kernels of panther's own can run at all; places are counted in 32 bits.
-  bool has_numbers(int64_t out) const {
-    return windows() > 0 && depth() > 0 && out > 0 && x.numel() < std::numeric_limits<int32_t>::max();
+  bool has_numbers() const {
+    double places = static_cast<double>(x.size(0)) * static_cast<double>(x.size(1));
+    for (int64_t axis = 0; axis < dims(); ++axis) places *= padded(axis);
+    return x.size(0) > 0 && places < std::numeric_limits<int32_t>::max();
   }
 };
 
 // Whether torch's own convolution of many windows is as fast as core/conv.h, or faster. It takes channels sixteen at a
 // time, and slows down where these do not come out even, for long kernels and for few windows; of single places it is
-// slower while their numbers stay in the caches. Measured on Zen 4, one and two threads, batches of 1 to 32.
+// slower while their numbers stay in the caches, and where there are enough channels for packing them to pay. Measured
+// on Zen 4, one and two threads, batches of 1 to 32.
 inline bool torch_is_fast(const ConvShape& p, int64_t out) {
-  constexpr int64_t kInCaches = 1 << 22, kLongKernel = 32, kManyWindows = 512, kImageChannels = 4;
+  constexpr int64_t kInCaches = 1 << 22, kInNearCaches = 1 << 20, kLongKernel = 32, kManyWindows = 512,
+                    kImageChannels = 4, kFewChannels = 24;
   const int64_t taps = product(p.kernel_size), in = p.x.size(1), windows = p.windows();
-  if (taps == 1) return p.x.numel() + windows * out > kInCaches;
+  if (taps == 1) return std::min(in, out) < kFewChannels || p.x.numel() + windows * out > kInCaches;
   if (p.dims() > 1 && in <= kImageChannels) return true;
-  return in % 16 == 0 && out % 16 == 0 && taps < kLongKernel && windows >= kManyWindows;
+  if (in % 16 != 0 || taps >= kLongKernel || windows < kManyWindows) return false;
+  return out % 16 == 0 || p.x.numel() > kInNearCaches;
+}
+
+// Whether all strides are those of a new tensor. Others, of axes of one number too, can mean that channels lie last,
+// and then torch gives a result of that layout.
+inline bool has_default_strides(const Tensor& tensor) {
+  int64_t expected = 1;
+  for (int64_t axis = tensor.dim() - 1; axis >= 0; --axis) {
+    if (tensor.stride(axis) != expected) return false;
+    expected *= std::max<int64_t>(1, tensor.size(axis));
+  }
+  return true;
 }
 
 inline bool has_avx512() { return core::instruction_set_in_use().load() == core::InstructionSet::avx512; }
@@ -113,66 +134,59 @@ inline int64_t few_windows() {
   return is_scalar ? kFewScalarWindows : kFewWindows;
 }
 
-// Where windows begin and where their numbers are, in a contiguous sample, or in all samples where they are joined.
+// The windows of a contiguous sample, or of all samples where they are joined.
 struct Geometry {
-  Sizes starts;
+  core::Windows windows;
   Sizes offsets;
-  std::vector<int32_t> begins, shifts, sizes;  // along the axes that are padded
-  int64_t samples;                             // that each have these windows
-  int64_t x_sample;                            // from one to the next
-  int64_t taps;
-  int64_t step;
+  std::vector<int32_t> shifts;
+  int64_t samples;   // that each have these windows
+  int64_t x_sample;  // from one to the next
 
-  core::Windows windows(const float* x) const {
-    const auto count = [](const auto& list) { return static_cast<int64_t>(list.size()); };
-    return {x,    starts.data(), offsets.data(), count(starts), count(offsets), taps,
-            step, count(sizes),  begins.data(),  shifts.data(), sizes.data()};
-  }
+  Geometry(const ConvShape& p, const float* x, bool is_joined);
+  Geometry(const Geometry&) = delete;  // `windows` points into it
 };
 
 // `places` and, for each of them, those of `count` neighbours that are `step` apart.
-inline Sizes multiplied_out(const Sizes& places, int64_t count, int64_t step) {
-  Sizes all;
+template <class T>
+std::vector<T> multiplied_out(const std::vector<T>& places, int64_t count, int64_t step) {
+  std::vector<T> all;
   all.reserve(places.size() * count);
-  for (const int64_t place : places) {
-    for (int64_t i = 0; i < count; ++i) all.push_back(place + i * step);
+  for (const T place : places) {
+    for (int64_t i = 0; i < count; ++i) all.push_back(place + static_cast<T>(i * step));
   }
   return all;
 }
 
-inline Geometry geometry(const ConvShape& p, bool is_joined) {
-  const int64_t dims = p.dims(), samples = p.x.size(0);
+inline Geometry::Geometry(const ConvShape& p, const float* x, bool is_joined) : windows{} {
+  const int64_t dims = p.dims();
   const Sizes positions = p.positions();
   Sizes apart(dims, 1);  // numbers from a place to the next one along an axis
   for (int64_t axis = dims - 1; axis > 0; --axis) apart[axis - 1] = apart[axis] * p.x.size(axis + 2);
-  const int64_t volume = apart[0] * p.x.size(2), x_sample = p.x.size(1) * volume;
-  Geometry found{};
-  found.samples = is_joined ? 1 : samples;
-  found.x_sample = x_sample;
-  found.step = p.stride.back();
-  found.starts = multiplied_out({0}, is_joined ? samples : 1, x_sample);
-  found.offsets = multiplied_out({0}, p.x.size(1), volume);
+  const int64_t volume = apart[0] * p.x.size(2);
+  x_sample = p.x.size(1) * volume;
+  samples = is_joined ? 1 : p.x.size(0);
+  windows.numbers = x;
+  windows.positions = product(positions) * (is_joined ? p.x.size(0) : 1);
+  windows.taps = product(p.kernel_size);
+  windows.depth = p.depth();
+  if (is_joined) windows.axes[0] = {p.x.size(0), x_sample, 0, 0, 0};
+  offsets = multiplied_out(Sizes{0}, p.x.size(1), volume);
+  shifts.assign((core::kAxes - dims) * windows.taps, 0);
   for (int64_t axis = 0; axis < dims; ++axis) {
-    found.starts = multiplied_out(found.starts, positions[axis], p.stride[axis] * apart[axis]);
-    for (int64_t& start : found.starts) start -= p.padding[axis] * apart[axis];
-    found.offsets = multiplied_out(found.offsets, p.kernel_size[axis], p.dilation[axis] * apart[axis]);
+    const bool is_padded = p.padding[axis] > 0 || p.padding[axis + dims] > 0;
+    windows.start -= p.padding[axis] * apart[axis];
+    windows.axes[core::kAxes - dims + axis] = {
+        positions[axis], p.stride[axis] * apart[axis], static_cast<int32_t>(-p.padding[axis]),
+        static_cast<int32_t>(p.stride[axis]), is_padded ? static_cast<int32_t>(p.x.size(axis + 2)) : 0};
+    offsets = multiplied_out(offsets, p.kernel_size[axis], p.dilation[axis] * apart[axis]);
+    std::vector<int32_t> along{0};
+    for (int64_t other = 0; other < dims; ++other) {
+      along = multiplied_out(along, p.kernel_size[other], other == axis ? p.dilation[axis] : 0);
+    }
+    shifts.insert(shifts.end(), along.begin(), along.end());
   }
-  found.taps = product(p.kernel_size);
-  for (int64_t axis = 0; axis < dims; ++axis) {
-    if (p.padding[axis] == 0 && p.padding[axis + dims] == 0) continue;
-    const auto along = [&](Sizes places, const Sizes& counts, const Sizes& steps) {
-      for (int64_t other = 0; other < dims; ++other) {
-        places = multiplied_out(places, counts[other], other == axis ? steps[axis] : 0);
-      }
-      return places;
-    };
-    const Sizes begins = along(Sizes(is_joined ? samples : 1, -p.padding[axis]), positions, p.stride);
-    const Sizes shifts = along({0}, p.kernel_size, p.dilation);
-    found.begins.insert(found.begins.end(), begins.begin(), begins.end());
-    found.shifts.insert(found.shifts.end(), shifts.begin(), shifts.end());
-    found.sizes.push_back(static_cast<int32_t>(p.x.size(axis + 2)));
-  }
-  return found;
+  windows.offsets = offsets.data();
+  windows.shifts = shifts.data();
 }
 
 // Joined samples: number (n, p, o) of `from`, wherever these strides say, -> (samples, out, positions).
@@ -194,11 +208,11 @@ inline void put_channels_second(const float* from, const Strides& by, int64_t sa
 }
 
 // All windows of all samples, side by side -> (windows, depth).
-inline std::vector<float> unfolded(const core::Windows& x) {
-  std::vector<float> rows(x.positions * x.depth);
+inline std::unique_ptr<float[]> unfolded(const core::Windows& x) {
+  std::unique_ptr<float[]> rows(new float[x.positions * x.depth]);
   torch::stable::parallel_for(
       0, x.positions, std::max<int64_t>(1, kGrain / std::max<int64_t>(1, x.depth)),
-      [&](int64_t first, int64_t last) { core::unfold(x, first, last, rows.data() + first * x.depth); });
+      [&](int64_t first, int64_t last) { core::unfold(x, first, last, rows.get() + first * x.depth); });
   return rows;
 }
 
@@ -213,24 +227,22 @@ void run(const core::Conv<W>& p) {
 // y.
 template <class Thin>
 void conv_of_few(const ConvShape& p, const Tensor& x, int64_t out, float* y, const Thin& thin) {
-  const Geometry of = geometry(p, true);
-  const int64_t samples = x.size(0), all = static_cast<int64_t>(of.starts.size());
-  const std::vector<float> rows = unfolded(of.windows(numbers<float>(x)));
-  std::vector<float> found(all * out);
-  thin(rows.data(), all, found.data());
-  put_channels_second(found.data(), {all / samples * out, out, 1}, samples, all / samples, out, y);
+  const Geometry of(p, numbers<float>(x), true);
+  const int64_t samples = x.size(0), all = of.windows.positions;
+  const std::unique_ptr<float[]> rows = unfolded(of.windows), found(new float[all * out]);
+  thin(rows.get(), all, found.get());
+  put_channels_second(found.get(), {all / samples * out, out, 1}, samples, all / samples, out, y);
 }
 
 template <class W>
 void conv_of_many(const ConvShape& p, const Tensor& x, const W& w, const float* bias, int64_t out, float* y) {
   const int64_t samples = x.size(0), each = product(p.positions());
   const bool is_joined = samples > 1 && each < kJoined;
-  const Geometry of = geometry(p, is_joined);
-  const core::Windows windows = of.windows(numbers<float>(x));
-  if (!is_joined) return run(core::Conv<W>{windows, w, bias, y, out, samples, of.x_sample, out * each});
-  std::vector<float> found(samples * each * out);
-  run(core::Conv<W>{windows, w, bias, found.data(), out, 1, 0, 0});
-  put_channels_second(found.data(), {each, 1, samples * each}, samples, each, out, y);
+  const Geometry of(p, numbers<float>(x), is_joined);
+  if (!is_joined) return run(core::Conv<W>{of.windows, w, bias, y, out, samples, of.x_sample, out * each});
+  const std::unique_ptr<float[]> found(new float[samples * each * out]);
+  run(core::Conv<W>{of.windows, w, bias, found.get(), out, 1, 0, 0});
+  put_channels_second(found.get(), {each, 1, samples * each}, samples, each, out, y);
 }
 
 // torch's own convolution pads both sides of an axis alike; the rest is padded before.

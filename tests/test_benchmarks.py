@@ -15,9 +15,9 @@ from torch import Tensor, nn
 import panther
 from benchmarks import bytes as stored
 from benchmarks import (
-    convolutions,
     calibration,
     common,
+    convolutions,
     crepe,
     decomposition,
     end_to_end,

@@ -1,12 +1,16 @@
 """Convolutions in panther's own kernel, with float weights and with stored ones, beside torch's in float64."""
 
+import warnings
 from dataclasses import dataclass
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 
-from panther.ops import OPS, conv, dequantised, packed_int4, quantised, quantised_conv
+from panther.nn import QuantisedConv2d, SKConv2d
+from panther.ops import OPS, _windows, conv, dequantised, packed_int4, quantised, quantised_conv
+from panther.ops._windows import SMALL
 from tests.kernels import needs_kernels
 
 CONVOLVE = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
@@ -46,12 +50,13 @@ GEOMETRIES = {
     "picture": Geometry((2, 17, 15, 14), 40, (3, 3), padding=(1, 1)),
     "picture, every second": Geometry((1, 8, 41, 40), 24, (3, 3), stride=(2, 2), padding=(1, 1)),
     "small pictures": Geometry((9, 20, 7, 7), 30, (3, 3), padding=(1, 1)),
-    "narrow pictures": Geometry((30, 3, 9, 2), 5, (2, 2), padding=(1, 0)),
+    "narrow pictures": Geometry((30, 5, 9, 2), 5, (2, 2), padding=(1, 0)),
     "dilated": Geometry((1, 10, 23, 26), 19, (3, 2), stride=(1, 2), padding=(3, 0, 1, 4), dilation=(2, 3)),
-    "edge wider than the input": Geometry((2, 3, 4, 5), 6, (3, 3), padding=(4, 6)),
-    "volume": Geometry((2, 3, 6, 7, 8), 20, (2, 3, 3), stride=(1, 2, 1), padding=(1, 0, 1)),
+    "edge wider than the input": Geometry((2, 5, 4, 5), 6, (3, 3), padding=(4, 6)),
+    "volume": Geometry((2, 5, 6, 7, 8), 20, (2, 3, 3), stride=(1, 2, 1), padding=(1, 0, 1)),
     "many windows and channels": Geometry((1, 70, 20, 19), 21, (3, 3), padding=(1, 1)),
     "sixteen channels": Geometry((2, 16, 24, 24), 32, (3, 3), padding=(1, 1)),
+    "small volumes": Geometry((5, 6, 4, 3, 4), 18, (3, 2, 3), padding=(1, 0, 1, 1, 1, 2)),
     "three channels": Geometry((1, 3, 40, 40), 20, (5, 5), stride=(2, 2), padding=(2, 2)),
 }
 
@@ -178,6 +183,99 @@ def test_infinities_and_nans_reach_their_windows_only(kind):
     assert bool(got[..., 2:].isfinite().all())
 
 
+STRIDES = {  # the axes, and what lies in memory
+    "turned": (1, torch.ones(2, 100, 1).transpose(1, 2)),
+    "turned, of more channels": (1, torch.ones(2, 100, 7).transpose(1, 2)),
+    "one channel last": (2, torch.ones(1, 28, 28, 1).permute(0, 3, 1, 2)),
+    "channels last": (2, torch.ones(2, 28, 28, 5).permute(0, 3, 1, 2)),
+    "one line": (2, torch.ones(2, 1, 30, 6).permute(0, 3, 1, 2)),
+    "one place": (2, torch.ones(9, 1, 1, 6).permute(0, 3, 1, 2)),
+    "one place of one channel": (2, torch.ones(40, 1, 1, 1)),
+    "a part": (2, torch.ones(2, 9, 28, 28)[:, 2:7]),
+    "volume, channels last": (3, torch.ones(2, 5, 6, 7, 6).permute(0, 4, 1, 2, 3)),
+    "no batch": (2, torch.ones(28, 28, 6).permute(2, 0, 1)),
+}
+
+
+@pytest.mark.parametrize(("dims", "x"), STRIDES.values(), ids=STRIDES)
+@pytest.mark.parametrize("is_last", [False, True], ids=["", "so is the weight"])
+@every_kind
+def test_result_lies_in_memory_as_the_compiler_is_told(dims, x, is_last, kind):
+    weight = torch.ones(8, x.shape[-1 - dims], *[1] * dims)
+    if is_last and dims > 1:
+        weight = weight.to(memory_format={2: torch.channels_last, 3: torch.channels_last_3d}[dims])
+    ones, zeros = [1] * dims, [0] * 2 * dims
+    if kind == "float":
+        op, inputs = OPS["conv"], (x, weight, None, ones, zeros, ones)
+    else:
+        op, inputs = OPS["quantised_conv"], (x, *stored(weight.contiguous(), kind, None), None, ones, ones, zeros, ones)
+    with FakeTensorMode() as mode:
+        told = op(*(mode.from_tensor(value) if isinstance(value, torch.Tensor) else value for value in inputs))
+    assert op(*inputs).stride() == told.stride()
+
+
+@needs_kernels
+def test_places_beyond_32_bits_are_left_to_torch():
+    far = {"stride": [2**33], "padding": [2**33], "dilation": [1]}
+    try:
+        got = conv(torch.arange(3.0).reshape(1, 1, 3), torch.ones(1, 1, 1), **far)
+    except RuntimeError:
+        return  # torch counts in 32 bits, too
+    assert got.shape == (1, 1, 3)
+
+
+# In layers ------------------------------------------------------------------------------------------------------------
+
+
+def layers():
+    dense = torch.nn.Conv2d(6, 20, 3, padding=1).eval()
+    return {
+        "sketched": SKConv2d.from_dense(dense, num_terms=1, low_rank=2),
+        "stored": QuantisedConv2d.from_dense(dense),
+    }
+
+
+every_layer = pytest.mark.parametrize("name", ["sketched", "stored"])
+
+
+@every_layer
+def test_other_tools_see_standard_operations_in_what_is_exported_or_traced(name):
+    layer, x = layers()[name].eval().requires_grad_(False), torch.randn(2, 6, 9, 10)
+    program = torch.export.export(torch.nn.Sequential(layer), (x,))
+    assert not any("panther" in str(node.target) for node in program.graph.nodes)
+    with warnings.catch_warnings(action="ignore"):  # TorchScript is deprecated
+        traced = torch.jit.trace(layer, x)
+    assert "panther::" not in str(traced.inlined_graph)
+    for again in (program.module(), traced):
+        torch.testing.assert_close(again(x), layer(x), rtol=1e-4, atol=1e-4)
+
+
+@every_layer
+@pytest.mark.parametrize("x", [torch.randn(2, 6, 9, 10), torch.randn(2, 10, 9, 6).transpose(1, 3)], ids=["", "last"])
+def test_compiled_layer_computes_the_same(name, x):
+    layer = layers()[name].eval()
+    with torch.no_grad():
+        compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+        torch.testing.assert_close(compiled(x), layer(x), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("small", [0, SMALL])  # in the op, and in standard operations
+def test_gradients_of_a_sketched_convolution_are_those_of_its_dense_form(small, monkeypatch):
+    monkeypatch.setattr(_windows, "SMALL", small)
+    layer, x = layers()["sketched"].train(), torch.randn(2, 6, 8, 9)
+    assert ("panther" in type(layer(x).grad_fn).__name__) == (small == 0)
+    ours, theirs = x.clone().requires_grad_(), x.clone().requires_grad_()
+    layer(ours).square().mean().backward()
+    F.conv2d(theirs, layer.weight.detach(), layer.bias.detach(), padding=1).square().mean().backward()
+    torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-3, atol=1e-6)
+
+
+def test_complex_numbers_are_left_to_torch():
+    x, weight = torch.randn(2, 3, 9, dtype=torch.complex64), torch.randn(4, 3, 3, dtype=torch.complex64)
+    got = conv(x, weight, stride=[1], padding=[1], dilation=[1])
+    torch.testing.assert_close(got, F.conv1d(x, weight, padding=1))
+
+
 # Refusals -------------------------------------------------------------------------------------------------------------
 
 WHERE = {"stride": [1, 1], "padding": [0, 0, 0, 0], "dilation": [1, 1]}
@@ -191,6 +289,8 @@ BAD_WINDOWS = {
     "negative padding": ({"padding": [0, -1, 0, 0]}, X, "[0, -1, 0, 0]"),
     "padding of three sides": ({"padding": [0, 0, 0]}, X, "[0, 0, 0]"),
     "no dilation": ({"dilation": [1, 0]}, X, "[1, 0], [0, 0, 0, 0]"),
+    "an empty axis": ({"padding": [3, 3, 3, 3]}, torch.ones(2, 3, 0, 6), "got (2, 3, 0, 6)"),
+    "no channels": ({}, torch.ones(2, 0, 5, 6), "got (2, 0, 5, 6)"),
     "x without channels": ({}, torch.ones(5, 6), "got (5, 6), [3, 2]"),
     "x of another size": ({}, torch.ones(1, 1, 3, 5, 6), "got (1, 1, 3, 5, 6)"),
 }
@@ -209,6 +309,8 @@ BAD = {
     "other channels": ("conv", (X, torch.ones(4, 2, 3, 2), BIAS), "got (2, 3, 5, 6), (4, 2, 3, 2), (4)"),
     "bias of another size": ("conv", (X, WEIGHT, torch.ones(3)), "(4, 3, 3, 2), (3)"),
     "no bias": ("conv", (X, torch.ones(4, 2, 3, 2), None), "(4, 2, 3, 2), None"),
+    "no outputs": ("conv", (X, WEIGHT[:0], None), "(0, 3, 3, 2), None"),
+    "no stored outputs": ("quantised_conv", (X, VALUES[:0], SCALES[:0], None), "(0, 18), (0, 1), None"),
     "another dtype": ("conv", (X, WEIGHT.double(), BIAS), "got float32, float64, float32"),
     "whole numbers": ("conv", (X.int(), WEIGHT.int(), BIAS.int()), "got int32, int32, int32"),
     "values of another size": (

@@ -1,7 +1,7 @@
 // Convolutions as products with a matrix of windows that is never written down: its numbers are read where they lie in
 // the input, some rows of it at a time are packed into lanes, and a few rows of the weight are widened for them.
 //
-// Notation: number k of window p is x[starts[p] + offsets[k]], or 0 where that is outside the input; w (out, depth),
+// Notation: number k of window p is x[start(p) + offsets[k]], or 0 where that is outside the input; w (out, depth),
 // bias (out) or null; y (out, positions): y[o, p] = bias[o] + the sum over k of w[o, k] times number k of window p.
 // A batch has the same windows in each sample.
 //
@@ -10,6 +10,7 @@
 #pragma once
 
 #include <algorithm>
+#include <array>
 #include <cstdint>
 #include <memory>
 
@@ -17,30 +18,71 @@
 
 namespace panther::core {
 
-// The last numbers of `offsets` are those of the places in the kernel: k stands for place k % taps.
+// Of the windows along one axis of the input.
+struct Axis {
+  int64_t windows = 1;
+  int64_t apart = 0;   // numbers of the input from the start of one to that of the next
+  int32_t begin = 0;   // where the first one begins along the axis
+  int32_t stride = 0;  // and how much later the next one
+  int32_t size = 0;    // of the input, where windows reach over its edge; else 0
+};
+
+inline constexpr int kAxes = 4;  // three, and before them one of samples that are joined
+
+// Where some windows are: `starts` (count), and along each axis `begins` (kAxes, count).
+struct Places {
+  int64_t* starts;
+  int32_t* begins;
+  int64_t count;
+};
+
+// Number k of a window is at place k % taps of the kernel.
 struct Windows {
   const float* numbers;
-  const int64_t* starts;   // (positions)
-  const int64_t* offsets;  // (depth)
+  std::array<Axis, kAxes> axes;  // the last one's neighbours follow each other
+  int64_t start;                 // of the first window
+  const int64_t* offsets;        // (depth): from there to each number
+  const int32_t* shifts;         // (kAxes, taps): how far places are from where their window begins
   int64_t positions;
   int64_t depth;
   int64_t taps;
-  int64_t step;           // between the starts of most neighbours
-  int64_t axes;           // along which windows reach over the edge of the input
-  const int32_t* begins;  // (axes, positions): where a window begins along each of them
-  const int32_t* shifts;  // (axes, taps): and how far from there a place is
-  const int32_t* sizes;   // (axes): of the input
 
-  bool has(int64_t position, int64_t tap) const {
-    for (int64_t axis = 0; axis < axes; ++axis) {
-      const int32_t place = begins[axis * positions + position] + shifts[axis * taps + tap];
-      if (place < 0 || place >= sizes[axis]) return false;
+  // Those from `first` on.
+  void locate(int64_t first, const Places& to) const {
+    std::array<int64_t, kAxes> at;
+    for (int axis = kAxes - 1; axis >= 0; --axis) {
+      at[axis] = first % axes[axis].windows;
+      first /= axes[axis].windows;
     }
-    return true;
+    const Axis& last = axes[kAxes - 1];
+    for (int64_t i = 0, run; i < to.count; i += run) {
+      run = std::min(last.windows - at[kAxes - 1], to.count - i);
+      int64_t begins = start;
+      for (int axis = 0; axis < kAxes; ++axis) begins += at[axis] * axes[axis].apart;
+      for (int64_t j = 0; j < run; ++j) to.starts[i + j] = begins + j * last.apart;
+      for (int axis = 0; axis < kAxes; ++axis) {
+        if (axes[axis].size == 0) continue;
+        const int32_t place = axes[axis].begin + static_cast<int32_t>(at[axis]) * axes[axis].stride;
+        const int32_t step = axis == kAxes - 1 ? last.stride : 0;
+        int32_t* along = to.begins + axis * to.count + i;
+        for (int32_t j = 0; j < run; ++j) along[j] = place + j * step;
+      }
+      at[kAxes - 1] += run;
+      for (int axis = kAxes - 1; axis > 0 && at[axis] == axes[axis].windows; --axis) {
+        at[axis] = 0;
+        ++at[axis - 1];
+      }
+    }
   }
 
-  float at(int64_t position, int64_t k) const {
-    return has(position, k % taps) ? numbers[starts[position] + offsets[k]] : 0;
+  // Whether window i of some has a number at a place of the kernel.
+  bool has(const Places& of, int64_t i, int64_t tap) const {
+    for (int axis = 0; axis < kAxes; ++axis) {
+      if (axes[axis].size == 0) continue;
+      const int32_t place = of.begins[axis * of.count + i] + shifts[axis * taps + tap];
+      if (place < 0 || place >= axes[axis].size) return false;
+    }
+    return true;
   }
 };
 
@@ -66,11 +108,13 @@ struct Conv {
 // The windows [first, last) one after another, each of `depth` numbers.
 inline void unfold(const Windows& x, int64_t first, int64_t last, float* rows) {
   for (int64_t position = first; position < last; ++position, rows += x.depth) {
+    int64_t start;
+    int32_t begins[kAxes];
+    const Places one{&start, begins, 1};
+    x.locate(position, one);
     for (int64_t tap = 0; tap < x.taps; ++tap) {
-      const bool is_there = x.has(position, tap);
-      for (int64_t k = tap; k < x.depth; k += x.taps) {
-        rows[k] = is_there ? x.numbers[x.starts[position] + x.offsets[k]] : 0;
-      }
+      const bool is_there = x.has(one, 0, tap);
+      for (int64_t k = tap; k < x.depth; k += x.taps) rows[k] = is_there ? x.numbers[start + x.offsets[k]] : 0;
     }
   }
 }
@@ -101,10 +145,12 @@ struct ConvPart {
 // The twin without intrinsics.
 template <class W>
 inline void conv_part_scalar(const Conv<W>& p, const ConvPart& part) {
-  for (int64_t o = part.first; o < part.last; ++o) {
-    for (int64_t i = part.i; i < part.i + part.rows; ++i) {
+  const std::unique_ptr<float[]> window(new float[p.x.depth]);
+  for (int64_t i = part.i; i < part.i + part.rows; ++i) {
+    unfold(p.x, i, i + 1, window.get());
+    for (int64_t o = part.first; o < part.last; ++o) {
       float sum = 0;
-      for (int64_t k = 0; k < p.x.depth; ++k) sum += p.x.at(i, k) * p.w.value(o, k);
+      for (int64_t k = 0; k < p.x.depth; ++k) sum += window[k] * p.w.value(o, k);
       p.y[o * p.x.positions + i] = p.bias ? sum + p.bias[o] : sum;
     }
   }
@@ -163,13 +209,15 @@ PANTHER_AVX512 inline __m512 window_numbers(const WindowLanes& of, const float* 
   return values;
 }
 
-// The lanes of `count` windows from `position` on that have a number at a place of the kernel.
-PANTHER_AVX512 inline __mmask16 lanes_with(const Windows& x, int64_t position, int64_t count, int64_t tap) {
+// The lanes of `count` windows from window i of some on that have a number at a place of the kernel.
+PANTHER_AVX512 inline __mmask16 lanes_with(const Windows& x, const Places& of, int64_t i, int64_t count, int64_t tap) {
   __mmask16 there = first_lanes(count);
-  for (int64_t axis = 0; axis < x.axes; ++axis) {
-    const __m512i begins = _mm512_maskz_loadu_epi32(there, x.begins + axis * x.positions + position);
+  for (int axis = 0; axis < kAxes; ++axis) {
+    if (x.axes[axis].size == 0) continue;
+    const __m512i begins = _mm512_maskz_loadu_epi32(there, of.begins + axis * of.count + i);
     const __m512i places = _mm512_add_epi32(begins, _mm512_set1_epi32(x.shifts[axis * x.taps + tap]));
-    there = _mm512_mask_cmplt_epu32_mask(there, places, _mm512_set1_epi32(x.sizes[axis]));  // below 0: a large number
+    there =
+        _mm512_mask_cmplt_epu32_mask(there, places, _mm512_set1_epi32(x.axes[axis].size));  // below 0: a large number
   }
   return there;
 }
@@ -183,13 +231,14 @@ PANTHER_AVX512 inline void pack_runs(const WindowLanes& lanes, const Windows& x,
   }
 }
 
-// Numbers [r, r + depth) of the windows from `position` on, as lanes: packed[k * width + lane].
-PANTHER_AVX512 inline void pack_windows(const Windows& x, int64_t position, int64_t count, int64_t r, int64_t depth,
-                                        const __mmask16* there, int64_t width, float* packed) {
-  const WindowLanes lanes(x.starts + position, count, x.step);
+// Numbers [r, r + depth) of up to sixteen windows, as lanes: packed[k * width + lane].
+PANTHER_AVX512 inline void pack_windows(const Windows& x, const int64_t* starts, int64_t count, int64_t r,
+                                        int64_t depth, const __mmask16* there, int64_t width, float* packed) {
+  const int64_t step = x.axes[kAxes - 1].apart;
+  const WindowLanes lanes(starts, count, step);
   if (lanes.runs > WindowLanes::kMostRuns) {
     pack_runs<0, 0>(lanes, x, r, depth, there, width, packed);
-  } else if (x.step == 2) {
+  } else if (step == 2) {
     pack_runs<2, 0>(lanes, x, r, depth, there, width, packed);
   } else if (lanes.runs == 1) {
     pack_runs<1, 1>(lanes, x, r, depth, there, width, packed);
@@ -216,27 +265,33 @@ struct ConvRoom {
   std::unique_ptr<float[]> packed;
   std::unique_ptr<float[]> wide;
   std::unique_ptr<__mmask16[]> there;  // (registers, taps)
+  std::unique_ptr<int64_t[]> starts;
+  std::unique_ptr<int32_t[]> begins;
 
   explicit ConvRoom(const Windows& x)
       : packed(new float[kWindows * std::min(kDepth, x.depth)]),
         wide(new float[kChannels * std::min(kDepth, x.depth)]),
-        there(new __mmask16[kWindows / kLanes * x.taps]) {}
+        there(new __mmask16[kWindows / kLanes * x.taps]),
+        starts(new int64_t[kWindows]),
+        begins(new int32_t[kAxes * kWindows]) {}
 };
 
 template <class W>
 PANTHER_AVX512 void conv_part(const Conv<W>& p, const ConvPart& part, const ConvRoom& room) {
   const Panels panels(part.rows);
+  const Places places{room.starts.get(), room.begins.get(), part.rows};
+  p.x.locate(part.i, places);
   const auto count = [&](int64_t v) { return std::min(kLanes, part.rows - v * kLanes); };
   for (int64_t v = 0; v < panels.registers; ++v) {
     for (int64_t tap = 0; tap < p.x.taps; ++tap) {
-      room.there[v * p.x.taps + tap] = lanes_with(p.x, part.i + v * kLanes, count(v), tap);
+      room.there[v * p.x.taps + tap] = lanes_with(p.x, places, v * kLanes, count(v), tap);
     }
   }
   for (int64_t r = 0; r < p.x.depth; r += kDepth) {
     const int64_t depth = std::min(kDepth, p.x.depth - r);
     for (int64_t v = 0; v < panels.registers; ++v) {
-      pack_windows(p.x, part.i + v * kLanes, count(v), r, depth, room.there.get() + v * p.x.taps, panels.width_at(v),
-                   room.packed.get() + panels.place(v, depth));
+      pack_windows(p.x, places.starts + v * kLanes, count(v), r, depth, room.there.get() + v * p.x.taps,
+                   panels.width_at(v), room.packed.get() + panels.place(v, depth));
     }
     const float* bias = r + depth == p.x.depth ? p.bias : nullptr;
     for (int64_t o = part.first; o < part.last; o += kChannels) {

@@ -19,7 +19,8 @@ void check(const Tensor& x, int64_t in, const Tensor& weight, const std::optiona
   const auto list = [&](const auto& text, const char* none) {
     return text(x) + ", " + text(weight) + (bias ? ", " + text(*bias) : none);
   };
-  const bool fits = weight.size(1) == in && (!bias || (bias->dim() == 1 && bias->size(0) == weight.size(0)));
+  const bool fits =
+      weight.size(1) == in && weight.size(0) > 0 && (!bias || (bias->dim() == 1 && bias->size(0) == weight.size(0)));
   if (!fits) {
     throw std::invalid_argument(
         "conv: expected the shapes x (batch, in, *size) or (in, *size), weight (out, in, *kernel_size), bias (out) or "
@@ -33,10 +34,6 @@ void check(const Tensor& x, int64_t in, const Tensor& weight, const std::optiona
   }
 }
 
-bool is_channels_last(const Tensor& weight) {
-  return weight.size(1) > 1 && weight.stride(1) == 1 && weight.stride(weight.dim() - 1) == weight.size(1);
-}
-
 Tensor conv(const Tensor& given, const Tensor& weight, const std::optional<Tensor>& bias, Sizes stride, Sizes padding,
             Sizes dilation) {
   Sizes kernel_size(weight.sizes().begin(), weight.sizes().end());
@@ -46,13 +43,12 @@ Tensor conv(const Tensor& given, const Tensor& weight, const std::optional<Tenso
   shape.check("conv", given);
   check(given, x.size(1), weight, bias);
   const int64_t out = weight.size(0);
-  const bool is_few = shape.windows() <= few_windows(), is_own = is_few || (has_avx512() && !torch_is_fast(shape, out));
-  // Where channels lie last the result has that layout, too.
-  const bool is_plain = x.scalar_type() == ScalarType::Float && x.is_contiguous() && !is_channels_last(weight);
-  if (!is_plain || !is_own || !shape.has_numbers(out)) return like_given(torch_conv(shape, weight, bias), given);
+  const bool is_plain = x.scalar_type() == ScalarType::Float && has_default_strides(x) && has_default_strides(weight);
+  const bool is_few = is_plain && shape.has_numbers() && shape.windows() <= few_windows();
+  const bool is_own = is_few || (is_plain && has_avx512() && shape.has_numbers() && !torch_is_fast(shape, out));
+  if (!is_own) return like_given(torch_conv(shape, weight, bias), given);
   const Tensor offset = bias ? packed(*bias) : Tensor();
-  const Tensor weights = packed(weight);
-  const core::Plain<float> w{numbers<float>(weights), shape.depth()};
+  const core::Plain<float> w{numbers<float>(weight), shape.depth()};
   const float* added = bias ? numbers<float>(offset) : nullptr;
   const Tensor y = torch::stable::new_empty(x, shape.result_size(out));
   float* to = static_cast<float*>(y.mutable_data_ptr());

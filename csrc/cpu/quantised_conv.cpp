@@ -35,7 +35,8 @@ struct Inputs {
 
 // Refuses in the words of panther/ops/quantised_conv.py.
 void check(const Inputs& p) {
-  const bool fits = p.weight.scales_fit() && p.weight.values.size(1) == p.weight.values_in_a_row() &&
+  const bool fits = p.weight.scales_fit() && p.weight.rows() > 0 &&
+                    p.weight.values.size(1) == p.weight.values_in_a_row() &&
                     (!p.bias || (p.bias->dim() == 1 && p.bias->size(0) == p.weight.rows()));
   if (!fits) {
     throw std::invalid_argument(
@@ -123,8 +124,7 @@ Tensor own_conv(const Inputs& p, bool is_few) {
 Tensor batched_conv(const Inputs& p) {
   const int64_t out = p.weight.rows();
   const ScalarType dtype = p.x.scalar_type();
-  // Of any other layout, like channels last, the result has that layout, too.
-  const bool is_own = dtype != ScalarType::Double && p.x.is_contiguous() && p.shape.has_numbers(out);
+  const bool is_own = dtype != ScalarType::Double && has_default_strides(p.x) && p.shape.has_numbers();
   if (is_own && p.shape.windows() <= few_windows()) return own_conv(p, true);
   const bool is_small = out * p.weight.columns <= kTile;  // so that torch's own takes the weight as a whole
   const bool pays = has_avx512() && !(is_small && torch_is_fast(p.shape, out));

@@ -85,7 +85,7 @@ def define(
     if backward is None:
         return op
     torch.library.register_autograd(qualified, backward, setup_context=setup_context, lib=_LIBRARY)
-    for device_type in ("cpu", "cuda"):
+    for device_type in ("cpu", "cuda", "mps", "xpu"):
         _LIBRARY.impl(name, _casting(op.overload, device_type), "Autocast" + device_type.upper())
     return op
 

@@ -13,6 +13,8 @@ from panther.ops._text import shape_text
 
 CONVOLVE: dict[int, Callable[..., Tensor]] = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 
+SMALL = 1 << 24
+
 Sizes = Sequence[int]
 
 
@@ -31,12 +33,32 @@ def _fit(x: Tensor, kernel_size: Sizes, stride: Sizes, padding: Sizes, dilation:
     dims = len(kernel_size)
     if dims not in CONVOLVE or x.dim() - dims not in (1, 2) or len(padding) != 2 * dims or min(padding) < 0:
         return False
+    if x.shape[-1 - dims] == 0:
+        return False
     return len(stride) == len(dilation) == dims and all(
-        kernel > 0 and step > 0 and apart > 0 and apart * (kernel - 1) < size + before + after
+        size > 0 and kernel > 0 and step > 0 and apart > 0 and apart * (kernel - 1) < size + before + after
         for size, kernel, step, apart, before, after in zip(
             x.shape[-dims:], kernel_size, stride, dilation, padding[:dims], padding[dims:], strict=True
         )
     )
+
+
+def is_exported() -> bool:
+    """Whether what runs is written down (torch.export, torch.onnx, TorchScript) for others, who know standard ops."""
+    is_traced = bool(torch._C._get_tracing_state())
+    return is_traced or torch.compiler.is_exporting() or torch.onnx.is_in_onnx_export()
+
+
+def in_standard_operations(x: Tensor, weight: Tensor) -> bool:
+    """Whether torch's own convolution serves better than an op: in exported models, and in training where it is small.
+
+    The visit to a backward in Python takes 90 us, which a convolution of SMALL multiplications gains at best.
+    """
+    if is_exported():
+        return True
+    if not torch.is_grad_enabled() or torch.compiler.is_compiling() or not (x.requires_grad or weight.requires_grad):
+        return False
+    return x.numel() * weight.shape[0] * math.prod(weight.shape[2:]) < SMALL
 
 
 def both_sides(padding: Sizes) -> list[int]:

@@ -12,7 +12,15 @@ from torch import Tensor
 
 from panther.ops._define import define
 from panther.ops._text import FLOATING, dtype_text, shape_text
-from panther.ops._windows import Sizes, both_sides, check_windows, convolved, flops, gradients
+from panther.ops._windows import (
+    Sizes,
+    both_sides,
+    check_windows,
+    convolved,
+    flops,
+    gradients,
+    in_standard_operations,
+)
 
 
 def reference(x: Tensor, weight: Tensor, bias: Tensor | None, stride: Sizes, padding: Sizes, dilation: Sizes) -> Tensor:
@@ -24,7 +32,8 @@ def reference(x: Tensor, weight: Tensor, bias: Tensor | None, stride: Sizes, pad
 
 def _check(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
     """The compiled kernel refuses the same inputs in the same words (csrc/cpu/conv.cpp)."""
-    if x.shape[1 - weight.dim()] != weight.shape[1] or (bias is not None and bias.shape != weight.shape[:1]):
+    fits = x.shape[1 - weight.dim()] == weight.shape[1] and weight.shape[0] > 0
+    if not fits or (bias is not None and bias.shape != weight.shape[:1]):
         got = ", ".join(shape_text(tensor) for tensor in (x, weight, bias))
         raise ValueError(
             "conv: expected the shapes x (batch, in, *size) or (in, *size), weight (out, in, *kernel_size), bias (out) "
@@ -94,5 +103,7 @@ def conv(
     Raises: ValueError when shapes, sizes of windows, dtypes or devices do not fit together.
     """
     sides = both_sides(padding) if len(padding) == len(stride) else list(padding)
+    if in_standard_operations(x, weight) or x.dtype not in FLOATING:
+        return convolved(x, weight, bias, stride, sides, dilation)
     y: Tensor = CONV(x, weight, bias, list(stride), sides, list(dilation))
     return y

@@ -15,7 +15,7 @@ from torch import Tensor
 from panther.ops._define import define
 from panther.ops._quantised import dequantised, packed_int4, scale_gradient, scales_fit
 from panther.ops._text import FLOATING, dtype_text, shape_text
-from panther.ops._windows import Sizes, both_sides, check_windows, convolved, flops, gradients
+from panther.ops._windows import Sizes, both_sides, check_windows, convolved, flops, gradients, is_exported
 
 
 def reference(
@@ -64,7 +64,7 @@ def _check(x: Tensor, values: Tensor, scales: Tensor, bias: Tensor | None, kerne
 
 
 def _shapes_fit(values: Tensor, scales: Tensor, bias: Tensor | None, columns: int) -> bool:
-    if not scales_fit(values, scales, columns):
+    if not scales_fit(values, scales, columns) or values.shape[0] == 0:
         return False
     stored = -(-columns // 2) if values.dtype == torch.uint8 else columns
     return bool(values.shape[1] == stored and (bias is None or (bias.dim() == 1 and bias.shape[0] == values.shape[0])))
@@ -150,5 +150,7 @@ def quantised_conv(
     Raises: ValueError when shapes, sizes of windows, dtypes or devices do not fit together.
     """
     sides = both_sides(padding) if len(padding) == len(stride) else list(padding)
+    if is_exported():
+        return convolved(x, _weight(x, values, scales, kernel_size), bias, stride, sides, dilation)
     y: Tensor = QUANTISED_CONV(x, values, scales, bias, list(kernel_size), list(stride), sides, list(dilation))
     return y

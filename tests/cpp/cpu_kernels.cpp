@@ -196,19 +196,13 @@ template <class Matrix>
 void check_conv(const Picture& of, int64_t out, bool is_aligned, bool has_bias) {
   const int64_t rows = of.across(of.height), columns = of.across(of.width), positions = rows * columns;
   const int64_t taps = of.kernel * of.kernel, depth = of.channels * taps, plane = of.height * of.width;
-  std::vector<int64_t> starts, offsets;
-  std::vector<int32_t> begins, shifts;
-  for (int64_t i = 0; i < positions; ++i) {
-    starts.push_back((i / columns * of.stride - of.padding) * of.width + i % columns * of.stride - of.padding);
-  }
+  std::vector<int64_t> offsets;
+  std::vector<int32_t> shifts(2 * taps, 0);
   for (int64_t k = 0; k < depth; ++k) {
     offsets.push_back(k / taps * plane + k % taps / of.kernel * of.width + k % of.kernel);
   }
-  for (int64_t i = 0; i < positions; ++i) begins.push_back(i / columns * of.stride - of.padding);
-  for (int64_t i = 0; i < positions; ++i) begins.push_back(i % columns * of.stride - of.padding);
-  for (int64_t tap = 0; tap < taps; ++tap) shifts.push_back(tap / of.kernel);
-  for (int64_t tap = 0; tap < taps; ++tap) shifts.push_back(tap % of.kernel);
-  const int32_t sizes[] = {static_cast<int32_t>(of.height), static_cast<int32_t>(of.width)};
+  for (int64_t tap = 0; tap < taps; ++tap) shifts.push_back(static_cast<int32_t>(tap / of.kernel));
+  for (int64_t tap = 0; tap < taps; ++tap) shifts.push_back(static_cast<int32_t>(tap % of.kernel));
 
   const int64_t x_sample = of.channels * plane, y_sample = out * positions;
   const Buffer<float> x(of.samples * x_sample, is_aligned), bias(out, is_aligned), y(of.samples * y_sample, is_aligned),
@@ -216,8 +210,20 @@ void check_conv(const Picture& of, int64_t out, bool is_aligned, bool has_bias) 
   for (int64_t i = 0; i < of.samples * x_sample; ++i) x.data()[i] = check::random_number();
   for (int64_t i = 0; i < out; ++i) bias.data()[i] = check::random_number();
   const Matrix matrix(out, depth, is_aligned);
-  const Windows all{x.data(),  starts.data(),          offsets.data(), positions,     depth, taps,
-                    of.stride, of.padding > 0 ? 2 : 0, begins.data(),  shifts.data(), sizes};
+  Windows all{};
+  all.numbers = x.data();
+  const auto axis = [&](int64_t count, int64_t apart, int64_t size) {
+    return Axis{count, apart, static_cast<int32_t>(-of.padding), static_cast<int32_t>(of.stride),
+                static_cast<int32_t>(of.padding > 0 ? size : 0)};
+  };
+  all.axes[2] = axis(rows, of.stride * of.width, of.height);
+  all.axes[3] = axis(columns, of.stride, of.width);
+  all.start = -of.padding * (of.width + 1);
+  all.offsets = offsets.data();
+  all.shifts = shifts.data();
+  all.positions = positions;
+  all.depth = depth;
+  all.taps = taps;
   Conv<decltype(matrix.weights())> whole{
       all, matrix.weights(), has_bias ? bias.data() : nullptr, y.data(), out, of.samples, x_sample, y_sample};
   conv(whole, 0, parts_of(whole));
