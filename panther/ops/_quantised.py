@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from panther.ops._text import shape_text
+from panther.ops._text import FLOATING, dtype_text, shape_text
 
 GROUP_SIZES = (32, 64, 128)
 LARGEST = {8: 127, 4: 7}  # by bits; -128 and -8 are left out, so that a group and its negative are stored alike
@@ -116,6 +116,21 @@ def scales_fit(values: Tensor, scales: Tensor, columns: int) -> bool:
     if values.dtype == torch.int16:
         return scales.shape[1] == 0
     return scales.shape[1] == 1 or bool(size_of_groups(columns, scales.shape[1]))
+
+
+def check_types(name: str, x: Tensor, values: Tensor, scales: Tensor, bias: Tensor | None) -> None:
+    """Raises: ValueError, in the name of an op, unless dtypes and devices of a stored weight fit those of x."""
+    tensors = [tensor for tensor in (x, values, scales, bias) if tensor is not None]
+    like_x = [scales] if bias is None else [scales, bias]
+    is_one = x.dtype in FLOATING and all(tensor.dtype == x.dtype for tensor in like_x)
+    if not is_one or values.dtype not in (torch.int8, torch.uint8, torch.int16):
+        got = ", ".join(dtype_text(tensor) for tensor in tensors)
+        raise ValueError(
+            f"{name}: expected int8, uint8 or int16 values, and one floating-point dtype for x, scales, bias; got {got}"
+        )
+    if any(tensor.device != x.device for tensor in tensors):
+        got = ", ".join(str(tensor.device) for tensor in tensors)
+        raise ValueError(f"{name}: expected one device for all tensors; got {got}")
 
 
 def scale_gradient(grad: Tensor, values: Tensor, scales: Tensor) -> Tensor:

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from panther.ops._define import define
-from panther.ops._quantised import dequantised, packed_int4, scale_gradient, scales_fit
-from panther.ops._text import FLOATING, dtype_text, shape_text
+from panther.ops._quantised import check_types, dequantised, packed_int4, scale_gradient, scales_fit
+from panther.ops._text import shape_text
 from panther.ops._windows import Sizes, both_sides, check_windows, convolved, flops, gradients, is_exported
 
 
@@ -42,7 +42,6 @@ def _weight(x: Tensor, values: Tensor, scales: Tensor, kernel_size: Sizes) -> Te
 def _check(x: Tensor, values: Tensor, scales: Tensor, bias: Tensor | None, kernel_size: Sizes) -> None:
     """The compiled kernel refuses the same inputs in the same words (csrc/cpu/quantised_conv.cpp)."""
     name = "quantised_conv"
-    tensors = [tensor for tensor in (x, values, scales, bias) if tensor is not None]
     if not _shapes_fit(values, scales, bias, x.shape[-1 - len(kernel_size)] * math.prod(kernel_size)):
         got = ", ".join(shape_text(tensor) for tensor in (x, values, scales, bias))
         raise ValueError(
@@ -51,16 +50,7 @@ def _check(x: Tensor, values: Tensor, scales: Tensor, bias: Tensor | None, kerne
             "groups), bias (out) or None, one group a row or one for 32, 64 or 128 numbers, and none with int16; got "
             f"{got} and {list(kernel_size)}"
         )
-    like_x = [scales] if bias is None else [scales, bias]
-    is_one = x.dtype in FLOATING and all(tensor.dtype == x.dtype for tensor in like_x)
-    if not is_one or values.dtype not in (torch.int8, torch.uint8, torch.int16):
-        got = ", ".join(dtype_text(tensor) for tensor in tensors)
-        raise ValueError(
-            f"{name}: expected int8, uint8 or int16 values, and one floating-point dtype for x, scales, bias; got {got}"
-        )
-    if any(tensor.device != x.device for tensor in tensors):
-        got = ", ".join(str(tensor.device) for tensor in tensors)
-        raise ValueError(f"{name}: expected one device for all tensors; got {got}")
+    check_types(name, x, values, scales, bias)
 
 
 def _shapes_fit(values: Tensor, scales: Tensor, bias: Tensor | None, columns: int) -> bool:

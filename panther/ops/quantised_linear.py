@@ -16,8 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from panther.ops._define import define
-from panther.ops._quantised import dequantised, packed_int4, scale_gradient, scales_fit
-from panther.ops._text import FLOATING, dtype_text, shape_text
+from panther.ops._quantised import check_types, dequantised, packed_int4, scale_gradient, scales_fit
+from panther.ops._text import shape_text
 
 
 def reference(x: Tensor, values: Tensor, scales: Tensor, bias: Tensor | None) -> Tensor:
@@ -28,7 +28,6 @@ def reference(x: Tensor, values: Tensor, scales: Tensor, bias: Tensor | None) ->
 
 def _check(x: Tensor, values: Tensor, scales: Tensor, bias: Tensor | None) -> None:
     """The compiled kernel refuses the same inputs in the same words (csrc/cpu/quantised_linear.cpp)."""
-    tensors = [tensor for tensor in (x, values, scales, bias) if tensor is not None]
     name = "quantised_linear"
     if not _shapes_fit(x, values, scales, bias):
         got = ", ".join(shape_text(tensor) for tensor in (x, values, scales, bias))
@@ -37,16 +36,7 @@ def _check(x: Tensor, values: Tensor, scales: Tensor, bias: Tensor | None) -> No
             "scales (out, groups), bias (out) or None, one group a row or one for 32, 64 or 128 numbers, and with "
             f"values (out, in) of int16, the bits of bfloat16, no groups; got {got}"
         )
-    like_x = [scales] if bias is None else [scales, bias]
-    is_one = x.dtype in FLOATING and all(tensor.dtype == x.dtype for tensor in like_x)
-    if not is_one or values.dtype not in (torch.int8, torch.uint8, torch.int16):
-        got = ", ".join(dtype_text(tensor) for tensor in tensors)
-        raise ValueError(
-            f"{name}: expected int8, uint8 or int16 values, and one floating-point dtype for x, scales, bias; got {got}"
-        )
-    if any(tensor.device != x.device for tensor in tensors):
-        got = ", ".join(str(tensor.device) for tensor in tensors)
-        raise ValueError(f"{name}: expected one device for all tensors; got {got}")
+    check_types(name, x, values, scales, bias)
 
 
 def _shapes_fit(x: Tensor, values: Tensor, scales: Tensor, bias: Tensor | None) -> bool:
