@@ -12,10 +12,11 @@ from __future__ import annotations
 
 import argparse
 import functools
+import itertools
 import math
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -137,6 +138,12 @@ def _size_last(cell: Cell) -> float:
     return math.inf if math.isnan(cell[1]) else -cell[1]
 
 
+def _row(cell: Cell, names: Sequence[str]) -> list[str]:
+    label, share, figures, remark = cell
+    size = "-" if math.isnan(share) else f"{share:.4f}"
+    return [label, size, *(f"{figures[name]:.3f}" if name in figures else "-" for name in names), remark]
+
+
 def compare(
     names: Sequence[str], shares: Sequence[float], minutes: float, seed: int, rows: Sequence[str] = ROWS
 ) -> str:
@@ -148,18 +155,17 @@ def compare(
         recipe = case.build()
         recipes.append(recipe)
         found = panther.analyze(recipe.model, recipe.example_inputs, exclude=case.exclude)
-        cells: list[Cell] = [("dense", 1.0, recipe.metrics(recipe.model), "")]
+        groups: list[Iterable[Cell]] = [[("dense", 1.0, recipe.metrics(recipe.model), "")]]
         if "plain" in rows:
-            cells += plain_cells(recipe, found)
+            groups.append(plain_cells(recipe, found))
         if "peers" in rows:
-            cells += quantisers.cells(recipe, found, loops=case.loops)
-        cells += panther_cells(recipe, found, case.exclude, shares, rows, minutes, seed)
-        lines = [
-            [label, *(["-"] if math.isnan(share) else [f"{share:.4f}"])]
-            + [f"{figures[name]:.3f}" if name in figures else "-" for name in case.figures]
-            + [remark]
-            for label, share, figures, remark in sorted(cells, key=_size_last)
-        ]
+            groups.append(quantisers.cells(recipe, found, loops=case.loops))
+        groups.append(panther_cells(recipe, found, case.exclude, shares, rows, minutes, seed))
+        cells = []
+        for cell in itertools.chain(*groups):  # said as they come, since all of them can take hours
+            cells.append(cell)
+            say("; ".join(filter(None, _row(cell, case.figures))))
+        lines = [_row(cell, case.figures) for cell in sorted(cells, key=_size_last)]
         columns = ["", "bytes", *(figure.replace("_", " ") for figure in case.figures), ""]
         parts.append(f"{recipe.name}\n\n" + table(columns, lines))
     what = [f"{recipe.name}: {recipe.notes}" for recipe in recipes]
