@@ -1,7 +1,9 @@
 """How long each layer takes, dense and at every rank: measured once for all layers of one geometry.
 
 A few ranks of each scheme, packing and grid run strictly in turn with the dense layer, on inputs of the layer's own
-shape. The ranks between them are interpolated over the operations that they need.
+shape. The ranks between them are interpolated over the operations that they need. A layer with fewer channels is
+measured dense only: its ranks are to it what those of the whole layer are to that, since a plan can have dozens of
+widths, and what the whole model takes is measured in the end.
 """
 
 from __future__ import annotations
@@ -39,10 +41,12 @@ def with_latency(
     *,
     build: Callable[[Choice], nn.Module],
     medians: Medians,
+    whole: Mapping[str, Sequence[Choice]] | None = None,
     progress: Progress | None = None,
 ) -> dict[str, tuple[Choice, ...]]:
     """The options with their milliseconds, at torch's current threads.
 
+    whole: of layers with fewer channels, the options of the same layers with all of them, with their milliseconds.
     A layer that cannot be run by itself can only stay dense, with that reason.
     """
     groups: dict[object, list[str]] = defaultdict(list)
@@ -52,12 +56,16 @@ def with_latency(
     for names in (progress or Progress(False)).track(list(groups.values()), "timing layers", len(groups)):
         first = names[0]
         try:
-            dense_ms, curves = _measured(options[first], factors[first], build, medians)
+            probes = [] if whole else [c for group in _grouped(options[first]).values() for c in _spread(group)]
+            dense_ms, curves = _measured(probes, factors[first], build, medians)
         except Exception as error:  # its real inputs may be of a kind that random ones are not
             reason = f"its latency could not be measured: {type(error).__name__}: {str(error).strip()[:160]}"
             timed.update({name: (changed(options[name][-1], reason=reason),) for name in names})
             continue
-        timed.update({name: _timed_all(options[name], factors[name].spec, dense_ms, curves) for name in names})
+        for name in names:
+            spec = factors[name].spec
+            own = _curves_of(whole[name], options[name][-1].cost.flops / spec.calls, dense_ms) if whole else curves
+            timed[name] = _timed_all(options[name], spec, dense_ms, own)
     return {name: timed[name] for name in options}
 
 
@@ -74,10 +82,9 @@ def _geometry(factors: Factors) -> object:
 
 
 def _measured(
-    options: Sequence[Choice], factors: Factors, build: Callable[[Choice], nn.Module], medians: Medians
+    probes: Sequence[Choice], factors: Factors, build: Callable[[Choice], nn.Module], medians: Medians
 ) -> tuple[float, Curves]:
     """Milliseconds of one call of the dense layer, and of a few of its options."""
-    probes = [choice for group in _grouped(options).values() for choice in _spread(group)]
     given = _random_input(factors)
     layers = [factors.module, *map(build, probes)]
     with torch.no_grad():
@@ -86,6 +93,16 @@ def _measured(
     for choice, taken in zip(probes, seconds[1:], strict=True):
         points[_way(choice)].append((choice.cost.flops / factors.spec.calls, taken * 1e3))
     return seconds[0] * 1e3, {key: _never_falling(values) for key, values in points.items()}
+
+
+def _curves_of(whole: Sequence[Choice], flops: float, dense_ms: float) -> Curves:
+    """The times of a layer's options, as shares of its own, for one of so many operations and milliseconds a call."""
+    *every, dense = whole
+    points: dict[Way, list[tuple[float, float]]] = defaultdict(list)
+    for choice in sorted(every, key=lambda c: c.cost.flops):
+        share, time = choice.cost.flops / dense.cost.flops, choice.cost.latency_ms / dense.cost.latency_ms
+        points[_way(choice)].append((share * flops, time * dense_ms))
+    return points
 
 
 def _way(choice: Choice) -> Way:

@@ -168,11 +168,17 @@ class Prepared:
     def _timed(self, found: Narrow, seconds: dict[str, float]) -> Mapping[str, Sequence[Choice]]:
         """Layers that are as before keep the times that they have."""
         new = {name: options for name, options in found.options.items() if options[-1].channels}
+        whole = self.timed_options
         with timed(seconds, "time layers"):
             times = with_latency(
-                new, found.factors, build=self.layer, medians=medians_in_turn, progress=self.request.progress
+                new,
+                found.factors,
+                build=self.layer,
+                medians=medians_in_turn,
+                whole=whole,
+                progress=self.request.progress,
             )
-        return {**self.timed_options, **times}
+        return {**whole, **times}
 
     def without_checkpoint(self) -> Prepared:
         """The same, with all that was measured, for runs that have no part in the file of this one."""

@@ -108,6 +108,31 @@ def test_layers_see_inputs_of_their_own_shape_and_dtype_and_no_hooks_run() -> No
     assert len(seen) == 3 and {(tuple(t.shape), t.dtype) for t in seen} == {((2, 5, 32), torch.float16)}
 
 
+@pytest.mark.parametrize("calls", [1, 2])
+def test_a_layer_with_fewer_channels_is_run_once_and_its_ranks_are_to_it_as_the_whole_ones(calls: int) -> None:
+    """The small layer takes half of the time with a quarter of the operations: so do its ranks."""
+
+    def factors(size: int) -> dict[str, Factors]:
+        shape = (3, size)
+        spec = LayerSpec("0", "linear", size, size, rows=3 * calls, calls=calls, input_shape=shape, output_shape=shape)
+        return {"0": decompose(nn.Linear(size, size), spec, None)}
+
+    def timed(of: dict[str, Factors], watch: Watch, whole: Any = None) -> Sequence[Choice]:
+        def build(choice: Choice) -> nn.Module:
+            return sketched_layer(of["0"], choice)
+
+        return with_latency(options_of(of), of, build=build, medians=watch, whole=whole)["0"]
+
+    large = timed(factors(128), Watch(lambda layer: numbers(layer) * 1e-4))
+    watch = Watch(lambda layer: numbers(layer) * 2e-4)
+    small = timed(factors(64), watch, {"0": large})
+    assert [type(layer) for layers in watch.timed for layer in layers] == [nn.Linear]
+    assert len(small) > 5
+    for choice in small:
+        expected = max(2e-4 * choice.cost.params, large[0].cost.latency_ms / calls / 2)  # level below the least rank
+        assert choice.cost.latency_ms == pytest.approx(calls * expected, rel=0.02)
+
+
 def test_a_layer_that_is_called_twice_costs_twice(blocks: nn.Module) -> None:
     class Twice(nn.Module):
         def __init__(self) -> None:

@@ -125,16 +125,21 @@ def convex(options: Options, target: Target, loss: Callable[[Choice], float]) ->
     limits = target.limits()
     if not options:
         return []
-    plan = _greedy(options, target, {name: 1.0 / len(limits) for name in limits}, loss)
+    losses = {id(c): loss(c) for choices in options.values() for c in choices}  # each is asked for many times
+
+    def lost(choice: Choice) -> float:
+        return losses[id(choice)]
+
+    plan = _greedy(options, target, {name: 1.0 / len(limits) for name in limits}, lost)
     is_within = target.is_met_by(total(plan))
     if len(limits) > 1:
-        most = sum(loss(c) for c in plan) if is_within else math.inf
-        mixed = _mixed(options, target, loss, most)
-        if mixed is not None and (not is_within or sum(loss(c) for c in mixed) < most):
+        most = sum(lost(c) for c in plan) if is_within else math.inf
+        mixed = _mixed(options, target, lost, most)
+        if mixed is not None and (not is_within or sum(lost(c) for c in mixed) < most):
             return mixed
     if is_within or not target.is_met_by(_least(options)):
         return plan
-    return _fill(_nearer(plan, options, target), options, target, loss)
+    return _fill(_nearer(plan, options, target), options, target, lost)
 
 
 def _mixed(options: Options, target: Target, loss: Callable[[Choice], float], most: float) -> list[Choice] | None:
@@ -239,21 +244,37 @@ def _greedy(
     return _fill([hulls[layer][at[layer]][2] for layer in hulls], options, target, loss)
 
 
+_Weighed = tuple[float, list[float], Choice]  # loss, costs that are limited
+
+
 def _fill(chosen: list[Choice], options: Options, target: Target, loss: Callable[[Choice], float]) -> list[Choice]:
     """Spend what the hull steps left over on single options that still fit, best gain first."""
-    current = {c.layer: c for c in chosen}
-    used = total(chosen)
+    limits = target.limits()
+
+    def weighed(choice: Choice) -> _Weighed:
+        return loss(choice), [getattr(choice.cost, name) for name in limits], choice
+
+    # An option of less loss than another gains more: the first one that fits is the best of its layer.
+    ranked = {layer: sorted(map(weighed, choices), key=lambda one: one[0]) for layer, choices in options.items()}
+    current = {c.layer: weighed(c) for c in chosen}
+    used = [getattr(total(chosen), name) for name in limits]
+
+    def fits(old: _Weighed, new: _Weighed) -> bool:
+        return all(u - a + b <= most for u, a, b, most in zip(used, old[1], new[1], limits.values(), strict=True))
+
     while True:
-        best: tuple[float, Choice] | None = None
-        for layer, choices in options.items():
+        best: tuple[float, _Weighed] | None = None
+        for layer, choices in ranked.items():
             now = current[layer]
             for option in choices:
-                gain = loss(now) - loss(option)
-                after = exchanged(used, now.cost, option.cost)
-                if is_less(loss(option), loss(now)) and target.is_met_by(after) and (best is None or gain > best[0]):
+                gain = now[0] - option[0]
+                if not is_less(option[0], now[0]) or (best is not None and gain <= best[0]):
+                    break
+                if fits(now, option):
                     best = (gain, option)
+                    break
         if best is None:
-            return [current[layer] for layer in options]
+            return [current[layer][2] for layer in options]
         option = best[1]
-        used = exchanged(used, current[option.layer].cost, option.cost)
-        current[option.layer] = option
+        used = [u - a + b for u, a, b in zip(used, current[option[2].layer][1], option[1], strict=True)]
+        current[option[2].layer] = option

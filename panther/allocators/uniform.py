@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 from collections.abc import Sequence
 
 from panther.allocators.base import Divergence, Evaluate, Options, exchanged, share, total
@@ -16,28 +17,35 @@ def uniform(options: Options, target: Target, *, divergence: Divergence, evaluat
     A layer none of whose ranks is that small takes its smallest. What rounding to whole steps leaves over goes to the
     layers that were rounded down furthest.
     """
+    ladders = [_ladder(choices, target) for choices in options.values()]
     low, high = 0.0, 1.0
-    if target.is_met_by(total(_at(options, target, high))):
-        return _at(options, target, high)
+    if target.is_met_by(total(_at(ladders, high))):
+        return _at(ladders, high)
     for _ in range(HALVINGS):
         middle = (low + high) / 2
-        if target.is_met_by(total(_at(options, target, middle))):
+        if target.is_met_by(total(_at(ladders, middle))):
             low = middle
         else:
             high = middle
-    return _rounded_up(_at(options, target, low), options, target, low)
+    return _rounded_up(_at(ladders, low), options, target, low)
 
 
-def _at(options: Options, target: Target, kept: float) -> list[Choice]:
-    return [_within(choices, target, kept) for choices in options.values()]
+_Ladder = tuple[list[float], list[Choice]]  # shares that rise, and the choice of least error up to each
 
 
-def _within(choices: Sequence[Choice], target: Target, kept: float) -> Choice:
+def _ladder(choices: Sequence[Choice], target: Target) -> _Ladder:
     dense = choices[-1].cost
-    inside = [c for c in choices if share(c.cost, dense, target) <= kept]
-    if inside:
-        return min(inside, key=lambda c: (c.error, c.cost.params))
-    return min(choices, key=lambda c: share(c.cost, dense, target))
+    rungs = sorted(((share(c.cost, dense, target), c) for c in choices), key=lambda rung: rung[0])
+    best, bests = rungs[0][1], list[Choice]()
+    for _, choice in rungs:
+        best = min(best, choice, key=lambda c: (c.error, c.cost.params))
+        bests.append(best)
+    return [size for size, _ in rungs], bests
+
+
+def _at(ladders: Sequence[_Ladder], kept: float) -> list[Choice]:
+    """What every layer takes that keeps this share: its smallest one where none is so small."""
+    return [bests[max(0, bisect.bisect_right(sizes, kept) - 1)] for sizes, bests in ladders]
 
 
 def _rounded_up(chosen: list[Choice], options: Options, target: Target, kept: float) -> list[Choice]:
