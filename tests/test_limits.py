@@ -9,6 +9,7 @@ from dataclasses import replace
 import pytest
 
 from panther.limits import AIM, ROUNDS, SOLVES, held_by_the_whole, smallest_within_drop
+from panther.solve import REPEATS, _surely
 from panther.spec import Choice, Cost, Measured, Plan, Target
 
 REST_MS, LAYERS_MS = 5.0, 15.0
@@ -272,3 +273,10 @@ def test_a_model_that_could_not_be_evaluated_is_not_within() -> None:
 def test_a_model_without_weights_is_no_trouble() -> None:
     plan, _ = smallest_within_drop(Target(max_drop=0.1), 0.9, 0, lambda params: Plan(()), lambda plan: 0.9)
     assert plan == Plan(())
+
+
+def test_a_limit_on_time_is_held_with_room_for_measuring_again() -> None:
+    assert _surely(latency(12.0), DENSE).model_latency_ms == pytest.approx(12.0 * (1 - REPEATS))
+    for target in (latency(20.0), latency(30.0), memory(2000)):  # the dense model is within, or nothing is timed
+        assert _surely(target, DENSE) == target
+    assert _surely(latency(12.0), Measured()) == latency(12.0)
