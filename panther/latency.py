@@ -98,10 +98,10 @@ def _measured(
 def _curves_of(whole: Sequence[Choice], flops: float, dense_ms: float) -> Curves:
     """The times of a layer's options, as shares of its own, for one of so many operations and milliseconds a call."""
     *every, dense = whole
+    wider, slower = flops / max(dense.cost.flops, 1), dense_ms / max(dense.cost.latency_ms, TICK_MS)
     points: dict[Way, list[tuple[float, float]]] = defaultdict(list)
     for choice in sorted(every, key=lambda c: c.cost.flops):
-        share, time = choice.cost.flops / dense.cost.flops, choice.cost.latency_ms / dense.cost.latency_ms
-        points[_way(choice)].append((share * flops, time * dense_ms))
+        points[_way(choice)].append((choice.cost.flops * wider, choice.cost.latency_ms * slower))
     return points
 
 

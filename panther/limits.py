@@ -69,6 +69,7 @@ def held_by_the_whole(
     measure: Callable[[Plan], Measured],
     others: Sequence[Plan] = (),
     loss: Callable[[Plan], float] = lambda _plan: 0.0,
+    limit_ms: float | None = None,
 ) -> tuple[Plan, Target]:
     """The plan whose whole model holds the limits that are measured on it, and the limits on the layers behind it.
 
@@ -78,6 +79,7 @@ def held_by_the_whole(
 
     others: plans that win where they are within the limits and lose less, by `loss`, or where nothing else is within:
         what layers promise may have ruled them out.
+    limit_ms: the limit on the model's milliseconds itself, where the target holds one with room for measuring again.
 
     dense, layers: what the whole dense model needs, and its sketchable layers as predicted. Without a measured limit in
     the target one plan is solved for and nothing is measured.
@@ -98,6 +100,8 @@ def held_by_the_whole(
     best = max(within, key=lambda attempt: _predicted(attempt, layers), default=None) or min(
         attempts, key=Attempt.worst
     )
+    if limit_ms is not None:
+        best = changed(best, target=changed(best.target, model_latency_ms=limit_ms))
     reached = loss(best.plan) if others else 0.0
     for lost, index in sorted((loss(plan), index) for index, plan in enumerate(others)):
         if best.worst() <= 1 and reached <= lost:

@@ -101,8 +101,7 @@ def search_plan(prepared: Prepared, budget: Budget, target: Target, notes: list[
 
     limit = target.model_latency_ms
     target = with_layer_latency(_surely(target, dense), layers.latency_ms, dense.latency_ms or 0.0)
-    plan, target = held_by_the_whole(target, dense, layers, solve, measured, one_way(), loss)
-    return found(plan, changed(target, model_latency_ms=limit))
+    return found(*held_by_the_whole(target, dense, layers, solve, measured, one_way(), loss, limit))
 
 
 def _surely(target: Target, dense: Measured) -> Target:

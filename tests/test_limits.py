@@ -167,6 +167,27 @@ def test_a_plan_that_layers_promised_too_little_of_wins_where_the_whole_is_withi
     assert held(poor, large)[0].choices[0].scheme == "linear"
 
 
+def test_what_is_within_the_limit_but_not_its_room_is_not_given_up_for_a_worse_plan() -> None:
+    """Nothing takes less than 11.9 ms but a plan that loses far more: 12 is the limit, 11.76 the one with room."""
+    world = World()
+    fast = Plan((Choice("layer", "fast", cost=Cost(500, 500, 1000, 3.0)),))
+
+    def measure(plan: Plan) -> Measured:
+        return Measured(6.0, 3000) if plan is fast else replace(world.measure(plan), latency_ms=11.9)
+
+    def held(limit_ms: float | None) -> tuple[Plan, Target]:
+        losses = {"fast": 0.9, "linear": 0.1}
+        limits = replace(latency(11.76), size_bytes=1900)
+        return held_by_the_whole(
+            limits, DENSE, LAYERS, world.solve, measure, [fast], lambda plan: losses[plan.choices[0].scheme], limit_ms
+        )
+
+    plan, kept = held(12.0)
+    assert plan.choices[0].scheme == "linear" and kept.model_latency_ms == 12.0
+    plan, kept = held(None)
+    assert plan is fast and kept.model_latency_ms == 11.76
+
+
 def test_a_plan_beyond_a_counted_limit_is_not_within() -> None:
     """However large it is otherwise."""
     world = World(effect=0.5)

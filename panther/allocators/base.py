@@ -254,8 +254,13 @@ def _fill(chosen: list[Choice], options: Options, target: Target, loss: Callable
     def weighed(choice: Choice) -> _Weighed:
         return loss(choice), [getattr(choice.cost, name) for name in limits], choice
 
-    # An option of less loss than another gains more: the first one that fits is the best of its layer.
-    ranked = {layer: sorted(map(weighed, choices), key=lambda one: one[0]) for layer, choices in options.items()}
+    # An option of less loss than another gains more: the first one that fits is the best of its layer. What is without
+    # bound gains as much by any other option: there it is the first, which is the smallest.
+    given = {layer: [weighed(c) for c in choices] for layer, choices in options.items()}
+    ranked = {
+        layer: sorted((one for one in choices if not math.isnan(one[0])), key=lambda one: one[0])
+        for layer, choices in given.items()
+    }
     current = {c.layer: weighed(c) for c in chosen}
     used = [getattr(total(chosen), name) for name in limits]
 
@@ -264,13 +269,12 @@ def _fill(chosen: list[Choice], options: Options, target: Target, loss: Callable
 
     while True:
         best: tuple[float, _Weighed] | None = None
-        for layer, choices in ranked.items():
-            now = current[layer]
-            for option in choices:
+        for layer, now in current.items():
+            for option in (given if now[0] == math.inf else ranked)[layer]:
                 gain = now[0] - option[0]
-                if not is_less(option[0], now[0]) or (best is not None and gain <= best[0]):
+                if gain <= 0 or (best is not None and gain <= best[0]):
                     break
-                if fits(now, option):
+                if is_less(option[0], now[0]) and fits(now, option):
                     best = (gain, option)
                     break
         if best is None:

@@ -377,6 +377,16 @@ def test_no_layer_is_no_plan_for_several_limits_either() -> None:
     assert convex({}, Target(params=10, flops=10), lambda choice: choice.error) == []
 
 
+def test_losses_without_bound_are_left_first_and_those_that_are_no_number_never_taken() -> None:
+    def layer(name: str, losses: Sequence[tuple[int, float]]) -> list[Choice]:
+        return [Choice(name, "linear", (size,), error=loss, cost=Cost(size, size, size)) for size, loss in losses]
+
+    endless = {name: layer(name, [(1, math.inf), (2, 5.0), (9, 3.0), (20, 0.0)]) for name in "ab"}
+    assert [c.ranks for c in convex(endless, Target(params=10), lambda c: c.error)] == [(2,), (2,)]
+    odd = {"a": layer("a", [(1, 5.0), (2, math.nan), (3, 4.8), (20, 0.0)])}
+    assert [c.ranks for c in convex(odd, Target(params=3), lambda c: c.error)] == [(3,)]
+
+
 def test_a_choice_that_breaks_the_model_is_not_taken_for_several_limits_either() -> None:
     problem = PROBLEMS[0]
     target = problem.target(0.7, ("params", "flops"))
