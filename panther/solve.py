@@ -100,11 +100,11 @@ def search_plan(prepared: Prepared, budget: Budget, target: Target, notes: list[
         return sum(importances[choice.layer].divergence(choice.error) for choice in plan.choices)
 
     limit = target.model_latency_ms
-    target = with_layer_latency(_surely(target, dense), layers.latency_ms, dense.latency_ms or 0.0)
+    target = with_layer_latency(_with_room(target, dense), layers.latency_ms, dense.latency_ms or 0.0)
     return found(*held_by_the_whole(target, dense, layers, solve, measured, one_way(), loss, limit))
 
 
-def _surely(target: Target, dense: Measured) -> Target:
+def _with_room(target: Target, dense: Measured) -> Target:
     """The target with less time than its limit, so that the model is found within when it is measured once more."""
     limit, before = target.model_latency_ms, dense.latency_ms
     if limit is None or before is None or limit >= before:
