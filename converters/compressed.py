@@ -23,7 +23,8 @@ from panther.converters.files import read_json, staging
 from panther.converters.formats import MANIFEST
 from panther.converters.weights import ModelSource, check_no_meta, copy_of, make_model, tie, tied_names
 from panther.errors import ExportError, LoadError
-from panther.nn import LAYERS
+from panther.nn import LAYERS, SKMultiheadAttention
+from panther.nn.bare import as_linear, may_be_bare
 from panther.nn.narrow import DENSE_SIZES, NARROWED, NORMS, is_narrowed, narrow_config, narrowed_to, sizes_of
 from panther.nn.quantised import StoredWeight, for_file
 from panther.nn.surgery import inherit, put_layers
@@ -44,6 +45,9 @@ FIELDS = {
     "report": dict,
 }
 
+ATTENTION = SKMultiheadAttention.__name__  # the type of attention whose projections are layers
+TYPES = (*LAYERS, ATTENTION)
+
 _SIZES = ("in_features", "out_features", "in_channels", "out_channels")
 _GEOMETRY = ("in_features", "out_features", "in_channels", "out_channels", "kernel_size", "stride", "dilation")
 
@@ -62,6 +66,7 @@ class Manifest:
 def describe_layers(model: nn.Module) -> dict[str, dict[str, Any]]:
     """Every sketched or narrowed layer of a model, by name: its type, its other names, its config."""
     types: dict[type[nn.Module], str] = {layer_class: name for name, layer_class in LAYERS.items()}
+    types[SKMultiheadAttention] = ATTENTION
     found: dict[int, str] = {}
     layers: dict[str, dict[str, Any]] = {}
     for name, module in model.named_modules(remove_duplicate=False):
@@ -170,9 +175,9 @@ def read_manifest(folder: Path) -> Manifest:
 
 def _check_record(path: Path, name: str, record: Any) -> None:
     kind = record.get("type") if isinstance(record, dict) else None
-    if not isinstance(kind, str) or (kind not in LAYERS and kind != NARROWED):
+    if not isinstance(kind, str) or (kind not in TYPES and kind != NARROWED):
         raise LoadError(
-            f"{path}: layer {name[:80]!r} has the type {str(kind)[:80]!r}; panther builds {', '.join(LAYERS)} and "
+            f"{path}: layer {name[:80]!r} has the type {str(kind)[:80]!r}; panther builds {', '.join(TYPES)} and "
             "imports nothing that a file names. Was it written by a newer panther, or changed?"
         )
     aliases = record.get("aliases")
@@ -241,8 +246,11 @@ def _hollow_copy(model: nn.Module) -> nn.Module:
 
 def _with_layers(model: nn.Module, records: Mapping[str, Mapping[str, Any]], folder: Path) -> nn.Module:
     """The model with the layers that records describe at their names; it is itself that layer for the name ""."""
+    _open(model, records, folder)
     layers: dict[str, nn.Module] = {}
     for name, record in records.items():
+        if record["type"] == ATTENTION:
+            continue
         build = _narrow_layer if record["type"] == NARROWED else _sketch_layer
         layers.update(dict.fromkeys((name, *record["aliases"]), build(model, name, record, folder)))
     if "" in layers:
@@ -250,6 +258,45 @@ def _with_layers(model: nn.Module, records: Mapping[str, Mapping[str, Any]], fol
         return layers[""]
     put_layers(model, layers)
     return model
+
+
+def _open(model: nn.Module, records: Mapping[str, Mapping[str, Any]], folder: Path) -> None:
+    """Put layers where the model multiplies with bare parameters and a record describes such a layer, or one in it."""
+    attention = {name: record for name, record in records.items() if record["type"] == ATTENTION}
+    put_layers(model, {name: _attention(model, name, record, folder) for name, record in attention.items()})
+    found = {name: _layer_at(model, name, folder) for name in records if name and name not in attention}
+    bare = {name: layer for name, layer in found.items() if may_be_bare(layer)}
+    put_layers(model, {name: _linear(layer, records[name]) for name, layer in bare.items()})
+
+
+def _attention(model: nn.Module, name: str, record: Mapping[str, Any], folder: Path) -> nn.Module:
+    try:
+        with torch.device("meta"):
+            layer = SKMultiheadAttention.from_config(_config(record))
+    except (ValueError, TypeError) as error:
+        raise LoadError(f"{folder / MANIFEST}: layer {name!r} cannot be built: {error}") from error
+    dense = _layer_at(model, name, folder)
+    if not isinstance(dense, nn.MultiheadAttention) or not name:
+        raise LoadError(
+            f"{folder / MANIFEST}: {name!r} was made of nn.MultiheadAttention, the architecture given has "
+            f"{type(dense).__name__} there: give the one that was compressed"
+        )
+    for size in ("embed_dim", "num_heads", "kdim", "vdim", "batch_first"):
+        wanted, got = getattr(layer, size), getattr(dense, size)
+        if wanted != got:
+            raise LoadError(
+                f"{folder / MANIFEST}: {name!r} has {size}={wanted}, the architecture given has {got}: give the one "
+                "that was compressed"
+            )
+    return layer
+
+
+def _linear(dense: nn.Module, record: Mapping[str, Any]) -> nn.Module:
+    """A bare matrix as a Linear layer that has as many inputs as the record says; its numbers come from the file."""
+    given = record.get(DENSE_SIZES, record.get("inputs"))  # inputs and outputs before, or inputs before and after
+    inputs = given[0] if isinstance(given, list) and given else record.get("in_features")
+    weight = dense._parameters["weight"]
+    return as_linear(dense, transposed=weight is not None and weight.shape[0] == inputs)
 
 
 def _sketch_layer(model: nn.Module, name: str, record: Mapping[str, Any], folder: Path) -> nn.Module:

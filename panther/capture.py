@@ -59,6 +59,7 @@ DENSE: dict[type[nn.Module], str] = {
 }
 T = TypeVar("T")
 
+MENTIONED = 0.01  # of a model: fewer numbers are not worth a note
 LEFT_BEHIND = "a copy of the model still runs the original layer: a function or an object that keeps it is not copied"
 
 _OPS = ("linear", "conv1d", "conv2d", "conv3d")
@@ -713,6 +714,26 @@ def _module_spec(module: Any, names: tuple[str, ...], uses: list[Use], blockers:
     )
     reason = chains.no_rank_pays(spec) if not blockers else None
     return LayerSpec(**{**spec.__dict__, "blockers": (reason,)}) if reason else spec
+
+
+def in_no_layer(model: nn.Module, layers: Iterable[LayerSpec]) -> Iterator[str]:
+    """A note where much of a model is in what is no layer here: recurrent layers, embeddings."""
+    known = {name for spec in layers for name in (spec.name, *spec.aliases)}
+    counted: set[int] = set()
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        parts = name.split(".")
+        if any(".".join(parts[:i]) in known for i in range(len(parts) + 1)):
+            counted.add(id(parameter))
+    left: Counter[str] = Counter()
+    for module in model.modules():
+        for parameter in module._parameters.values():
+            if parameter is not None and parameter.dim() > 1 and id(parameter) not in counted:
+                counted.add(id(parameter))
+                left[type(module).__name__] += parameter.numel()
+    numbers, whole = left.total(), model_params(model)
+    if numbers >= MENTIONED * whole:
+        parts = ", ".join(f"{kind} {count:,}" for kind, count in left.most_common(4))
+        yield f"{numbers:,} of the {whole:,} numbers are in no layer that panther knows and stay as they are: {parts}"
 
 
 def _padding(module: Any) -> tuple[int, ...] | str:

@@ -16,7 +16,7 @@ from torch import nn
 from panther.allocate import in_file, resolve
 from panther.allocators import Allocator
 from panther.batches import Calibration, Call, as_call, calibration, is_for_inference, weights_may_change
-from panther.capture import capture
+from panther.capture import capture, in_no_layer
 from panther.channels import counted_by_nobody, counts_of, narrowable, with_counts
 from panther.decompose import candidates, decompose, refuse_non_finite, with_pair
 from panther.errors import CaptureError, LoadError, PlanError
@@ -26,6 +26,7 @@ from panther.healers.checkpoint import saved_plan
 from panther.importance import affordable_samples, reference
 from panther.measure import check_batches, measure, passes
 from panther.nn.surgery import copied, put_layers
+from panther.opening import Opened, opened
 from panther.prepared import Dense, Prepared, timed
 from panther.progress import Progress
 from panther.replace import changed_layers
@@ -89,7 +90,9 @@ def analyze(
 
     Raises: CaptureError when the model does not run on the example inputs.
     """
-    return selected(capture(model, as_call(example_inputs)), model, include, exclude)
+    example = as_call(example_inputs)
+    found = opened(model, example)
+    return _captured(found, example, include, exclude)
 
 
 @weights_may_change()
@@ -169,10 +172,10 @@ def compress(
     if plan is not None:  # which says itself what it stores weights in
         stored = dict.fromkeys(choice.dtype for choice in plan.choices if choice.grid is not None)
         dtypes = tuple(dict.fromkeys((*dtypes, *stored)))
-    request = Request(
-        model=model if device is None else copied(model, {}, None)[0].to(device),
+    request = Request.of(
+        model if device is None else copied(model, {}, None)[0].to(device),
+        as_call(example_inputs),
         budget=wanted,
-        example=as_call(example_inputs),
         calib_data=calib_data,
         eval_fn=eval_fn,
         include=include,
@@ -195,9 +198,16 @@ def compress(
         model.to(device)
     known = cast(Prepared, result._prepared).factors
     changed_names = [name for c in result.plan.sketched for name in changed_layers(known, c)]
-    put_layers(model, {name: result.model.get_submodule(name) for name in changed_names})
+    places = dict.fromkeys(map(request.opened.holder, changed_names))
+    put_layers(model, {name: result.model.get_submodule(name) for name in places})
     model.load_state_dict(result.model.state_dict())  # neighbours that took over an order of channels
     return changed(result, model=model, _prepared=None)
+
+
+def _captured(model: Opened, example: Call, include: Sequence[Any] | None, exclude: Sequence[Any] | None) -> Capture:
+    found = capture(model.model, example)
+    found = changed(found, notes=(*found.notes, *in_no_layer(model.model, found.layers)))
+    return selected(found, model.model, include, exclude, model.was)
 
 
 def _plan_in(
@@ -227,12 +237,10 @@ def _plan_in(
 
 def prepared_for(request: Request) -> Prepared:
     """Capture, measure and decompose: everything that another budget can use again."""
-    if is_for_inference(request.model):
-        request = changed(request, model=copied(request.model, {}, None)[0])
     model, example, dense = request.model, request.example, Dense(request)
     seconds: dict[str, float] = {}
     with timed(seconds, "capture"):
-        found = selected(capture(model, example), model, request.include, request.exclude)
+        found = _captured(request.opened, example, request.include, request.exclude)
     if not found.sketchable:
         raise CaptureError(_nothing_to_sketch(model, found))
     if request.plan is not None:
@@ -364,8 +372,9 @@ def solved(prepared: Prepared, budget: Budget, plan: Plan | None) -> Result:
     plan, target, seconds, tuning = found
     with timed(seconds, "replace and heal"):
         compressed, healing = finished_model(prepared, plan, target, notes)
+    request.opened.close(compressed, request.given)
     report = check(
-        request.model,
+        request.given,
         compressed,
         capture=prepared.found,
         plan=plan,
@@ -378,6 +387,7 @@ def solved(prepared: Prepared, budget: Budget, plan: Plan | None) -> Result:
         notes=notes,
         seed=request.seed,
         measure=request.verify,
+        opened=request.model,
         dense_metric=None if budget.max_drop is None else prepared.dense.metric,
         healing=healing,
     )

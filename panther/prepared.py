@@ -42,11 +42,11 @@ class Dense:
 
     @cached_property
     def latency_ms(self) -> float:
-        return latencies([self.request.model], self.request.example)[0]
+        return latencies([self.request.given], self.request.example)[0]
 
     @cached_property
     def peak_memory_bytes(self) -> int:
-        return peak_memory(self.request.model, self.request.example)
+        return peak_memory(self.request.given, self.request.example)
 
     @cached_property
     def metric(self) -> float:
@@ -55,7 +55,7 @@ class Dense:
         Raises: ValueError when it fails or says anything but a finite number: then no drop from it can be limited.
         """
         try:
-            return metric(self.request.model, cast(Callable[[nn.Module], Any], self.request.eval_fn))
+            return metric(self.request.given, cast(Callable[[nn.Module], Any], self.request.eval_fn))
         except Exception as error:
             raise ValueError(f"max_drop needs what eval_fn says of the dense model: {one_line(error)}") from error
 
@@ -318,7 +318,7 @@ class Prepared:
         model, example = self.build(plan), self.request.example
         latency = None
         if budget.latency_ms is not None:
-            before, after = measure_latency(self.request.model, model, example)
+            before, after = measure_latency(self.request.given, model, example)
             latency = after * self.dense.latency_ms / before
         return Measured(latency, None if budget.peak_memory_mb is None else peak_memory(model, example))
 

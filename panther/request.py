@@ -6,12 +6,14 @@ import operator
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from torch import nn
 
 from panther.allocators import ALLOCATORS, Allocator
-from panther.batches import Call
+from panther.batches import Call, is_for_inference
+from panther.nn.surgery import copied
+from panther.opening import Opened, opened
 from panther.progress import Progress
 from panther.spec import BITS, DTYPES, Budget, Grid, Heal, Plan
 
@@ -23,9 +25,13 @@ MAX_SEED = 2**63 - 1  # of torch's generators, NumPy's and those of this package
 
 @dataclass(frozen=True)
 class Request:
-    """The arguments of compress in the form that the stages want them. `model` is on the device asked for."""
+    """The arguments of compress in the form that the stages want them. `given` is on the device asked for.
 
-    model: nn.Module
+    `opened` is the same with the hidden products as layers: what is measured, decomposed and changed.
+    """
+
+    given: nn.Module
+    opened: Opened
     budget: Budget
     example: Call
     calib_data: Any
@@ -42,6 +48,17 @@ class Request:
     n_trials: int | None = None
     timeout: float | None = None
     dtypes: Sequence[str] = DTYPES[:1]
+
+    @classmethod
+    def of(cls, model: nn.Module, example: Call, **others: Any) -> Self:
+        """The request for a model: a copy of it where its parameters were made in inference mode."""
+        given = copied(model, {}, None)[0] if is_for_inference(model) else model
+        return cls(given=given, opened=opened(given, example), example=example, **others)
+
+    @property
+    def model(self) -> nn.Module:
+        """The model that the stages work on."""
+        return self.opened.model
 
     @property
     def grids(self) -> tuple[Grid, ...]:

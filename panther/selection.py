@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace as changed
 from difflib import get_close_matches
 from typing import Any
@@ -14,16 +14,29 @@ from torch import nn
 from panther.spec import Capture
 
 
-def selected(found: Capture, model: nn.Module, include: Sequence[Any] | None, exclude: Sequence[Any] | None) -> Capture:
+def selected(
+    found: Capture,
+    model: nn.Module,
+    include: Sequence[Any] | None,
+    exclude: Sequence[Any] | None,
+    was: Mapping[str, nn.Module] | None = None,
+) -> Capture:
     """The capture with layers outside `include`, or inside `exclude`, blocked for that reason.
+
+    was: by name, what modules of the model were made from, whose classes a pattern may mean as well.
 
     Raises: ValueError for a pattern that means no layer, TypeError for one that is neither text nor a class.
     """
     if include is None and exclude is None:
         return found
     names = {spec.name for spec in found.layers}
-    wanted = names if include is None else _matches(include, "include", found, model)
-    unwanted = set() if exclude is None else _matches(exclude, "exclude", found, model)
+    own, was = dict(model.named_modules(remove_duplicate=False)), was or {}
+    kinds = {}
+    for name in names:
+        made_from = (own.get(name), was.get(name), was.get(name.rpartition(".")[0]))
+        kinds[name] = [module for module in made_from if module is not None]
+    wanted = names if include is None else _matches(include, "include", found, kinds)
+    unwanted = set() if exclude is None else _matches(exclude, "exclude", found, kinds)
     layers = []
     for spec in found.layers:
         reasons = list(spec.blockers)
@@ -36,11 +49,11 @@ def selected(found: Capture, model: nn.Module, include: Sequence[Any] | None, ex
     return changed(found, layers=tuple(layers), followers=followers)
 
 
-def _matches(patterns: Any, argument: str, found: Capture, model: nn.Module) -> set[str]:
+def _matches(patterns: Any, argument: str, found: Capture, kinds: Mapping[str, Sequence[nn.Module]]) -> set[str]:
     """Names of the layers that the patterns mean."""
     chosen: set[str] = set()
     for pattern in [patterns] if isinstance(patterns, str | type) else patterns:
-        hits = {spec.name for spec in found.layers if _means(pattern, spec.name, model, argument)}
+        hits = {spec.name for spec in found.layers if _means(pattern, spec.name, kinds[spec.name], argument)}
         if not hits:
             close = get_close_matches(str(pattern), [s.name for s in found.layers], 3)
             hint = f"; nearest: {', '.join(close)}" if close else ""
@@ -49,12 +62,9 @@ def _matches(patterns: Any, argument: str, found: Capture, model: nn.Module) -> 
     return chosen
 
 
-def _means(pattern: Any, name: str, model: nn.Module, argument: str) -> bool:
+def _means(pattern: Any, name: str, modules: Sequence[nn.Module], argument: str) -> bool:
     if isinstance(pattern, type):
-        try:
-            return isinstance(model.get_submodule(name), pattern)
-        except AttributeError:
-            return False
+        return any(isinstance(module, pattern) for module in modules)
     if not isinstance(pattern, str):
         raise TypeError(f"{argument} holds {pattern!r}: expected layer names, globs, 're:...' or layer classes")
     if pattern.startswith("re:"):

@@ -127,10 +127,10 @@ def from_model(
             f"budget={wanted}: every plan of this tuner is within it before it is evaluated, which params, flops and "
             'size_mb allow; for other limits call panther.compress(..., search="tuned")'
         )
-    request = Request(
-        model=model,
+    request = Request.of(
+        model,
+        as_call(example_inputs),
         budget=wanted,
-        example=as_call(example_inputs),
         calib_data=calib_data,
         eval_fn=eval_fn,
         include=include,

@@ -287,7 +287,9 @@ def figures(
 def layer_report(spec: LayerSpec, choice: Choice | None, compressed: nn.Module) -> LayerReport:
     """The row of one layer; sizes and ranks are those of the layer in the compressed model, not those of the plan."""
     before = dense_cost(spec, getattr(torch, spec.dtype).itemsize)
-    layer = compressed.get_submodule(spec.name) if spec.can_be_sketched or spec.groups > 1 else None
+    is_layer = spec.can_be_sketched or spec.groups > 1
+    # One without a module of its name is in attention that was closed again.
+    layer = dict(compressed.named_modules(remove_duplicate=False)).get(spec.name) if is_layer else None
     if layer is not None and is_narrowed(layer) and not isinstance(layer, SketchedLayer):
         return _narrowed_report(spec, choice, layer, before)
     if not isinstance(layer, SketchedLayer):
@@ -384,6 +386,7 @@ def verify(
     notes: Sequence[str] = (),
     seed: int = 0,
     measure: bool = True,
+    opened: nn.Module | None = None,
     dense_metric: float | None = None,
     healing: Healed | None = None,
 ) -> Report:
@@ -392,7 +395,8 @@ def verify(
     `held_out` are the calls that agreement is measured on (the example inputs when there are none); `is_held_out` says
     that nothing was fitted to them. `measure=False` only counts, and measures what the target limits: nothing else of
     latency, memory, agreement and metric. A measurement that fails becomes a note, because by now there is a compressed
-    model to lose. `dense_metric` is what eval_fn says of the dense model, where that is known, and `healing` what
+    model to lose. `opened` is the dense model with the layers that `capture` names, where it has not got
+    them itself, and `dense_metric` what eval_fn says of the dense model, where that is known, and `healing` what
     healing did.
     """
     start = time.perf_counter()
@@ -407,7 +411,9 @@ def verify(
     measured = _measurements(dense, compressed, example, calls, eval_fn, dense_metric, wanted, said)
     baselines: tuple[Baseline, ...] = ()
     if measure:
-        baselines = _or_note("int8 and int4 alone", lambda: baselines_of(dense, capture, example, calls), (), said)
+        whole = dense if opened is None else opened
+        rounded = functools.partial(baselines_of, dense, whole, capture, example, calls)
+        baselines = _or_note("int8 and int4 alone", rounded, (), said)
     totals = [
         figures(model, cost.flops, latency_ms=latency, peak_memory_bytes=memory)
         for model, cost, latency, memory in zip(
@@ -441,13 +447,17 @@ def verify(
     )
 
 
-def baselines_of(dense: nn.Module, capture: Capture, example: Call, calls: Sequence[Call]) -> tuple[Baseline, ...]:
+def baselines_of(
+    dense: nn.Module, opened: nn.Module, capture: Capture, example: Call, calls: Sequence[Call]
+) -> tuple[Baseline, ...]:
     """What whole numbers alone would do: the sketchable layers rounded to each number of bits, one scale a row.
+
+    opened: the dense model, with these layers in it.
 
     All of them run in turn with the dense model, whose milliseconds theirs are relative to.
     """
     names = [spec.name for spec in capture.sketchable]
-    models = {dtype: _rounded(dense, names, BITS[dtype]) for dtype in BASELINES}
+    models = {dtype: _rounded(opened, names, BITS[dtype]) for dtype in BASELINES}
     flops = sum(spec.flops for spec in capture.layers)
     _, *times = latencies([dense, *models.values()], example)
     return tuple(

@@ -37,6 +37,7 @@ HELPERS = {
     "quantise",
     "selection",
     "request",
+    "opening",
 }
 
 # The registry in each family's __init__.py.
@@ -72,7 +73,8 @@ ALLOWED = {
     "limits": {*NOUNS},
     "selection": {*NOUNS},
     "latency": {*NOUNS, "factors", "progress"},
-    "request": {*NOUNS, "allocators", "batches", "progress"},
+    "opening": {"batches", "nn"},
+    "request": {*NOUNS, "allocators", "batches", "nn", "opening", "progress"},
     "prepared": {*STAGES, *HELPERS, *NOUNS, "channels", "nn"},
     "columns": {*NOUNS, "factors", "sketches"},
     "channels": {*STAGES, *HELPERS, *NOUNS, "allocators", "nn", "sketches"},

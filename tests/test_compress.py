@@ -1109,3 +1109,31 @@ def test_outputs_whose_shape_depends_on_values_and_integer_outputs_are_no_obstac
     for kind in (Chosen, Ranked):
         result = compress(kind(), 0.5, example_inputs=data[:8], calib_data=data, progress=False, verify=False)
         assert result.budget_met and result.plan.sketched
+
+
+def test_what_is_no_layer_is_mentioned():
+    class Reader(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.words, self.memory = nn.Embedding(50, 16), nn.LSTM(16, 32, batch_first=True)
+            self.head = nn.Linear(32, 50)
+            self.scale = nn.Parameter(torch.ones(1, 50))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(self.memory(self.words(x))[0]) * self.scale
+
+    model = Reader().eval()
+    found = panther.analyze(model, torch.zeros(2, 5, dtype=torch.long))
+    assert [spec.name for spec in found.layers] == ["head"]
+    numbers = 50 * 16 + 4 * 32 * (16 + 32) + 50
+    whole = sum(p.numel() for p in model.parameters())
+    assert found.notes[-1] == (
+        f"{numbers:,} of the {whole:,} numbers are in no layer that panther knows and stay as they are: "
+        "LSTM 6,144, Embedding 800, Reader 50"
+    )
+    tied = Reader().eval()
+    tied.memory, tied.head = nn.Identity(), nn.Linear(16, 50)
+    tied.head.weight = tied.words.weight
+    tied.forward = lambda x: tied.head(tied.words(x)) * tied.scale
+    found = panther.analyze(tied, torch.zeros(2, 5, dtype=torch.long))
+    assert not any("in no layer" in note and "Embedding" in note for note in found.notes)

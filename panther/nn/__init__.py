@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from torch import nn
 
+from panther.nn.attention import SKMultiheadAttention
 from panther.nn.base import SketchedLayer
 from panther.nn.conv import SKConv1d, SKConv2d, SKConv3d
 from panther.nn.linear import SKLinear
@@ -82,6 +83,7 @@ __all__ = [
     "SKConv2d",
     "SKConv3d",
     "SKLinear",
+    "SKMultiheadAttention",
     "SKPivotedConv1d",
     "SKPivotedConv2d",
     "SKPivotedConv3d",

@@ -25,15 +25,18 @@ _HOOKS = (
 )
 
 
-def with_layers(model: nn.Module, layers: Mapping[str, nn.Module]) -> nn.Module:
+def with_layers(
+    model: nn.Module, layers: Mapping[str, nn.Module], shared: Mapping[int, Any] | None = None
+) -> nn.Module:
     """A copy of the model in which the named layers are these; the replaced ones are never copied.
 
     Class, hooks, training flags, tied tensors and state-dict prefixes stay; a layer registered under several names
     is replaced under all of them. Hooks that are methods of the model become those of the copy.
+    shared: by id, what the copy has in common with the model.
 
     Raises: AttributeError for a name that the model does not have, CaptureError for a model that cannot be copied.
     """
-    memo: dict[int, Any] = {}
+    memo: dict[int, Any] = dict(shared or {})
     hooks: list[tuple[nn.Module, dict[str, Any]]] = []
     for name, layer in layers.items():
         dense = model.get_submodule(name)
