@@ -721,15 +721,15 @@ def in_no_layer(model: nn.Module, layers: Iterable[LayerSpec]) -> Iterator[str]:
     known = {name for spec in layers for name in (spec.name, *spec.aliases)}
     counted: set[int] = set()
     for name, parameter in model.named_parameters(remove_duplicate=False):
-        parts = name.split(".")
-        if any(".".join(parts[:i]) in known for i in range(len(parts) + 1)):
+        path = name.split(".")
+        if any(".".join(path[:i]) in known for i in range(len(path) + 1)):
             counted.add(id(parameter))
     left: Counter[str] = Counter()
     for module in model.modules():
-        for parameter in module._parameters.values():
-            if parameter is not None and parameter.dim() > 1 and id(parameter) not in counted:
-                counted.add(id(parameter))
-                left[type(module).__name__] += parameter.numel()
+        for own in module._parameters.values():
+            if own is not None and own.dim() > 1 and id(own) not in counted:
+                counted.add(id(own))
+                left[type(module).__name__] += own.numel()
     numbers, whole = left.total(), model_params(model)
     if numbers >= MENTIONED * whole:
         parts = ", ".join(f"{kind} {count:,}" for kind, count in left.most_common(4))
