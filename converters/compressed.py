@@ -276,19 +276,23 @@ def _attention(model: nn.Module, name: str, record: Mapping[str, Any], folder: P
     except (ValueError, TypeError) as error:
         raise LoadError(f"{folder / MANIFEST}: layer {name!r} cannot be built: {error}") from error
     dense = _layer_at(model, name, folder)
-    if not isinstance(dense, nn.MultiheadAttention) or not name:
+    if isinstance(dense, SKMultiheadAttention):  # a user's own, or of a model that was compressed before
+        sizes = layer.config()
+    elif isinstance(dense, nn.MultiheadAttention) and name:
+        sizes = {size: getattr(layer, size) for size in ("embed_dim", "num_heads", "kdim", "vdim", "batch_first")}
+    else:
         raise LoadError(
             f"{folder / MANIFEST}: {name!r} was made of nn.MultiheadAttention, the architecture given has "
             f"{type(dense).__name__} there: give the one that was compressed"
         )
-    for size in ("embed_dim", "num_heads", "kdim", "vdim", "batch_first"):
-        wanted, got = getattr(layer, size), getattr(dense, size)
+    for size, wanted in sizes.items():
+        got = dense.has_bias if size == "bias" else getattr(dense, size)
         if wanted != got:
             raise LoadError(
                 f"{folder / MANIFEST}: {name!r} has {size}={wanted}, the architecture given has {got}: give the one "
                 "that was compressed"
             )
-    return layer
+    return dense if isinstance(dense, SKMultiheadAttention) else layer
 
 
 def _linear(dense: nn.Module, record: Mapping[str, Any]) -> nn.Module:

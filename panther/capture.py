@@ -45,6 +45,7 @@ from panther.followers import (
     pairs,
     rectified,
 )
+from panther.nn import SKMultiheadAttention
 from panther.nn.narrow import NORMS, is_depthwise
 from panther.nn.surgery import put_layers, with_layers
 from panther.sizes import file_bytes, model_params
@@ -141,7 +142,7 @@ def capture(model: nn.Module, example: Call) -> Capture:
 
     Raises: CaptureError when the model cannot run on the example inputs, or is of a kind that hides its layers.
     """
-    _refuse_opaque(model)
+    refuse_opaque(model)
     with inference(model), _same_random_numbers(model):
         try:
             with unchanged(model):
@@ -224,7 +225,8 @@ def _first_line(error: BaseException) -> str:
     return text.splitlines()[0][:200] if text else "no message"
 
 
-def _refuse_opaque(model: nn.Module) -> None:
+def refuse_opaque(model: nn.Module) -> None:
+    """Raise CaptureError for a model of a kind that hides its layers."""
     if isinstance(model, torch.jit.ScriptModule):
         raise CaptureError("a TorchScript model hides its layers: pass the Python module that it was made from")
     if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
@@ -385,7 +387,11 @@ class _LeafTracer(fx.Tracer):
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         has_children = any(True for _ in m.children())
-        return not has_children or (type(m).__module__.startswith("torch.nn.") and not isinstance(m, nn.Sequential))
+        return (
+            not has_children
+            or isinstance(m, SKMultiheadAttention)
+            or (type(m).__module__.startswith("torch.nn.") and not isinstance(m, nn.Sequential))
+        )
 
 
 class _WatchedInterpreter(fx.Interpreter):
@@ -731,7 +737,7 @@ def in_no_layer(model: nn.Module, layers: Iterable[LayerSpec]) -> Iterator[str]:
                 counted.add(id(own))
                 left[type(module).__name__] += own.numel()
     numbers, whole = left.total(), model_params(model)
-    if numbers >= MENTIONED * whole:
+    if numbers and numbers >= MENTIONED * whole:
         parts = ", ".join(f"{kind} {count:,}" for kind, count in left.most_common(4))
         yield f"{numbers:,} of the {whole:,} numbers are in no layer that panther knows and stay as they are: {parts}"
 

@@ -16,7 +16,7 @@ from torch import nn
 from panther.allocate import in_file, resolve
 from panther.allocators import Allocator
 from panther.batches import Calibration, Call, as_call, calibration, is_for_inference, weights_may_change
-from panther.capture import capture, in_no_layer
+from panther.capture import capture, in_no_layer, refuse_opaque
 from panther.channels import counted_by_nobody, counts_of, narrowable, with_counts
 from panther.decompose import candidates, decompose, refuse_non_finite, with_pair
 from panther.errors import CaptureError, LoadError, PlanError
@@ -91,8 +91,7 @@ def analyze(
     Raises: CaptureError when the model does not run on the example inputs.
     """
     example = as_call(example_inputs)
-    found = opened(model, example)
-    return _captured(found, example, include, exclude)
+    return _captured(_opened(model, example)[1], example, include, exclude)
 
 
 @weights_may_change()
@@ -172,7 +171,7 @@ def compress(
     if plan is not None:  # which says itself what it stores weights in
         stored = dict.fromkeys(choice.dtype for choice in plan.choices if choice.grid is not None)
         dtypes = tuple(dict.fromkeys((*dtypes, *stored)))
-    request = Request.of(
+    request = request_for(
         model if device is None else copied(model, {}, None)[0].to(device),
         as_call(example_inputs),
         budget=wanted,
@@ -202,6 +201,22 @@ def compress(
     put_layers(model, {name: result.model.get_submodule(name) for name in places})
     model.load_state_dict(result.model.state_dict())  # neighbours that took over an order of channels
     return changed(result, model=model, _prepared=None)
+
+
+def request_for(model: nn.Module, example: Call, **others: Any) -> Request:
+    """The request for a model with checked arguments.
+
+    Raises: CaptureError for a model of a kind that hides its layers.
+    """
+    given, found = _opened(model, example)
+    return Request(given=given, opened=found, example=example, **others)
+
+
+def _opened(model: nn.Module, example: Call) -> tuple[nn.Module, Opened]:
+    """The model, a copy of it where its parameters were made in inference mode, and the same opened."""
+    refuse_opaque(model)
+    given = copied(model, {}, None)[0] if is_for_inference(model) else model
+    return given, opened(given, example)
 
 
 def _captured(model: Opened, example: Call, include: Sequence[Any] | None, exclude: Sequence[Any] | None) -> Capture:

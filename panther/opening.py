@@ -1,24 +1,27 @@
 """Products with bare parameters made layers, so that they can be sketched: attention's, and Hugging Face's Conv1D.
 
-Whatever is opened is run beside what it was made from, on the input that it really gets; what differs stays closed. In
-the end all that nothing was sketched in becomes again what it was.
+Whatever is opened is run beside what it was made from; what differs stays closed. In the end all that nothing was
+sketched in becomes again what it was.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from panther.batches import Call, inference, run
+from panther.batches import Call, float_outputs, inference, run
 from panther.nn import SKMultiheadAttention
-from panther.nn.bare import as_it_was, as_linear, is_close, may_be_bare, reads_transposed
+from panther.nn.bare import as_it_was, as_linear, may_be_bare, reads_transposed
 from panther.nn.narrow import is_narrowed
 from panther.nn.surgery import put_layers, with_layers
+
+NEAR = 1e-3  # of the norm of an answer in float32
 
 
 @dataclass(frozen=True)
@@ -71,9 +74,10 @@ class Opened:
 
 
 def opened(model: nn.Module, example: Call) -> Opened:
-    """The model with its hidden products as layers; the model itself where there are none, or where it does not run.
+    """The model with its hidden products as layers; the model itself where it has none.
 
-    Tensors are shared with the model, which is not changed.
+    Tensors are shared with the model, which is not changed. The opened model answers as the model does on the example:
+    where it would not, since something else needs what was closed, less is opened.
     """
     suspects = {name: module for name, module in model.named_modules() if name and _may_be_opened(module)}
     suspects = {name: module for name, module in suspects.items() if _is_its_own(model, name, module)}
@@ -81,16 +85,53 @@ def opened(model: nn.Module, example: Call) -> Opened:
         return Opened(model)
     try:
         ways = _ways(model, example, suspects)
-        closed = {name: Closed(suspects[name], way) for name, way in ways.items() if way is not None}
-        if not closed:
-            return Opened(model)
-        shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
-        made = with_layers(model, {name: found.open() for name, found in closed.items()}, shared)
-        with inference(made):
-            run(made, example)
-    except Exception:  # a model may refuse to run or to be copied, and capture says so; it may need what was closed
+    except Exception:  # the model does not run, and capture says so
         return Opened(model)
-    return Opened(made, closed)
+    closed = {name: Closed(suspects[name], way) for name, way in ways.items() if way is not None}
+    attention = {name: c for name, c in closed.items() if isinstance(c.way, str)}
+    matrices = {name: c for name, c in closed.items() if name not in attention}
+    for chosen in (closed, matrices, attention):
+        made = _made(model, example, chosen) if chosen else None
+        if made is not None:
+            return Opened(made, chosen)
+    return Opened(model)
+
+
+def _made(model: nn.Module, example: Call, closed: Mapping[str, Closed]) -> nn.Module | None:
+    """A copy of the model with these modules opened; None where it cannot be made, or answers something else."""
+    shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
+    try:
+        made = with_layers(model, {name: found.open() for name, found in closed.items()}, shared)
+        with inference(model):
+            wanted = float_outputs(run(model, example))
+        with inference(made), _noting([found.module for found in closed.values()]) as left:
+            got = float_outputs(run(made, example))
+    except Exception:  # a model may refuse to be copied, or run into what is not there any more
+        return None
+    same = len(wanted) == len(got) and all(is_near(y, z) for y, z in zip(wanted, got, strict=True))
+    return made if same and not left else None  # a function or an object may keep what was closed
+
+
+@contextmanager
+def _noting(modules: Iterable[nn.Module]) -> Iterator[list[nn.Module]]:
+    """Which of these modules run."""
+    ran: list[nn.Module] = []
+    hooks = [module.register_forward_pre_hook(lambda module, _: ran.append(module)) for module in modules]
+    try:
+        yield ran
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def is_near(wanted: Tensor, got: Tensor) -> bool:
+    """Whether two models that compute the same may answer so: rounding grows from layer to layer."""
+    if got.shape != wanted.shape or got.dtype != wanted.dtype:
+        return False
+    finite = wanted.isfinite() & got.isfinite()
+    first, second = wanted[finite].double(), got[finite].double()
+    room = NEAR * max(1.0, torch.finfo(wanted.dtype).eps / torch.finfo(torch.float32).eps) ** 0.5
+    return bool((first - second).norm() <= room * first.norm())
 
 
 def _may_be_opened(module: nn.Module) -> bool:
@@ -100,13 +141,27 @@ def _may_be_opened(module: nn.Module) -> bool:
 
 
 def _is_plain(attention: nn.MultiheadAttention) -> bool:
-    """Whether all weights are parameters of floating-point numbers, and nothing in it was replaced."""
-    held = [*attention._parameters.values(), *attention.out_proj._parameters.values()]
+    """Whether it holds what torch made it with, and nothing else."""
+    out, biases = attention.out_proj, (attention.in_proj_bias, attention.out_proj.bias)
+    kinds = (nn.Linear, nn.modules.linear.NonDynamicallyQuantizableLinear)
+    if "forward" in vars(attention) or type(out) not in kinds or (biases[0] is None) != (biases[1] is None):
+        return False
+    with torch.device("meta"):
+        like = nn.MultiheadAttention(
+            attention.embed_dim,
+            attention.num_heads,
+            bias=biases[0] is not None,
+            kdim=attention.kdim,
+            vdim=attention.vdim,
+        )
+    own, torchs = (
+        {name: p.shape for name, p in (*module.named_parameters(), *module.named_buffers())}
+        for module in (attention, like)
+    )
     return (
-        "forward" not in vars(attention)
-        and isinstance(attention.out_proj, nn.Linear)
-        and all(p is None or (p.is_floating_point() and p.layout == torch.strided) for p in held)
-        and set(attention.state_dict()) == {name for name, _ in attention.named_parameters()}
+        own == torchs
+        and len(list(attention.modules())) == len(list(like.modules()))
+        and all(p.is_floating_point() and p.layout == torch.strided for p in attention.parameters())
         and not any(part._forward_hooks or part._forward_pre_hooks for part in attention.children())
     )
 
@@ -160,9 +215,10 @@ def _attention_way(module: nn.MultiheadAttention, args: Any, kwargs: Any) -> str
         return None
     try:
         wanted, got = module.forward(*args, **kwargs), SKMultiheadAttention.from_dense(module, layout)(*args, **kwargs)
+        pairs = [(y, z) for y, z in zip(wanted, got, strict=True) if y is not None or z is not None]
+        same = all(y is not None and z is not None and is_near(y, z) for y, z in pairs)
     except Exception:
         return None
-    same = is_close(wanted[0], got[0]) and (wanted[1] is got[1] if got[1] is None else is_close(got[1], wanted[1]))
     return layout if same else None
 
 

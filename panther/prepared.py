@@ -316,6 +316,7 @@ class Prepared:
         first.
         """
         model, example = self.build(plan), self.request.example
+        self.request.opened.close(model, self.request.given)
         latency = None
         if budget.latency_ms is not None:
             before, after = measure_latency(self.request.given, model, example)

@@ -6,14 +6,13 @@ import operator
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 from torch import nn
 
 from panther.allocators import ALLOCATORS, Allocator
-from panther.batches import Call, is_for_inference
-from panther.nn.surgery import copied
-from panther.opening import Opened, opened
+from panther.batches import Call
+from panther.opening import Opened
 from panther.progress import Progress
 from panther.spec import BITS, DTYPES, Budget, Grid, Heal, Plan
 
@@ -48,12 +47,6 @@ class Request:
     n_trials: int | None = None
     timeout: float | None = None
     dtypes: Sequence[str] = DTYPES[:1]
-
-    @classmethod
-    def of(cls, model: nn.Module, example: Call, **others: Any) -> Self:
-        """The request for a model: a copy of it where its parameters were made in inference mode."""
-        given = copied(model, {}, None)[0] if is_for_inference(model) else model
-        return cls(given=given, opened=opened(given, example), example=example, **others)
 
     @property
     def model(self) -> nn.Module:

@@ -23,7 +23,7 @@ def selected(
 ) -> Capture:
     """The capture with layers outside `include`, or inside `exclude`, blocked for that reason.
 
-    was: by name, what modules of the model were made from, whose classes a pattern may mean as well.
+    was: by name, what modules of the model were made from, and whose classes patterns mean.
 
     Raises: ValueError for a pattern that means no layer, TypeError for one that is neither text nor a class.
     """
@@ -33,8 +33,7 @@ def selected(
     own, was = dict(model.named_modules(remove_duplicate=False)), was or {}
     kinds = {}
     for name in names:
-        made_from = (own.get(name), was.get(name), was.get(name.rpartition(".")[0]))
-        kinds[name] = [module for module in made_from if module is not None]
+        kinds[name] = was.get(name) or was.get(name.rpartition(".")[0]) or own.get(name)
     wanted = names if include is None else _matches(include, "include", found, kinds)
     unwanted = set() if exclude is None else _matches(exclude, "exclude", found, kinds)
     layers = []
@@ -49,7 +48,7 @@ def selected(
     return changed(found, layers=tuple(layers), followers=followers)
 
 
-def _matches(patterns: Any, argument: str, found: Capture, kinds: Mapping[str, Sequence[nn.Module]]) -> set[str]:
+def _matches(patterns: Any, argument: str, found: Capture, kinds: Mapping[str, nn.Module | None]) -> set[str]:
     """Names of the layers that the patterns mean."""
     chosen: set[str] = set()
     for pattern in [patterns] if isinstance(patterns, str | type) else patterns:
@@ -62,9 +61,9 @@ def _matches(patterns: Any, argument: str, found: Capture, kinds: Mapping[str, S
     return chosen
 
 
-def _means(pattern: Any, name: str, modules: Sequence[nn.Module], argument: str) -> bool:
+def _means(pattern: Any, name: str, module: nn.Module | None, argument: str) -> bool:
     if isinstance(pattern, type):
-        return any(isinstance(module, pattern) for module in modules)
+        return isinstance(module, pattern)
     if not isinstance(pattern, str):
         raise TypeError(f"{argument} holds {pattern!r}: expected layer names, globs, 're:...' or layer classes")
     if pattern.startswith("re:"):

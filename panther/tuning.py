@@ -29,11 +29,11 @@ from panther.allocators.tuned import (
     with_groups,
 )
 from panther.batches import as_call, inference, weights_may_change
-from panther.compress import Result, prepared_for, solved
+from panther.compress import Result, prepared_for, request_for, solved
 from panther.errors import PantherError
 from panther.prepared import Prepared
 from panther.progress import Progress
-from panther.request import Request, check_arguments, parse_budget, parse_seed
+from panther.request import check_arguments, parse_budget, parse_seed
 from panther.solve import search_plan
 from panther.spec import Budget, Choice, Heal, Plan
 from panther.trials import as_plan, can_score, identity, problem_for, student_of
@@ -127,7 +127,7 @@ def from_model(
             f"budget={wanted}: every plan of this tuner is within it before it is evaluated, which params, flops and "
             'size_mb allow; for other limits call panther.compress(..., search="tuned")'
         )
-    request = Request.of(
+    request = request_for(
         model,
         as_call(example_inputs),
         budget=wanted,

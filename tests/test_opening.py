@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 import panther
+import panther.errors
 from panther.batches import Call, as_call
 from panther.errors import LoadError
 from panther.nn import SketchedLayer, SKLinear, SKMultiheadAttention
@@ -159,12 +160,107 @@ class Counting(Matrix):
         return super().forward(x)
 
 
-@pytest.mark.parametrize("kind", [Scaled, Clipped, Noisy, Counting])
-def test_a_matrix_whose_forward_does_more_stays_closed(kind):
-    model = Block(first=kind).eval()
-    found = opened(model, call())
-    assert "up" not in found.closed and "down" in found.closed
+class Listing(Matrix):
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__(inputs, outputs)
+        self.seen: list[int] = []
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.seen.append(len(x))
+        return super().forward(x)
+
+
+class Rounding(Matrix):
+    """As bfloat16 would be by itself, nearly."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward((x * 64).round() / 64)
+
+
+class Normed(Matrix):
+    """Nothing more than its product as long as its columns are of length 1."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__(inputs, outputs)
+        self.weight.data = nn.functional.normalize(self.weight.data, dim=0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ nn.functional.normalize(self.weight, dim=0) + self.bias
+
+
+class Zero(Matrix):
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__(inputs, outputs)
+        self.weight.data.zero_()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.square())
+
+
+class Scaling(Matrix):
+    def forward(self, x: Tensor, scale: float | None = None) -> Tensor:
+        return super().forward(x) if scale is None else super().forward(x) * scale
+
+
+class Referring(Matrix):
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__(inputs, outputs)
+        self.others = (nn.ReLU(),)
+
+
+class Shifting(Matrix):
+    """Its bias is as long as its input."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__(inputs, outputs)
+        self.bias = nn.Parameter(torch.randn(inputs))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (x - self.bias) @ self.weight
+
+
+MORE = [Scaled, Clipped, Noisy, Counting, Listing, Rounding, Normed, Zero, Scaling, Referring, Shifting]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", MORE)
+def test_a_matrix_whose_forward_does_more_stays_closed(kind, dtype):
+    model = Block(first=kind).eval().to(dtype)
+    found = opened(model, as_call(tuple(x.to(dtype) for x in call().args)))
+    assert "up" not in found.closed and {"attention", "down"} <= set(found.closed)
     assert not hasattr(model.up, "calls")
+
+
+@pytest.mark.parametrize("kind", [Matrix, Outputs])
+def test_a_symmetric_matrix_is_read_as_the_module_reads_it(kind):
+    class Square(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.matrix, self.last = kind(32, 32), nn.Linear(32, 32)
+            self.matrix.weight.data = torch.eye(32)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.last(self.matrix(x))
+
+    model = Square().eval()
+    x = call().args[0]
+    found = opened(model, as_call(x))
+    assert found.closed["matrix"].way is (kind is Matrix)
+    copied = copy.deepcopy(found.model)
+    copied.matrix.weight.data += torch.randn(32, 32)
+    wanted = copied(x)
+    found.close(copied, model)
+    assert type(copied.matrix) is kind
+    torch.testing.assert_close(copied(x), wanted)
+
+
+def test_what_is_closed_again_shares_nothing_that_changes():
+    model = Block().eval()
+    result = compressed(model, include=["down"])
+    result.model.up.register_buffer("extra", torch.zeros(1))
+    result.model.up.register_load_state_dict_pre_hook(lambda *_: 1 / 0)
+    assert "up.extra" not in model.state_dict()
+    model.load_state_dict(model.state_dict())
 
 
 @pytest.mark.parametrize("change", [{"add_bias_kv": True}, {"add_zero_attn": True}])
@@ -174,6 +270,107 @@ def test_attention_with_more_in_it_stays_closed(change):
     assert "attention" not in opened(model, call()).closed
     result = compressed(model, plan=None)
     assert type(result.model.attention) is nn.MultiheadAttention
+
+
+class LowRankOutput(nn.Linear):
+    def __init__(self) -> None:
+        super().__init__(32, 32)
+        self.more = nn.Parameter(torch.zeros(32, 2))
+
+
+def parametrised(attention: nn.MultiheadAttention) -> None:
+    nn.utils.parametrizations.weight_norm(attention.out_proj)
+
+
+def extended(attention: nn.MultiheadAttention) -> None:
+    attention.gate = nn.Parameter(torch.ones(1))
+
+
+def replaced(attention: nn.MultiheadAttention) -> None:
+    attention.out_proj = LowRankOutput()
+
+
+def half_biased(attention: nn.MultiheadAttention) -> None:
+    attention.in_proj_bias = None
+
+
+@pytest.mark.parametrize("change", [parametrised, extended, replaced, half_biased])
+def test_attention_that_was_changed_stays_closed(change, tmp_path):
+    model = Block().eval()
+    change(model.attention)
+    assert set(opened(model, call()).closed) == {"up", "down"}
+    result = compressed(model)
+    assert set(result.model.attention.state_dict()) == set(model.attention.state_dict())
+    result.save(tmp_path / "small")
+    again = panther.load(tmp_path / "small", model=model)
+    assert torch.equal(again(*call().args), result.model(*call().args))
+
+
+def test_which_parameters_learn_stays():
+    model = Block().eval().requires_grad_(False)
+    model.attention.in_proj_bias.requires_grad_(True)
+    model.attention.out_proj.weight.requires_grad_(True)
+    result = compressed(model, include=["down"])
+    for name, parameter in model.named_parameters():
+        if not name.startswith("down"):
+            assert result.model.get_parameter(name).requires_grad == parameter.requires_grad, name
+
+
+def test_a_lazy_model_is_refused_and_stays_as_it_was():
+    model = nn.Sequential(nn.LazyLinear(32), Matrix(32, 8))
+    with pytest.raises(panther.errors.CaptureError, match="has no shape yet"):
+        panther.analyze(model, torch.randn(2, 5))
+    assert model(torch.randn(2, 5)).shape == (2, 8)
+
+
+def test_a_model_of_inference_mode_is_analysed_as_it_is_compressed():
+    with torch.inference_mode():
+        model = Block().eval()
+    found = panther.analyze(model, call().args)
+    assert {spec.name for spec in found.sketchable} == {"attention.in_proj", "attention.out_proj", "up", "down"}
+
+
+def test_where_only_a_symbolic_trace_works_attention_is_a_leaf(monkeypatch):
+    def fails(*_: object, **__: object) -> None:
+        raise RuntimeError("no export today")
+
+    monkeypatch.setattr(torch.export, "export", fails)
+    found = panther.analyze(Block().eval(), call().args)
+    assert found.way == "torch.fx" and len(found.sketchable) == 4
+    assert [(pair.producer, pair.consumer) for pair in found.followers] == [("up", "down")]
+
+
+def test_milliseconds_are_of_the_model_as_it_is_given_back(monkeypatch):
+    from panther import prepared
+
+    seen = []
+
+    def latency(dense, model, example):
+        seen.append([type(module.self_attn) for module in model.layers.layers])
+        return 1.0, 1.0
+
+    monkeypatch.setattr(prepared, "measure_latency", latency)
+    model = encoder(False)
+    compressed(model, {"params": 0.9, "latency_ms": "100%"}, exclude=["*self_attn*"])
+    assert seen and all(kind is nn.MultiheadAttention for kinds in seen for kind in kinds)
+
+
+def test_an_architecture_that_has_the_layer_itself(tmp_path):
+    def own() -> Block:
+        model = Block().eval()
+        model.attention = SKMultiheadAttention.from_dense(model.attention, "in_proj")
+        return model
+
+    model = own()
+    result = compressed(model, include=["attention.*"])
+    assert type(result.model.attention) is SKMultiheadAttention
+    result.save(tmp_path / "small")
+    for source in (model, own, result.model):
+        again = panther.load(tmp_path / "small", model=source)
+        assert torch.equal(again(*call().args), result.model(*call().args))
+    model.attention = SKMultiheadAttention(32, 4, batch_first=True, layout="kv_proj")
+    with pytest.raises(LoadError, match="layout=in_proj, the architecture given has kv_proj"):
+        panther.load(tmp_path / "small", model=model)
 
 
 def test_tied_and_shared_matrices_stay_closed():
@@ -190,8 +387,13 @@ def test_a_model_that_needs_what_was_closed_stays_closed():
         def forward(self, x: Tensor, y: Tensor) -> Tensor:
             return super().forward(x, y) * self.attention.in_proj_weight.shape[0]
 
-    model = Asking().eval()
-    assert opened(model, call()).model is model
+    assert set(opened(Asking().eval(), call()).closed) == {"up", "down"}
+
+    class Choosing(Block):
+        def forward(self, x: Tensor, y: Tensor) -> Tensor:
+            return super().forward(x, y) * (2 if isinstance(self.up, nn.Linear) else 1)
+
+    assert set(opened(Choosing().eval(), call()).closed) == {"attention"}
 
 
 def test_compress_offers_them_and_the_file_holds_them(tmp_path):
@@ -215,6 +417,7 @@ def test_what_nothing_was_sketched_in_is_again_what_it_was(tmp_path):
     result = compressed(model, include=["down"])
     assert isinstance(result.model.down, SketchedLayer)
     assert type(result.model.attention) is nn.MultiheadAttention
+    assert vars(result.model.attention).keys() == vars(model.attention).keys()
     assert type(result.model.up) is Matrix and result.model.up.note == "kept" and result.model.up.nf == 96
     assert torch.equal(result.model.up.weight, model.up.weight)
     assert torch.equal(result.model.attention.in_proj_weight, model.attention.in_proj_weight)
@@ -231,6 +434,8 @@ def test_classes_of_what_was_closed_can_be_named():
     assert {spec.name for spec in found.sketchable} == {"attention.in_proj", "attention.out_proj"}
     found = panther.analyze(model, call().args, exclude=[Matrix, "attention.out_proj"])
     assert {spec.name for spec in found.sketchable} == {"attention.in_proj"}
+    with pytest.raises(ValueError, match="matches no dense layer"):
+        panther.analyze(model, call().args, exclude=[nn.Linear])
 
 
 def test_in_place_they_are_put_where_they_were():
@@ -330,7 +535,8 @@ def test_a_file_of_another_attention_is_refused(tmp_path):
         panther.load(tmp_path / "small", model=other)
     path = tmp_path / "small" / "panther.json"
     good = path.read_text()
-    for change in ({"num_heads": 5}, {"layout": "q"}, {"dropout": "a"}, {"dropout": float("nan")}, {"more": 1}):
+    huge = dict.fromkeys(("embed_dim", "kdim", "vdim"), 2**31 - 4)
+    for change in ({"num_heads": 5}, {"layout": "q"}, {"dropout": "a"}, {"dropout": float("nan")}, {"more": 1}, huge):
         data = json.loads(good)
         data["layers"]["attention"].update(change)
         path.write_text(json.dumps(data))

@@ -39,6 +39,8 @@ class SKMultiheadAttention(nn.Module):
     Raises: ValueError or TypeError for sizes that do not fit each other.
     """
 
+    layout: str
+    has_bias: bool
     in_proj: nn.Module  # those of the layout
     q_proj: nn.Module
     k_proj: nn.Module
@@ -109,9 +111,11 @@ class SKMultiheadAttention(nn.Module):
         weights, biases = (_grouped(parts, layout) for parts in _parts(attention))
         own = "in_proj_weight" if attention._qkv_same_embed_dim else SEPARATE[0]
         for name, weight, bias in zip(LAYOUTS[layout], weights, biases, strict=True):
-            _fill(getattr(new, name), weight, bias, getattr(attention, own).requires_grad)
+            _fill(
+                getattr(new, name), weight, bias, getattr(attention, own).requires_grad, _needs(attention.in_proj_bias)
+            )
         out = attention.out_proj
-        _fill(new.out_proj, [out.weight], [out.bias], out.weight.requires_grad)
+        _fill(new.out_proj, [out.weight], [out.bias], out.weight.requires_grad, _needs(out.bias))
         return new.train(attention.training)
 
     @torch.no_grad()
@@ -129,7 +133,6 @@ class SKMultiheadAttention(nn.Module):
             )
         layers = [getattr(self, name) for name in LAYOUTS[self.layout]]
         weights = [_numbers(layer.weight) for layer in layers]
-        learns = any(p.requires_grad for layer in layers for p in layer.parameters())
         if dense._qkv_same_embed_dim:
             own = {"in_proj_weight": weights[0] if len(weights) == 1 else torch.cat(weights)}
         else:
@@ -139,9 +142,9 @@ class SKMultiheadAttention(nn.Module):
             biases = [layer.bias.detach() for layer in layers]
             own["in_proj_bias"] = biases[0] if len(biases) == 1 else torch.cat(biases)
         for name, numbers in own.items():
-            dense._parameters[name] = nn.Parameter(numbers, requires_grad=learns)
-        learns = any(p.requires_grad for p in self.out_proj.parameters())
-        _fill(dense.out_proj, [_numbers(self.out_proj.weight)], [self.out_proj.bias], learns)
+            dense._parameters[name] = nn.Parameter(numbers, requires_grad=_learns(layers, "bias" in name))
+        out = [self.out_proj]
+        _fill(dense.out_proj, [_numbers(self.out_proj.weight)], [self.out_proj.bias], _learns(out), _learns(out, True))
         return dense.train(self.training)
 
     def config(self) -> dict[str, Any]:
@@ -167,6 +170,8 @@ class SKMultiheadAttention(nn.Module):
         dropout = data["dropout"]
         if type(dropout) not in (int, float) or not 0 <= dropout <= 1:
             raise ValueError(f"{cls.__name__} config: dropout={str(dropout)[:40]}: expected a number from 0 to 1")
+        sizes = [read.integer(name) for name in ("embed_dim", "kdim", "vdim")]
+        read.check_numbers(sizes[0] * (2 * sizes[0] + sizes[1] + sizes[2]))
         return cls(
             read.integer("embed_dim"),
             read.integer("num_heads"),
@@ -278,12 +283,27 @@ def _grouped(parts: list[Any], layout: str) -> list[list[Any]]:
     return {"in_proj": [parts], "kv_proj": [parts[:1], parts[1:]], "separate": [[part] for part in parts]}[layout]
 
 
-def _fill(layer: nn.Linear, weights: list[Tensor], biases: list[Tensor | None], learns: bool) -> None:
+def _needs(parameter: Tensor | None) -> bool:
+    return parameter is not None and parameter.requires_grad
+
+
+def _learns(layers: list[Any], biases: bool = False) -> bool:
+    """Whether the biases of layers, dense or sketched, are trained, or else what makes up their weights."""
+    found = [layer.bias for layer in layers if layer.bias is not None]
+    if not biases:
+        own = {id(bias) for bias in found}
+        found = [p for layer in layers for p in layer.parameters() if id(p) not in own]
+    return any(p.requires_grad for p in found)
+
+
+def _fill(
+    layer: nn.Linear, weights: list[Tensor], biases: list[Tensor | None], learns: bool, bias_learns: bool
+) -> None:
     """Give a layer these rows, without a copy where they lie one after the other."""
     layer.weight = nn.Parameter(_stacked([weight.detach() for weight in weights]), requires_grad=learns)
     if layer.bias is not None:
         kept = [cast(Tensor, bias).detach() for bias in biases]
-        layer.bias = nn.Parameter(_stacked(kept), requires_grad=learns)
+        layer.bias = nn.Parameter(_stacked(kept), requires_grad=bias_learns)
 
 
 def _stacked(parts: list[Tensor]) -> Tensor:
