@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import fields
+from dataclasses import dataclass, fields
 from dataclasses import replace as changed
 from typing import Any, Protocol
 
@@ -114,6 +114,31 @@ def _above(a: tuple[float, float, Choice], b: tuple[float, float, Choice], c: tu
     return (b[1] - a[1]) * (c[0] - a[0]) >= (c[1] - a[1]) * (b[0] - a[0])
 
 
+_Weighed = tuple[float, list[float], Choice]  # loss, costs that are limited
+
+
+@dataclass(frozen=True)
+class _Ranked:
+    """The options of each layer as they are given, and by rising loss; and each of them by its identity."""
+
+    given: Mapping[str, Sequence[_Weighed]]
+    by_loss: Mapping[str, Sequence[_Weighed]]
+    known: Mapping[int, _Weighed]
+
+
+def _ranked(options: Options, target: Target, loss: Callable[[Choice], float]) -> _Ranked:
+    limits = target.limits()
+    given = {
+        layer: [(loss(c), [getattr(c.cost, name) for name in limits], c) for c in choices]
+        for layer, choices in options.items()
+    }
+    by_loss = {
+        layer: sorted((one for one in choices if not math.isnan(one[0])), key=lambda one: one[0])
+        for layer, choices in given.items()
+    }
+    return _Ranked(given, by_loss, {id(one[2]): one for choices in given.values() for one in choices})
+
+
 def convex(options: Options, target: Target, loss: Callable[[Choice], float]) -> list[Choice]:
     """The choices of least total loss within the limits, up to one choice a limit.
 
@@ -130,19 +155,22 @@ def convex(options: Options, target: Target, loss: Callable[[Choice], float]) ->
     def lost(choice: Choice) -> float:
         return losses[id(choice)]
 
-    plan = _greedy(options, target, {name: 1.0 / len(limits) for name in limits}, lost)
+    ranked = _ranked(options, target, lost)
+    plan = _greedy(options, target, {name: 1.0 / len(limits) for name in limits}, lost, ranked)
     is_within = target.is_met_by(total(plan))
     if len(limits) > 1:
         most = sum(lost(c) for c in plan) if is_within else math.inf
-        mixed = _mixed(options, target, lost, most)
+        mixed = _mixed(options, target, lost, ranked, most)
         if mixed is not None and (not is_within or sum(lost(c) for c in mixed) < most):
             return mixed
     if is_within or not target.is_met_by(_least(options)):
         return plan
-    return _fill(_nearer(plan, options, target), options, target, lost)
+    return _fill(_nearer(plan, options, target), target, ranked)
 
 
-def _mixed(options: Options, target: Target, loss: Callable[[Choice], float], most: float) -> list[Choice] | None:
+def _mixed(
+    options: Options, target: Target, loss: Callable[[Choice], float], ranked: _Ranked, most: float
+) -> list[Choice] | None:
     """The plan next to the one that may mix the choices of a layer; None where there is none within the limits.
 
     most: total loss that is known to be possible.
@@ -158,7 +186,7 @@ def _mixed(options: Options, target: Target, loss: Callable[[Choice], float], mo
     taken = [[choices[i] for i in places] for choices, places in zip(every, found, strict=True)]
     plans = [list(plan) for plan in itertools.islice(itertools.product(*taken), MOST_ROUNDINGS)]
     plans = [plan if target.is_met_by(total(plan)) else _nearer(plan, options, target) for plan in plans]
-    within = [_fill(plan, options, target, loss) for plan in plans if target.is_met_by(total(plan))]
+    within = [_fill(plan, target, ranked) for plan in plans if target.is_met_by(total(plan))]
     return min(within, key=lambda plan: sum(loss(c) for c in plan), default=None)
 
 
@@ -215,7 +243,7 @@ def _nearer(plan: Sequence[Choice], options: Options, target: Target) -> list[Ch
 
 
 def _greedy(
-    options: Options, target: Target, weights: Mapping[str, float], loss: Callable[[Choice], float]
+    options: Options, target: Target, weights: Mapping[str, float], loss: Callable[[Choice], float], ranked: _Ranked
 ) -> list[Choice]:
     hulls = {
         layer: lower_hull([(price(c.cost, target, weights), loss(c), c) for c in choices])
@@ -241,36 +269,24 @@ def _greedy(
             used, at[layer] = after, index
         else:
             stuck.add(layer)
-    return _fill([hulls[layer][at[layer]][2] for layer in hulls], options, target, loss)
+    return _fill([hulls[layer][at[layer]][2] for layer in hulls], target, ranked)
 
 
-_Weighed = tuple[float, list[float], Choice]  # loss, costs that are limited
-
-
-def _fill(chosen: list[Choice], options: Options, target: Target, loss: Callable[[Choice], float]) -> list[Choice]:
+def _fill(chosen: list[Choice], target: Target, ranked: _Ranked) -> list[Choice]:
     """Spend what the hull steps left over on single options that still fit, best gain first."""
     limits = target.limits()
-
-    def weighed(choice: Choice) -> _Weighed:
-        return loss(choice), [getattr(choice.cost, name) for name in limits], choice
-
-    # An option of less loss than another gains more: the first one that fits is the best of its layer. What is without
-    # bound gains as much by any other option: there it is the first, which is the smallest.
-    given = {layer: [weighed(c) for c in choices] for layer, choices in options.items()}
-    ranked = {
-        layer: sorted((one for one in choices if not math.isnan(one[0])), key=lambda one: one[0])
-        for layer, choices in given.items()
-    }
-    current = {c.layer: weighed(c) for c in chosen}
+    current = {c.layer: ranked.known[id(c)] for c in chosen}
     used = [getattr(total(chosen), name) for name in limits]
 
     def fits(old: _Weighed, new: _Weighed) -> bool:
         return all(u - a + b <= most for u, a, b, most in zip(used, old[1], new[1], limits.values(), strict=True))
 
+    # An option of less loss than another gains more: the first one that fits is the best of its layer. What is without
+    # bound gains as much by any other option: there it is the first, which is the smallest.
     while True:
         best: tuple[float, _Weighed] | None = None
         for layer, now in current.items():
-            for option in (given if now[0] == math.inf else ranked)[layer]:
+            for option in (ranked.given if now[0] == math.inf else ranked.by_loss)[layer]:
                 gain = now[0] - option[0]
                 if gain <= 0 or (best is not None and gain <= best[0]):
                     break
@@ -278,7 +294,7 @@ def _fill(chosen: list[Choice], options: Options, target: Target, loss: Callable
                     best = (gain, option)
                     break
         if best is None:
-            return [current[layer][2] for layer in options]
+            return [current[layer][2] for layer in ranked.given]
         option = best[1]
         used = [u - a + b for u, a, b in zip(used, current[option[2].layer][1], option[1], strict=True)]
         current[option[2].layer] = option
