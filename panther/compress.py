@@ -23,7 +23,7 @@ from panther.errors import CaptureError, LoadError, PlanError
 from panther.factors import Factors, Profile
 from panther.gradients import chunk_size
 from panther.healers.checkpoint import saved_plan
-from panther.importance import affordable_samples, reference
+from panther.importance import CLOSER, SAMPLES, affordable_samples, reference
 from panther.measure import check_batches, measure, passes
 from panther.nn.surgery import copied, put_layers
 from panther.opening import Opened, opened
@@ -285,7 +285,8 @@ def prepared_for(request: Request) -> Prepared:
         samples = affordable_samples(found, example)
         calls = [example] if data is None else list(_first(_unfitted_first(data), samples))
         against = reference(model, calls, samples)
-    return Prepared(request, dense, found, data, factors, options, against, dtype_bytes, seconds, tuple(notes))
+    closer = () if data is None else _closer(data, samples, sum(call.batch_size for call in against.calls))
+    return Prepared(request, dense, found, data, factors, options, against, dtype_bytes, seconds, tuple(notes), closer)
 
 
 def _target(dense: Dense, found: Capture, dtype_bytes: Mapping[str, int], budget: Budget) -> Target:
@@ -299,6 +300,13 @@ def _unfitted_first(data: Calibration) -> Iterator[Call]:
     .7, unhealed, top-1 agreement on 256 other inputs: .711 by the rows of calibration, .750 by held-out ones.
     """
     return itertools.chain(data.held_out if data.is_held_out else (), data)
+
+
+def _closer(data: Calibration, samples: int, seen: int) -> tuple[Call, ...]:
+    """Inputs of several times as many samples; none where the data has not got them, or `seen` are enough."""
+    wanted = min(SAMPLES, CLOSER * samples)
+    calls = tuple(_first(_unfitted_first(data), wanted))
+    return calls if samples < wanted and sum(call.batch_size for call in calls) > seen else ()
 
 
 def _first(data: Iterable[Call], samples: int) -> Iterator[Call]:

@@ -24,6 +24,9 @@ from panther.spec import Capture, Choice
 
 SAMPLES = 32  # at most
 LEAST_SAMPLES = 4
+# Plans are told apart by luck on few samples: Whisper tiny.en at an eighth of its bytes, plans that differ in the first
+# convolution only: .019 and .034 on four. The best few are looked at on so many times as many.
+CLOSER = 4
 FLOPS = 2e12  # of all truncations together, which fewer samples keep to: 10 to 30 seconds on two cores
 KEPT = (0.5, 0.25)  # sizes at which a layer is truncated, as a share of its weights
 LEAST_ERROR = 1e-6  # of a truncation that tells anything: what is below is rounding, in the error and in the output

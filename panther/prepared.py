@@ -16,7 +16,7 @@ from typing import Any, cast
 from torch import nn
 
 from panther.allocate import in_file
-from panther.batches import Calibration, inference, run
+from panther.batches import Calibration, Call, inference, run
 from panther.chains import CORRECTED, PIVOTED, WHOLE
 from panther.channels import Narrow, narrow, shares_for
 from panther.decompose import candidates
@@ -24,7 +24,7 @@ from panther.errors import PantherError, one_line
 from panther.factors import Factors
 from panther.heal import HELD_BYTES, MOST_THREADS, heal
 from panther.healers.rounding import round_layers
-from panther.importance import Importance, Reference, importance
+from panther.importance import Importance, Reference, importance, reference
 from panther.latency import only_faster, with_latency
 from panther.nn.surgery import put_layers
 from panther.pack import hold_nearest, pack, packed
@@ -82,6 +82,7 @@ class Prepared:
     dtype_bytes: Mapping[str, int]
     seconds: dict[str, float]  # per stage
     notes: tuple[str, ...]
+    closer_calls: tuple[Call, ...] = ()  # inputs of `closely`; none where the reference has as many
     # By the share of the weights that channels leave, and whether the options have their milliseconds.
     narrow: dict[tuple[float, bool], Narrow] = field(default_factory=dict)
 
@@ -189,6 +190,16 @@ class Prepared:
     def divergence(self, choices: Sequence[Choice]) -> float:
         """What a whole plan does to the model's output on the reference samples."""
         return self.reference.divergence(self.factors, choices)
+
+    @cached_property
+    def _closer(self) -> Reference:
+        """More samples, where few are all that every layer could be truncated on."""
+        samples = sum(call.batch_size for call in self.closer_calls)
+        return reference(self.request.model, self.closer_calls, samples) if self.closer_calls else self.reference
+
+    def closely(self, choices: Sequence[Choice]) -> float:
+        """The same on more samples, for the few plans that one is chosen from."""
+        return self._closer.divergence(self.factors, choices)
 
     def layer(self, choice: Choice) -> nn.Module:
         """One layer as it runs in the end."""
@@ -369,6 +380,19 @@ def may_be_slower(budget: Budget) -> bool:
 def _unmeasured(plan: Plan) -> Plan:
     """What a plan decides, without figures that differ from run to run."""
     return changed(plan, choices=tuple(changed(choice, error=0.0, cost=Cost()) for choice in plan.choices))
+
+
+@dataclass(frozen=True)
+class Judge:
+    """What whole plans do to the model, and more closely for the best of them: `evaluate` of an allocator."""
+
+    prepared: Prepared
+
+    def __call__(self, choices: Sequence[Choice]) -> float:
+        return self.prepared.divergence(choices)
+
+    def closely(self, choices: Sequence[Choice]) -> float:
+        return self.prepared.closely(choices)
 
 
 @contextmanager

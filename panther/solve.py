@@ -15,7 +15,7 @@ from panther.allocators.sensitivity import on_one_grid
 from panther.channels import kept_of
 from panther.errors import one_line
 from panther.limits import held_by_the_whole, smallest_within_drop
-from panther.prepared import Prepared, may_be_slower, timed
+from panther.prepared import Judge, Prepared, may_be_slower, timed
 from panther.spec import DTYPES, Budget, Cost, Healed, Measured, Plan, Target, Tuning
 from panther.trials import tuned_plan
 from panther.verify import metric
@@ -43,6 +43,8 @@ def search_plan(prepared: Prepared, budget: Budget, target: Target, notes: list[
     seconds, known = dict(prepared.seconds), list[tuple[Plan, float]]()
     search = "sensitivity" if request.search == "tuned" else request.search
 
+    judge = Judge(prepared) if prepared.closer_calls else prepared.divergence
+
     def found(plan: Plan, target: Target) -> Found:
         if request.search != "tuned" or not tunes:
             return Found(plan, target, seconds)
@@ -58,7 +60,7 @@ def search_plan(prepared: Prepared, budget: Budget, target: Target, notes: list[
         met = [one for one in plans if is_met(one, wanted)]
         if not met:
             return min(plans, key=lambda one: excess(total(one.choices), wanted))
-        return met[0] if len(plans) == 1 else min(met, key=lambda one: prepared.divergence(one.choices))
+        return met[0] if len(plans) == 1 else min(met, key=lambda one: prepared.closely(one.choices))
 
     def allocated(options: Options, wanted: Target) -> Plan:
         with timed(seconds, "allocate"):
@@ -68,7 +70,7 @@ def search_plan(prepared: Prepared, budget: Budget, target: Target, notes: list[
                 prepared.found,
                 search=search,
                 divergence=lambda layer, error: importances[layer].divergence(error),
-                evaluate=prepared.divergence if prepared.reference.is_comparable else None,
+                evaluate=judge if prepared.reference.is_comparable else None,
                 budget=str(budget),
                 seed=request.seed,
             )

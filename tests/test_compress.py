@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -22,6 +23,7 @@ from panther.allocators.base import total
 from panther.batches import as_call
 from panther.errors import PantherError, PlanError
 from panther.nn import SketchedLayer, SKPivotedLinear
+from panther.prepared import Prepared
 from panther.spec import Choice, Plan, Target
 
 CLASSES = 5
@@ -1137,3 +1139,28 @@ def test_what_is_no_layer_is_mentioned():
     tied.forward = lambda x: tied.head(tied.words(x)) * tied.scale
     found = panther.analyze(tied, torch.zeros(2, 5, dtype=torch.long))
     assert not any("in no layer" in note and "Embedding" in note for note in found.notes)
+
+
+def test_plans_of_a_model_that_few_samples_are_affordable_for_are_looked_at_on_more(monkeypatch):
+    model, inputs = nn.Sequential(nn.Linear(32, 64), nn.ReLU(), nn.Linear(64, 16)).eval(), torch.randn(80, 32)
+    seen = []
+    closely = Prepared.closely
+
+    def look(prepared, choices):
+        seen.append(sum(call.batch_size for call in prepared.closer_calls))
+        return closely(prepared, choices)
+
+    monkeypatch.setattr(Prepared, "closely", look)
+    options = {"example_inputs": inputs[:4], "calib_data": list(inputs.split(4)), "heal": "none", "progress": False}
+    panther.compress(model, 0.5, **options)
+    assert not any(seen)  # 32 samples, which a small model is judged on anyway
+    seen.clear()
+    monkeypatch.setattr(sys.modules["panther.compress"], "affordable_samples", lambda *_: 4)
+    result = panther.compress(model, 0.5, **options)
+    assert seen and set(seen) == {16} and result.budget_met
+    again = panther.compress(model, 0.5, **options)
+    assert again.plan.to_json() == result.plan.to_json()
+    seen.clear()
+    monkeypatch.setattr(sys.modules["panther.compress"], "affordable_samples", lambda *_: 4)
+    panther.compress(model, 0.5, **{**options, "calib_data": [inputs[:4]]})  # there are no more
+    assert not any(seen)

@@ -18,6 +18,7 @@ Divergence = Callable[[str, float], float]  # layer, its error -> what that does
 Evaluate = Callable[[Sequence[Choice]], float]  # choices -> measured divergence of the whole model
 
 MOST_ROUNDINGS = 64  # plans that are tried for one program
+SHORTLIST = 5  # plans that are looked at closely
 SMALLEST = 1e-9  # what limits and costs of zero or less are divided as; milliseconds are well above
 
 
@@ -75,6 +76,18 @@ def exchanged(whole: Cost, old: Cost, new: Cost) -> Cost:
         whole.size_bytes - old.size_bytes + new.size_bytes,
         whole.latency_ms - old.latency_ms + new.latency_ms,
     )
+
+
+def best_of(plans: Sequence[Sequence[Choice]], evaluate: Evaluate) -> list[Choice]:
+    """The plan that does least to the model.
+
+    Few samples tell plans apart by luck: where `evaluate` can look at more of them (a function `closely` of it), those
+    that come out best on few are looked at so, and decide.
+    """
+    ranked = sorted(plans, key=evaluate)
+    closely: Evaluate = getattr(evaluate, "closely", evaluate)
+    best = ranked[0] if closely is evaluate else min(ranked[:SHORTLIST], key=closely)
+    return list(best)
 
 
 def share(cost: Cost, dense: Cost, target: Target) -> float:

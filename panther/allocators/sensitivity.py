@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from panther.allocators.base import Divergence, Evaluate, Options, convex, excess, improved, share, total
+from panther.allocators.base import Divergence, Evaluate, Options, best_of, convex, excess, improved, share, total
 from panther.allocators.uniform import uniform
 from panther.chains import WHOLE
 from panther.spec import Choice, Target
@@ -34,7 +34,7 @@ def sensitivity(options: Options, target: Target, *, divergence: Divergence, eva
     within = [p for index, p in enumerate(plans) if p not in plans[:index] and target.is_met_by(total(p))]
     if not within:
         return min(plans, key=lambda plan: excess(total(plan), target))
-    return within[0] if evaluate is None else min(within, key=evaluate)
+    return within[0] if evaluate is None else best_of(within, evaluate)
 
 
 def on_one_grid(options: Options) -> list[list[Choice]]:

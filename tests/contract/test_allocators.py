@@ -16,7 +16,7 @@ import pytest
 
 from panther import chains
 from panther.allocators import ALLOCATORS, Allocator, Options
-from panther.allocators.base import Divergence, Evaluate, convex, improved, lower_hull, share, total
+from panther.allocators.base import Divergence, Evaluate, best_of, convex, improved, lower_hull, share, total
 from panther.spec import Choice, Cost, LayerSpec, Target
 
 ROUNDING = 1e-9
@@ -719,3 +719,23 @@ def test_milliseconds_below_one_are_told_apart(name: str) -> None:
     }
     plan = EVERY[name](options, Target(latency_ms=6 * TICK), divergence=lambda _, e: e, evaluate=None)
     assert total(plan).latency_ms == 6 * TICK
+
+
+def test_few_plans_are_looked_at_closely_and_decide() -> None:
+    """The plan that is best by a close look, of those that are best by a quick one."""
+    plans = [[Choice(str(place))] for place in range(8)]
+    quick = dict(zip("01234567", (5, 3, 1, 2, 4, 9, 8, 0), strict=True))
+    close = dict(zip("01234567", (0, 7, 6, 5, 4, 1, 2, 8), strict=True))
+    looked: list[str] = []
+
+    class Judge:
+        def __call__(self, choices: Sequence[Choice]) -> float:
+            return quick[choices[0].layer]
+
+        def closely(self, choices: Sequence[Choice]) -> float:
+            looked.append(choices[0].layer)
+            return close[choices[0].layer]
+
+    assert best_of(plans, Judge())[0].layer == "4"
+    assert looked == ["7", "2", "3", "1", "4"]
+    assert best_of(plans, lambda choices: quick[choices[0].layer])[0].layer == "7"
