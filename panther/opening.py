@@ -80,7 +80,14 @@ def opened(model: nn.Module, example: Call) -> Opened:
     where it would not, since something else needs what was closed, less is opened.
     """
     suspects = {name: module for name, module in model.named_modules() if name and _may_be_opened(module)}
-    suspects = {name: module for name, module in suspects.items() if _is_its_own(model, name, module)}
+    names = defaultdict(list)  # of each parameter
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names[id(parameter)].append(name)
+    suspects = {
+        name: module  # no other module holds its parameters, and it has no other name
+        for name, module in suspects.items()
+        if all(other.startswith(name + ".") for p in module.parameters() for other in names[id(p)])
+    }
     if not suspects:
         return Opened(model)
     try:
@@ -108,7 +115,7 @@ def _made(model: nn.Module, example: Call, closed: Mapping[str, Closed]) -> nn.M
             got = float_outputs(run(made, example))
     except Exception:  # a model may refuse to be copied, or run into what is not there any more
         return None
-    same = len(wanted) == len(got) and all(is_near(y, z) for y, z in zip(wanted, got, strict=True))
+    same = len(wanted) == len(got) and all(_is_near(y, z) for y, z in zip(wanted, got, strict=True))
     return made if same and not left else None  # a function or an object may keep what was closed
 
 
@@ -124,7 +131,7 @@ def _noting(modules: Iterable[nn.Module]) -> Iterator[list[nn.Module]]:
             hook.remove()
 
 
-def is_near(wanted: Tensor, got: Tensor) -> bool:
+def _is_near(wanted: Tensor, got: Tensor) -> bool:
     """Whether two models that compute the same may answer so: rounding grows from layer to layer."""
     if got.shape != wanted.shape or got.dtype != wanted.dtype:
         return False
@@ -164,13 +171,6 @@ def _is_plain(attention: nn.MultiheadAttention) -> bool:
         and all(p.is_floating_point() and p.layout == torch.strided for p in attention.parameters())
         and not any(part._forward_hooks or part._forward_pre_hooks for part in attention.children())
     )
-
-
-def _is_its_own(model: nn.Module, name: str, module: nn.Module) -> bool:
-    """Whether no other module holds its parameters, nor another name the module."""
-    own = {id(p) for p in module.parameters()}
-    holders = [other for other, p in model.named_parameters(remove_duplicate=False) if id(p) in own]
-    return all(other.startswith(name + ".") for other in holders)
 
 
 def _ways(model: nn.Module, example: Call, suspects: Mapping[str, nn.Module]) -> dict[str, str | bool | None]:
@@ -216,7 +216,7 @@ def _attention_way(module: nn.MultiheadAttention, args: Any, kwargs: Any) -> str
     try:
         wanted, got = module.forward(*args, **kwargs), SKMultiheadAttention.from_dense(module, layout)(*args, **kwargs)
         pairs = [(y, z) for y, z in zip(wanted, got, strict=True) if y is not None or z is not None]
-        same = all(y is not None and z is not None and is_near(y, z) for y, z in pairs)
+        same = all(y is not None and z is not None and _is_near(y, z) for y, z in pairs)
     except Exception:
         return None
     return layout if same else None

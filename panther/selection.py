@@ -31,9 +31,7 @@ def selected(
         return found
     names = {spec.name for spec in found.layers}
     own, was = dict(model.named_modules(remove_duplicate=False)), was or {}
-    kinds = {}
-    for name in names:
-        kinds[name] = was.get(name) or was.get(name.rpartition(".")[0]) or own.get(name)
+    kinds = {name: was.get(name, was.get(name.rpartition(".")[0], own.get(name))) for name in names}
     wanted = names if include is None else _matches(include, "include", found, kinds)
     unwanted = set() if exclude is None else _matches(exclude, "exclude", found, kinds)
     layers = []

@@ -42,7 +42,6 @@ def search_plan(prepared: Prepared, budget: Budget, target: Target, notes: list[
     importances = prepared.importances if request.search != "uniform" else {}
     seconds, known = dict(prepared.seconds), list[tuple[Plan, float]]()
     search = "sensitivity" if request.search == "tuned" else request.search
-
     judge = Judge(prepared) if prepared.closer_calls else prepared.divergence
 
     def found(plan: Plan, target: Target) -> Found:

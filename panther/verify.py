@@ -287,9 +287,10 @@ def figures(
 def layer_report(spec: LayerSpec, choice: Choice | None, compressed: nn.Module) -> LayerReport:
     """The row of one layer; sizes and ranks are those of the layer in the compressed model, not those of the plan."""
     before = dense_cost(spec, getattr(torch, spec.dtype).itemsize)
-    is_layer = spec.can_be_sketched or spec.groups > 1
-    # One without a module of its name is in attention that was closed again.
-    layer = dict(compressed.named_modules(remove_duplicate=False)).get(spec.name) if is_layer else None
+    layer = None
+    if spec.can_be_sketched or spec.groups > 1:
+        with contextlib.suppress(AttributeError):  # a projection of attention that was closed again
+            layer = compressed.get_submodule(spec.name)
     if layer is not None and is_narrowed(layer) and not isinstance(layer, SketchedLayer):
         return _narrowed_report(spec, choice, layer, before)
     if not isinstance(layer, SketchedLayer):

@@ -170,15 +170,15 @@ class SKMultiheadAttention(nn.Module):
         dropout = data["dropout"]
         if type(dropout) not in (int, float) or not 0 <= dropout <= 1:
             raise ValueError(f"{cls.__name__} config: dropout={str(dropout)[:40]}: expected a number from 0 to 1")
-        sizes = [read.integer(name) for name in ("embed_dim", "kdim", "vdim")]
-        read.check_numbers(sizes[0] * (2 * sizes[0] + sizes[1] + sizes[2]))
+        embed_dim, kdim, vdim = (read.integer(name) for name in ("embed_dim", "kdim", "vdim"))
+        read.check_numbers(embed_dim * (2 * embed_dim + kdim + vdim))
         return cls(
-            read.integer("embed_dim"),
+            embed_dim,
             read.integer("num_heads"),
             dropout,
             read.flag("bias"),
-            read.integer("kdim"),
-            read.integer("vdim"),
+            kdim,
+            vdim,
             read.flag("batch_first"),
             read.word("layout", LAYOUTS),
         )

@@ -100,7 +100,7 @@ def _is_same(module: nn.Module, layer: nn.Linear, given: Tensor, *, must: bool) 
             if must:
                 return False
             continue
-        if not is_close(wanted, got):
+        if not _is_close(wanted, got):
             return False
     module.training = cast(bool, held[0].get("training"))
     now = _contents(module)
@@ -113,7 +113,7 @@ def _contents(module: nn.Module) -> list[dict[Any, Any]]:
     return [dict(vars(module)), *(dict(v if isinstance(v, dict) else enumerate(v)) for v in held)]
 
 
-def is_close(wanted: Tensor, got: Any) -> bool:
+def _is_close(wanted: Tensor, got: Any) -> bool:
     """Whether both are the same up to rounding in sums of another order; what is not finite must be so in both."""
     if not isinstance(got, Tensor) or got.shape != wanted.shape or got.dtype != wanted.dtype:
         return False
