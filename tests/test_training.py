@@ -23,6 +23,7 @@ from panther.healers.training import (
     Progressed,
     Task,
     _find_rate,
+    _share,
     orthogonalised,
     train,
 )
@@ -96,6 +97,31 @@ def test_the_same_seed_gives_the_same_bits_and_another_one_does_not() -> None:
         train(fit.task(), Limits(LONG, 30), seed=seed)
         states.append(fit.state())
     assert same(states[0], states[1]) and not same(states[0], states[2])
+
+
+@pytest.mark.parametrize("place", [0, PROBED_STEPS, PROBED_STEPS + 9])
+def test_a_moment_in_which_the_machine_does_something_else_changes_nothing(place: int) -> None:
+    class Waits(Fit):
+        def loss(self, batch: int) -> list[Tensor]:
+            if len(self.seen) == place:
+                time.sleep(0.3)
+            return super().loss(batch)
+
+    ends = []
+    for fit in (Fit(), Waits()):
+        assert train(fit.task(), Limits(6.0, 30, RATE)).step == 30
+        ends.append(fit.state())
+    assert all(torch.equal(a, b) for a, b in zip(*ends, strict=True))
+
+
+@pytest.mark.parametrize("timed", [[0.1] * 5, [0.1, 0.1, 9.0], []])
+def test_the_clock_counts_where_the_steps_would_not_be_done_in_time(timed: list[float]) -> None:
+    limits = Limits(10.0, 100)
+    late, on_time = Progressed(step=20, seconds=2.5), Progressed(step=20, seconds=1.9)
+    for now in (late, on_time):
+        now.timed.extend(timed)
+    assert _share(late, limits) == 0.25 and _share(on_time, limits) == 0.2
+    assert _share(Progressed(step=20, seconds=10.5), limits) >= 1 and _share(Progressed(step=100), limits) == 1
 
 
 def test_no_time_is_no_step() -> None:

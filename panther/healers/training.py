@@ -9,9 +9,12 @@ from __future__ import annotations
 
 import math
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from random import Random
+from statistics import median
 from typing import Any
 
 import torch
@@ -31,7 +34,7 @@ MOST_HALVINGS = 3
 PROBED_STEPS, PROBED_RISE, MOST_PROBES = 3, 1.05, 7
 PROBING_SHARE = 0.1
 CLIP = 1.0
-CLOCK_AHEAD = 0.02  # of the whole
+STEPS_TIMED = 31  # the last ones, whose median is the pace: one that had to wait does not count
 MUON_SCALE = 0.2  # times sqrt(larger side): the size of AdamW's steps, so that one learning rate serves both
 NEWTON_SCHULZ = (
     3.4445,
@@ -78,6 +81,7 @@ class Progressed:
     left_out: list[int] = field(default_factory=list)  # batches whose loss is not finite whatever the rate
     stopped_by: str = ""
     now: list[Tensor] = field(default_factory=list)  # parameters, then the optimiser's moments, as last saved
+    timed: deque[float] = field(default_factory=lambda: deque(maxlen=STEPS_TIMED))  # seconds; not saved
 
 
 class Muon(torch.optim.Optimizer):
@@ -236,19 +240,28 @@ def train(
 
 def _find_rate(task: Task, limits: Limits, now: Progressed, seed: int) -> None:
     """Lower the rate where its first steps would already throw the model off; the parameters stay as they are."""
-    start = time.perf_counter()
+    start, taken = time.perf_counter(), []
     for tried in range(1, MOST_PROBES + 1):
-        optimiser = _Optimiser(task.parameters)
+        begin, optimiser = time.perf_counter(), _Optimiser(task.parameters)
         for step in range(min(PROBED_STEPS, limits.steps)):
-            _step(task, optimiser, limits.learning_rate * now.rate, _batch(task, step, seed))
+            with _timed(now):
+                _step(task, optimiser, limits.learning_rate * now.rate, _batch(task, step, seed))
         figure = task.held_out()
         _restore(task.parameters, now.best_state)
         if figure <= PROBED_RISE * now.first:
             break
         now.rate *= _lowered(figure / max(now.first, 1e-300))
-        if (time.perf_counter() - start) * (tried + 1) / tried > PROBING_SHARE * limits.seconds:
+        taken.append(time.perf_counter() - begin)
+        if min(taken) * (tried + 1) > PROBING_SHARE * limits.seconds:
             break
     now.seconds += time.perf_counter() - start
+
+
+@contextmanager
+def _timed(now: Progressed) -> Iterator[None]:
+    start = time.perf_counter()
+    yield
+    now.timed.append(time.perf_counter() - start)
 
 
 def _lowered(rise: float) -> float:
@@ -279,9 +292,10 @@ def _loop(
         if share >= 1 or now.halvings > MOST_HALVINGS or len(now.left_out) == task.batches:
             return
         batch = _batch(task, now.step, seed)
-        stepped = batch not in now.left_out and _step(
-            task, optimiser, limits.learning_rate * now.rate * _schedule(share), batch
-        )
+        with _timed(now):
+            stepped = batch not in now.left_out and _step(
+                task, optimiser, limits.learning_rate * now.rate * _schedule(share), batch
+            )
         now.step += 1
         diverged = not stepped and batch not in now.left_out and not _is_at_fault(task, now, batch)
         if diverged or share >= (now.checks + 1) / CHECKS:
@@ -299,10 +313,13 @@ def _loop(
 def _share(now: Progressed, limits: Limits) -> float:
     """How much of the run is behind, by the limit that is nearer.
 
-    The clock counts only where it is clearly ahead, so that a run whose steps end first does not depend on it.
+    The clock counts only where the steps that are left would not be done in time at the pace of the last ones, so that
+    a run whose steps end first does not depend on it, whatever else the machine does for a moment.
     """
     by_time, by_steps = now.seconds / max(limits.seconds, 1e-9), now.step / max(1, limits.steps)
-    return by_time if by_time > by_steps + CLOCK_AHEAD or by_time >= 1 else by_steps
+    pace = median(now.timed) if now.timed else now.seconds / max(1, now.step)
+    is_late = now.seconds + (limits.steps - now.step) * pace > limits.seconds
+    return max(by_time, by_steps) if is_late or by_time >= 1 else by_steps
 
 
 def _schedule(share: float) -> float:
