@@ -23,8 +23,9 @@ using Sizes = std::vector<int64_t>;
 // core/conv.h, and without vector instructions.
 inline constexpr int64_t kFewWindows = 128, kFewBeforeOwn = 28, kFewScalarWindows = 1;
 
-// Windows of a sample, below which all samples are one: panels take 48 at a time.
-inline constexpr int64_t kJoined = 96;
+// Windows of a sample, below which all samples are one: panels take 48 at a time. From a register of them on, results
+// go where they belong at once.
+inline constexpr int64_t kJoined = 96, kJoinedInPlace = 16;
 
 inline int64_t product(const Sizes& sizes) {
   int64_t all = 1;
@@ -157,6 +158,18 @@ std::vector<T> multiplied_out(const std::vector<T>& places, int64_t count, int64
   return all;
 }
 
+// Axes without an edge to reach over, whose windows follow those of the last one without a step between, are one with
+// it.
+inline void merge(std::array<core::Axis, core::kAxes>& axes) {
+  for (int axis = core::kAxes - 2; axis >= 0; --axis) {
+    core::Axis &outer = axes[axis], &inner = axes[core::kAxes - 1];
+    const bool is_one = outer.windows == 1 || outer.apart == inner.windows * inner.apart;
+    if (outer.size != 0 || inner.size != 0 || !is_one) return;
+    inner.windows *= outer.windows;
+    outer = {};
+  }
+}
+
 inline Geometry::Geometry(const ConvShape& p, const float* x, bool is_joined) : windows{} {
   const int64_t dims = p.dims();
   const Sizes positions = p.positions();
@@ -185,6 +198,7 @@ inline Geometry::Geometry(const ConvShape& p, const float* x, bool is_joined) : 
     }
     shifts.insert(shifts.end(), along.begin(), along.end());
   }
+  merge(windows.axes);
   windows.offsets = offsets.data();
   windows.shifts = shifts.data();
 }
@@ -218,9 +232,17 @@ inline std::unique_ptr<float[]> unfolded(const core::Windows& x) {
 
 template <class W>
 void run(const core::Conv<W>& p) {
-  const int64_t work = core::kWindows * core::kChannels * std::max<int64_t>(1, p.x.depth);
+  const int64_t windows = p.samples * p.x.positions, depth = std::max<int64_t>(1, p.x.depth);
+  if (p.out > windows) {  // the weight is larger than what it is for
+    const int64_t work = windows * core::kChannels * depth;
+    torch::stable::parallel_for(0, core::parts_of(p.out, core::kChannels),
+                                std::max<int64_t>(1, kGrain / std::max<int64_t>(1, work)),
+                                [&](int64_t first, int64_t last) { core::Convolver<W>(p).channels(first, last); });
+    return;
+  }
+  const int64_t work = core::kWindows * core::kChannels * depth;
   torch::stable::parallel_for(0, core::parts_of(p), std::max<int64_t>(1, kGrain / work),
-                              [&](int64_t first, int64_t last) { core::conv(p, first, last); });
+                              [&](int64_t first, int64_t last) { core::Convolver<W>(p).parts(first, last); });
 }
 
 // Few windows: `thin(rows, count, found)` multiplies (count, depth) into (count, out). x is contiguous float, and so is
@@ -239,10 +261,15 @@ void conv_of_many(const ConvShape& p, const Tensor& x, const W& w, const float* 
   const int64_t samples = x.size(0), each = product(p.positions());
   const bool is_joined = samples > 1 && each < kJoined;
   const Geometry of(p, numbers<float>(x), is_joined);
-  if (!is_joined) return run(core::Conv<W>{of.windows, w, bias, y, out, samples, of.x_sample, out * each});
-  const std::unique_ptr<float[]> found(new float[samples * each * out]);
-  run(core::Conv<W>{of.windows, w, bias, found.get(), out, 1, 0, 0});
-  put_channels_second(found.get(), {each, 1, samples * each}, samples, each, out, y);
+  if (!is_joined)
+    return run(core::Conv<W>{of.windows, w, bias, {y, each, each}, out, samples, of.x_sample, out * each});
+  const int64_t all = samples * each;
+  if (each >= kJoinedInPlace) {
+    return run(core::Conv<W>{of.windows, w, bias, {y, each, each, (out - 1) * each}, out, 1, 0, 0});
+  }
+  const std::unique_ptr<float[]> found(new float[all * out]);
+  run(core::Conv<W>{of.windows, w, bias, {found.get(), all, all}, out, 1, 0, 0});
+  put_channels_second(found.get(), {each, 1, all}, samples, each, out, y);
 }
 
 // torch's own convolution pads both sides of an axis alike; the rest is padded before.

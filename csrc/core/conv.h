@@ -3,7 +3,7 @@
 //
 // Notation: number k of window p is x[start(p) + offsets[k]], or 0 where that is outside the input; w (out, depth),
 // bias (out) or null; y (out, positions): y[o, p] = bias[o] + the sum over k of w[o, k] times number k of window p.
-// A batch has the same windows in each sample.
+// A batch has the same windows in each sample; samples may be joined, and then y has a gap behind the windows of each.
 //
 // Each number of y is summed in the same order whatever the part of y that a call fills, so that the number of threads
 // changes no bit.
@@ -86,12 +86,22 @@ struct Windows {
   }
 };
 
+// Where the results of a window lie.
+struct Results {
+  float* numbers;
+  int64_t channel;  // from one to the next
+  int64_t each;     // windows, between two gaps
+  int64_t gap = 0;
+
+  float* at(int64_t o, int64_t i) const { return numbers + o * channel + i + i / each * gap; }
+};
+
 template <class W>
 struct Conv {
   Windows x;
   W w;
   const float* bias;
-  float* y;
+  Results y;
   int64_t out;
   int64_t samples;
   int64_t x_sample;  // from a sample to the next one
@@ -100,7 +110,7 @@ struct Conv {
   Conv sample(int64_t index) const {
     Conv one = *this;
     one.x.numbers += index * x_sample;
-    one.y += index * y_sample;
+    one.y.numbers += index * y_sample;
     return one;
   }
 };
@@ -151,7 +161,7 @@ inline void conv_part_scalar(const Conv<W>& p, const ConvPart& part) {
     for (int64_t o = part.first; o < part.last; ++o) {
       float sum = 0;
       for (int64_t k = 0; k < p.x.depth; ++k) sum += window[k] * p.w.value(o, k);
-      p.y[o * p.x.positions + i] = p.bias ? sum + p.bias[o] : sum;
+      *p.y.at(o, i) = p.bias ? sum + p.bias[o] : sum;
     }
   }
 }
@@ -167,9 +177,15 @@ struct WindowLanes {
   int64_t starts[kMostRuns];   // of the lane 0 that a run would have
   __mmask16 lanes[kMostRuns];  // of a run
   int runs = 0;
-  __m512i places;  // of all lanes, from `begin` on
+  __m512i places;  // of all lanes, from `begin` on, where there are more than one run
 
   PANTHER_AVX512 WindowLanes(const int64_t* windows, int64_t count, int64_t step) : begin(windows[0]) {
+    if (step <= 2 && windows[count - 1] - begin == step * (count - 1)) {
+      runs = 1;
+      starts[0] = begin;
+      lanes[0] = first_lanes(count);
+      return;
+    }
     alignas(64) int32_t indices[kLanes] = {};
     for (int64_t lane = 0; lane < count; ++lane) {
       indices[lane] = static_cast<int32_t>(windows[lane] - begin);
@@ -296,8 +312,16 @@ PANTHER_AVX512 void conv_part(const Conv<W>& p, const ConvPart& part, const Conv
     const float* bias = r + depth == p.x.depth ? p.bias : nullptr;
     for (int64_t o = part.first; o < part.last; o += kChannels) {
       const int64_t channels = std::min(kChannels, part.last - o);
-      const Block to{p.y + o * p.x.positions + part.i, 1,    p.x.positions, part.rows, nullptr,
-                     bias ? bias + o : nullptr,        r > 0};
+      const Block to{p.y.at(o, part.i),
+                     1,
+                     p.y.channel,
+                     part.rows,
+                     nullptr,
+                     bias ? bias + o : nullptr,
+                     r > 0,
+                     p.y.gap,
+                     p.y.each - part.i % p.y.each,
+                     p.y.each};
       panels_times(panels, room.packed.get(), rows_of(p.w, o, o + channels, r, depth, room.wide.get()), depth, to, 0,
                    channels);
     }
@@ -308,29 +332,49 @@ PANTHER_AVX512 void conv_part(const Conv<W>& p, const ConvPart& part, const Conv
 
 #endif
 
-// Parts [first, last) of y, those of the same windows together.
+// Fills parts of y, each thread its own.
 template <class W>
-inline void conv(const Conv<W>& whole, int64_t first, int64_t last) {
-  const int64_t of_out = parts_of(whole.out, kChannels), of_positions = parts_of(whole.x.positions, kWindows);
+class Convolver {
+ public:
+  explicit Convolver(const Conv<W>& whole)
+      : whole_(whole), of_out_(parts_of(whole.out, kChannels)), of_positions_(parts_of(whole.x.positions, kWindows)) {
 #if PANTHER_HAS_AVX
-  const bool is_vector = instruction_set_in_use().load() == InstructionSet::avx512;
-  std::unique_ptr<avx512::ConvRoom> room(is_vector ? new avx512::ConvRoom(whole.x) : nullptr);
+    if (instruction_set_in_use().load() == InstructionSet::avx512) room_.reset(new avx512::ConvRoom(whole.x));
 #endif
-  for (int64_t count; first < last; first += count) {
-    const int64_t windows = first / of_out, begin = first % of_out;
-    count = std::min(of_out - begin, last - first);
-    const int64_t i = start_of(windows % of_positions, of_positions, whole.x.positions),
-                  end = start_of(windows % of_positions + 1, of_positions, whole.x.positions);
-    const ConvPart part{i, end - i, begin * kChannels, std::min(whole.out, (begin + count) * kChannels)};
-    const Conv<W> p = whole.sample(windows / of_positions);
-#if PANTHER_HAS_AVX
-    if (is_vector) {
-      avx512::conv_part(p, part, *room);
-      continue;
+  }
+
+  // Parts [first, last), those of the same windows together.
+  void parts(int64_t first, int64_t last) const {
+    for (int64_t count; first < last; first += count) {
+      const int64_t begin = first % of_out_;
+      count = std::min(of_out_ - begin, last - first);
+      part(first / of_out_, begin, begin + count);
     }
+  }
+
+  // The parts [first, last) of the channels, of all windows: each number of the weight is read by one thread alone.
+  void channels(int64_t first, int64_t last) const {
+    for (int64_t windows = 0; windows < whole_.samples * of_positions_; ++windows) part(windows, first, last);
+  }
+
+ private:
+  void part(int64_t windows, int64_t first, int64_t last) const {
+    const int64_t i = start_of(windows % of_positions_, of_positions_, whole_.x.positions),
+                  end = start_of(windows % of_positions_ + 1, of_positions_, whole_.x.positions);
+    const ConvPart part{i, end - i, first * kChannels, std::min(whole_.out, last * kChannels)};
+    const Conv<W> p = whole_.sample(windows / of_positions_);
+#if PANTHER_HAS_AVX
+    if (room_) return avx512::conv_part(p, part, *room_);
 #endif
     conv_part_scalar(p, part);
   }
-}
+
+  const Conv<W>& whole_;
+  const int64_t of_out_;
+  const int64_t of_positions_;
+#if PANTHER_HAS_AVX
+  std::unique_ptr<avx512::ConvRoom> room_;
+#endif
+};
 
 }  // namespace panther::core

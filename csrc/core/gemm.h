@@ -128,7 +128,8 @@ PANTHER_AVX512 inline void pack_lanes(const Strided& a, int64_t count, int64_t d
   }
 }
 
-// What a block does with its sums: `columns` columns of C by `count` rows, from c on.
+// What a block does with its sums: `columns` columns of C by `count` rows, from c on. Where rows follow each other,
+// there may be a gap in C behind the next `near` ones, and behind every `each` from there on.
 struct Block {
   float* c;
   int64_t row;
@@ -137,35 +138,87 @@ struct Block {
   const float* of_rows;     // what is added, or null
   const float* of_columns;  // the same
   bool adds;                // to what is in C
+  int64_t gap = 0;          // numbers
+  int64_t near = 0;
+  int64_t each = 0;  // at least a register of them
+
+  // From a later row on.
+  Block from(int64_t later) const {
+    Block part = *this;
+    part.c += later * row;
+    part.count -= later;
+    if (of_rows) part.of_rows += later;
+    if (gap != 0) {
+      const int64_t gaps = later < near ? 0 : 1 + (later - near) / each;
+      part.c += gaps * gap;
+      part.near += gaps * each - later;
+    }
+    return part;
+  }
 };
 
-PANTHER_AVX512 inline void store_column(const Block& to, __m512 sum, int64_t j) {
-  const __mmask16 lanes = up_to(to.count);
-  float* c = to.c + j * to.column;
-  if (to.adds) sum = _mm512_add_ps(sum, _mm512_maskz_loadu_ps(lanes, c));
+// Sums leave the registers inside of `panel_block`: they must not go through memory to get here.
+PANTHER_AVX512 __attribute__((always_inline)) inline void store_lanes(float* c, bool adds, __mmask16 lanes,
+                                                                      __m512 sum) {
+  if (adds) sum = _mm512_add_ps(sum, _mm512_maskz_loadu_ps(lanes, c));
   _mm512_mask_storeu_ps(c, lanes, sum);
 }
 
-// Sixteen rows of up to eight numbers each, from registers that hold columns.
+PANTHER_AVX512 __attribute__((always_inline)) inline void store_column(const Block& to, __m512 sum, int64_t j) {
+  const __mmask16 lanes = up_to(to.count);
+  float* c = to.c + j * to.column;
+  if (to.gap == 0 || to.near >= kLanes) return store_lanes(c, to.adds, lanes, sum);
+  const __mmask16 near = up_to(to.near);
+  store_lanes(c, to.adds, lanes & near, sum);
+  store_lanes(c + to.gap, to.adds, lanes & static_cast<__mmask16>(~near), sum);
+}
+
+// Sixteen rows of up to sixteen numbers each, from registers that hold columns.
 template <int Columns>
-PANTHER_AVX512 inline void store_rows(const Block& to, const __m512* sums, int64_t j) {
-  __m512 rows[16];
-  for (int s = 0; s < 8; ++s) {  // the first half of each row, once transposed
-    rows[s] = s < Columns ? sums[s] : _mm512_setzero_ps();
-    rows[s + 8] = _mm512_setzero_ps();
+PANTHER_AVX512 __attribute__((always_inline)) inline void store_rows(const Block& to, const __m512* sums, int64_t j) {
+  const __mmask16 there = up_to(Columns);
+  float* c = to.c + j;
+  __m512 rows[Columns > 8 ? 16 : 8];  // in the end, if they are all sixteen
+  for (int s = 0; s < (Columns > 8 ? 16 : 8); ++s) rows[s] = s < Columns ? sums[s] : _mm512_setzero_ps();
+  if constexpr (Columns > 8) {
+    transpose(rows);
+    for (int64_t lane = 0; lane < std::min(to.count, kLanes); ++lane, c += to.row) {
+      store_lanes(c, to.adds, there, rows[lane]);
+    }
+    return;
   }
-  transpose(rows);
-  const __mmask8 there = static_cast<__mmask8>((1u << Columns) - 1);
-  for (int64_t lane = 0; lane < std::min(to.count, kLanes); ++lane) {
-    float* c = to.c + lane * to.row + j;
-    __m256 row = _mm512_castps512_ps256(rows[lane]);
-    if (to.adds) row = _mm256_add_ps(row, _mm256_maskz_loadu_ps(there, c));
-    _mm256_mask_storeu_ps(c, there, row);
+  __m512 pairs[8], fours[8];
+  for (int i = 0; i < 8; i += 2) {
+    pairs[i] = _mm512_unpacklo_ps(rows[i], rows[i + 1]);
+    pairs[i + 1] = _mm512_unpackhi_ps(rows[i], rows[i + 1]);
+  }
+  for (int i = 0; i < 8; i += 4) {  // fours[i + r]: four numbers of the rows r, r + 4, r + 8, r + 12
+    fours[i] = _mm512_shuffle_ps(pairs[i], pairs[i + 2], 0x44);
+    fours[i + 1] = _mm512_shuffle_ps(pairs[i], pairs[i + 2], 0xEE);
+    fours[i + 2] = _mm512_shuffle_ps(pairs[i + 1], pairs[i + 3], 0x44);
+    fours[i + 3] = _mm512_shuffle_ps(pairs[i + 1], pairs[i + 3], 0xEE);
+  }
+  const __m512i low = _mm512_setr_epi64(0, 1, 8, 9, 2, 3, 10, 11), high = _mm512_setr_epi64(4, 5, 12, 13, 6, 7, 14, 15);
+  for (int r = 0; r < 4; ++r) {
+    const __m512d first = _mm512_castps_pd(fours[r]), second = _mm512_castps_pd(fours[r + 4]);
+    const __m512 of_two[2] = {_mm512_castpd_ps(_mm512_permutex2var_pd(first, low, second)),
+                              _mm512_castpd_ps(_mm512_permutex2var_pd(first, high, second))};
+    for (int quarter = 0; quarter < 4; ++quarter) {
+      const int64_t lane = quarter * 4 + r;
+      if (lane >= to.count) break;
+      __m256 row =
+          quarter % 2 ? _mm512_extractf32x8_ps(of_two[quarter / 2], 1) : _mm512_castps512_ps256(of_two[quarter / 2]);
+      float* at = c + lane * to.row;
+      const __mmask8 some = static_cast<__mmask8>(there);
+      if (to.adds) row = _mm256_add_ps(row, _mm256_maskz_loadu_ps(some, at));
+      _mm256_mask_storeu_ps(at, some, row);
+    }
   }
 }
 
 template <int Columns>
-PANTHER_AVX512 inline void store_block(Block to, __m512 (&sums)[Columns], int64_t j) {
+PANTHER_AVX512 __attribute__((always_inline)) inline void store_block(const Block& to, __m512 (&sums)[Columns],
+                                                                      int64_t j) {
   for (int s = 0; s < Columns; ++s) {
     if (to.of_rows) sums[s] = _mm512_add_ps(sums[s], _mm512_maskz_loadu_ps(up_to(to.count), to.of_rows));
     if (to.of_columns) sums[s] = _mm512_add_ps(sums[s], _mm512_set1_ps(to.of_columns[j + s]));
@@ -173,8 +226,7 @@ PANTHER_AVX512 inline void store_block(Block to, __m512 (&sums)[Columns], int64_
   if (to.row == 1) {
     for (int s = 0; s < Columns; ++s) store_column(to, sums[s], j + s);
   } else if (to.column == 1) {
-    store_rows<(Columns < 8 ? Columns : 8)>(to, sums, j);
-    if constexpr (Columns > 8) store_rows<Columns - 8>(to, sums + 8, j + 8);
+    store_rows<Columns>(to, sums, j);
   } else {
     for (int s = 0; s < Columns; ++s) {
       float lanes[kLanes];
@@ -187,37 +239,47 @@ PANTHER_AVX512 inline void store_block(Block to, __m512 (&sums)[Columns], int64_
   }
 }
 
-// A panel of 16 * Registers rows times `Columns` rows of B.
-template <int Registers, int Columns>
+// A panel of 16 * Registers rows times `Columns` rows of B. Of the last register the second half may be left out, which
+// is half the work where the processor adds up a register in two steps.
+template <int Registers, int Columns, bool IsHalf>
 PANTHER_AVX512 __attribute__((noinline)) void panel_block(const float* panel, const Strided& b, int64_t depth,
                                                           const Block& to, int64_t j) {
+  constexpr int kWhole = IsHalf ? Registers - 1 : Registers;
   __m512 sums[Registers][Columns];
+  __m256 halves[Columns];
   for (auto& of_register : sums) {
     for (__m512& sum : of_register) sum = _mm512_setzero_ps();
   }
+  for (__m256& half : halves) half = _mm256_setzero_ps();
   const float* numbers = b.at(j, 0);
   for (int64_t r = 0; r < depth; ++r, panel += kLanes * Registers, numbers += b.column) {
     __m512 values[Registers];
-    for (int v = 0; v < Registers; ++v) values[v] = _mm512_loadu_ps(panel + v * kLanes);
+    for (int v = 0; v < kWhole; ++v) values[v] = _mm512_loadu_ps(panel + v * kLanes);
+    const __m256 last = IsHalf ? _mm256_loadu_ps(panel + kWhole * kLanes) : _mm256_setzero_ps();
     for (int s = 0; s < Columns; ++s) {
       const __m512 number = _mm512_set1_ps(numbers[s * b.row]);
-      for (int v = 0; v < Registers; ++v) sums[v][s] = _mm512_fmadd_ps(values[v], number, sums[v][s]);
+      for (int v = 0; v < kWhole; ++v) sums[v][s] = _mm512_fmadd_ps(values[v], number, sums[v][s]);
+      if (IsHalf) halves[s] = _mm256_fmadd_ps(last, _mm512_castps512_ps256(number), halves[s]);
     }
   }
+  for (int s = 0; IsHalf && s < Columns; ++s) sums[kWhole][s] = _mm512_zextps256_ps512(halves[s]);
   for (int v = 0; v < Registers; ++v) {
-    Block part = to;
-    part.c += v * kLanes * to.row;
-    part.count -= v * kLanes;
-    if (to.of_rows) part.of_rows += v * kLanes;
-    if (part.count > 0) store_block<Columns>(part, sums[v], j);
+    if (v * kLanes < to.count) store_block<Columns>(to.from(v * kLanes), sums[v], j);
   }
 }
 
+// Fewer columns than `Columns`, in blocks of half as many, a quarter and so on.
 template <int Registers, int Columns>
-PANTHER_AVX512 inline void panel_block_of(int64_t columns, const float* panel, const Strided& b, int64_t depth,
-                                          const Block& to, int64_t j) {
-  if (columns == Columns) return panel_block<Registers, Columns>(panel, b, depth, to, j);
-  if constexpr (Columns > 1) panel_block_of<Registers, Columns - 1>(columns, panel, b, depth, to, j);
+PANTHER_AVX512 inline void last_columns(const float* panel, const Strided& b, int64_t depth, const Block& to,
+                                        int64_t first, int64_t last) {
+  if constexpr (Columns > 1) {
+    constexpr int kHalf = Columns / 2;
+    if (last - first >= kHalf) {
+      panel_block<Registers, kHalf, false>(panel, b, depth, to, first);
+      first += kHalf;
+    }
+    last_columns<Registers, kHalf>(panel, b, depth, to, first, last);
+  }
 }
 
 // The most columns at once: a single register of rows needs more sums to hide the latency of an addition.
@@ -227,9 +289,15 @@ template <int Registers>
 PANTHER_AVX512 inline void panel_columns(const float* panel, const Strided& b, int64_t depth, const Block& to,
                                          int64_t first, int64_t last) {
   constexpr int kMost = most_columns(Registers);
-  for (int64_t j = first; j < last; j += kMost) {
-    panel_block_of<Registers, kMost>(std::min<int64_t>(kMost, last - j), panel, b, depth, to, j);
+  const bool is_half = to.count <= Registers * kLanes - kLanes / 2;
+  for (; last - first >= kMost; first += kMost) {
+    if (is_half) {
+      panel_block<Registers, kMost, true>(panel, b, depth, to, first);
+    } else {
+      panel_block<Registers, kMost, false>(panel, b, depth, to, first);
+    }
   }
+  last_columns<Registers, kMost>(panel, b, depth, to, first, last);
 }
 
 // How up to kMostPacked rows are packed: in panels of one to three registers, of about the same size.
@@ -261,10 +329,7 @@ PANTHER_AVX512 inline void panels_times(const Panels& panels, const float* packe
   for (int64_t q = 0; q < panels.count; ++q) {
     const int64_t row = panels.starts[q] * kLanes, width = panels.starts[q + 1] - panels.starts[q];
     const float* panel = packed + row * depth;
-    Block part = to;
-    part.c += row * to.row;
-    part.count -= row;
-    if (to.of_rows) part.of_rows += row;
+    const Block part = to.from(row);
     if (width == 3) panel_columns<3>(panel, b, depth, part, first, last);
     if (width == 2) panel_columns<2>(panel, b, depth, part, first, last);
     if (width == 1) panel_columns<1>(panel, b, depth, part, first, last);
