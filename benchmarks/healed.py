@@ -18,7 +18,7 @@ from torch import nn
 
 import panther
 from benchmarks.common import METHODS, compressed, header, say, subject, table
-from models import crepe, efficientnet, minilm, whisper
+from models import craft, crepe, crnn, efficientnet, minilm, whisper
 from models.data import MissingDataError
 from models.recipe import Recipe
 from panther.spec import DTYPES, Budget
@@ -64,6 +64,8 @@ CASES = {
     "minilm-bytes": Case(MINILM, 0.5, EMBEDDING, flops=True, bytes=0.125),
     "crepe": Case(functools.partial(crepe.build, 1024), 0.25, ("accuracy_minus_5_db",), (nn.Linear,)),
     "efficientnet": Case(functools.partial(efficientnet.build, 2048), 0.7, ("agreement",)),
+    "craft": Case(functools.partial(craft.build, 48), 0.25, ("recall", "precision")),
+    "crnn": Case(functools.partial(crnn.build, 384), 0.5, ("character_error",)),
     "whisper": Case(functools.partial(whisper.build, 192), 0.6, ("wer",), ("proj_out",)),  # the head is the embedding
 }
 

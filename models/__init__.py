@@ -17,6 +17,8 @@ RECIPES: dict[str, str] = {
     "crepe": "models.crepe",
     "whisper": "models.whisper",
     "efficientnet": "models.efficientnet",
+    "craft": "models.craft",
+    "crnn": "models.crnn",
 }
 
 

@@ -6,8 +6,9 @@ import math
 import struct
 import sys
 from collections.abc import Callable, Iterator
-from itertools import pairwise
+from itertools import combinations, pairwise
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,22 @@ import torch
 
 import models
 from benchmarks import fetch_data
-from models import crepe, ct2, data, demo, efficientnet, minilm, photos, prompts, speech, text, whisper
+from models import (
+    craft,
+    crepe,
+    crnn,
+    ct2,
+    data,
+    demo,
+    drawn,
+    efficientnet,
+    minilm,
+    photos,
+    prompts,
+    speech,
+    text,
+    whisper,
+)
 from models.data import MissingDataError
 from models.recipe import Recipe
 from panther.spec import Figures
@@ -51,12 +67,15 @@ def tracker() -> torch.nn.Module:
 
 
 def test_every_recipe_is_a_module_with_build() -> None:
-    assert set(models.RECIPES.values()) == {"models.minilm", "models.crepe", "models.whisper", "models.efficientnet"}
+    names = {"minilm", "crepe", "whisper", "efficientnet", "craft", "crnn"}
+    assert set(models.RECIPES.values()) == {f"models.{name}" for name in names}
     assert all(callable(sys.modules[module].build) for module in models.RECIPES.values())
 
 
 def test_an_unknown_recipe_is_refused_by_name() -> None:
-    with pytest.raises(ValueError, match="no recipe is called 'bert'; there are minilm, crepe, whisper, efficientnet"):
+    with pytest.raises(
+        ValueError, match="no recipe is called 'bert'; there are minilm, crepe, whisper, efficientnet, craft, crnn"
+    ):
         models.build("bert")
 
 
@@ -524,6 +543,89 @@ def test_the_interval_is_wilsons(hits: int, count: int, low: float, high: float)
 def test_a_classifier_without_calibration_is_refused() -> None:
     with pytest.raises(ValueError, match="calibration=0: expected at least one image"):
         efficientnet.build(calibration=0)
+
+
+# CRAFT and CRNN
+
+
+@pytest.fixture(scope="module")
+def finder() -> Recipe:
+    recipe: Recipe = or_skip(lambda: craft.build(calibration=3, held_out=6, batch_size=2))
+    return recipe
+
+
+@pytest.fixture(scope="module")
+def reader() -> Recipe:
+    recipe: Recipe = or_skip(lambda: crnn.build(calibration=5, held_out=24, batch_size=4))
+    return recipe
+
+
+def test_the_dense_finder_finds_drawn_words(finder: Recipe) -> None:
+    figures = finder.metrics(finder.model)
+    assert figures["recall"] > 0.9 and figures["precision"] > 0.9 and not finder.model.training
+    assert [len(batch) for batch in finder.batches] == [2, 1] and finder.example_inputs.shape == (1, 3, 192, 320)
+
+
+def test_the_dense_reader_reads_drawn_lines(reader: Recipe) -> None:
+    assert reader.metrics(reader.model)["character_error"] < 0.03 and not reader.model.training
+    assert [len(batch) for batch in reader.batches] == [4, 1] and reader.example_inputs.shape == (4, 1, 64, 704)
+
+
+def test_drawn_words_do_not_overlap_and_lie_on_their_page() -> None:
+    random = Random(0)
+    for _ in range(5):
+        page = or_skip(lambda: drawn.draw_page(["some", "words", "of", "any", "length", "whatsoever"], random))
+        assert page.picture.shape == (3, *drawn.PAGE) and len(page.boxes) > 3
+        for left, top, right, bottom in page.boxes:
+            assert 0 <= left < right <= drawn.PAGE[1] and 0 <= top < bottom <= drawn.PAGE[0]
+        assert all(drawn.overlap(a, b) == 0 for a, b in combinations(page.boxes, 2))
+
+
+def test_what_is_drawn_depends_on_the_random_numbers_alone() -> None:
+    lines = [or_skip(lambda seed=seed: drawn.draw_line("A line of text.", Random(seed))) for seed in (1, 1, 2)]
+    assert torch.equal(lines[0], lines[1]) and not torch.equal(lines[0], lines[2])
+    assert lines[0].shape == (1, *drawn.LINE) and lines[0].min() >= -1 and lines[0].max() <= 1
+
+
+def test_a_long_line_is_drawn_smaller() -> None:
+    line = or_skip(lambda: drawn.draw_line("W" * 60, Random(1)))
+    assert bool((line[..., -8:] == line[..., -1:]).all())  # nothing is cut off
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "share"),
+    [
+        ((0, 0, 4, 2), (0, 0, 4, 2), 1.0),
+        ((0, 0, 4, 2), (2, 0, 6, 2), 1 / 3),
+        ((0, 0, 4, 2), (4, 0, 6, 2), 0.0),
+        ((0, 0, 4, 2), (9, 9, 10, 10), 0.0),
+    ],
+)
+def test_overlap_is_intersection_over_union(a: drawn.Box, b: drawn.Box, share: float) -> None:
+    assert drawn.overlap(a, b) == pytest.approx(share) == drawn.overlap(b, a)
+
+
+def test_words_are_found_where_scores_are_high() -> None:
+    scores = torch.zeros(20, 40, 2)
+    scores[2:6, 3:9, 0] = scores[2:6, 15:20, 0] = 0.9
+    scores[2:6, 9:15, 1] = 0.5  # the gap between two characters of a word
+    scores[10:14, 5:10, 0] = 0.6  # never over the core's threshold
+    scores[16, 3:6, 0] = 0.9  # too few places
+    assert craft.found_words(scores) == [(6, 4, 40, 12)]
+    page = drawn.Page(torch.zeros(3, 40, 80), ((8, 4, 40, 12), (10, 20, 20, 28)))
+    assert craft.word_figures(scores[None], [page]) == {"recall": 0.5, "precision": 1.0}
+
+
+def test_reading_takes_repetitions_once_and_leaves_blanks_out() -> None:
+    places = [0, 1, 1, 0, 1, 2, 2]
+    scores = torch.nn.functional.one_hot(torch.tensor(places), 1 + len(crnn.ALPHABET)).float()
+    assert crnn.read(scores) == "001"
+
+
+@pytest.mark.parametrize("build", [craft.build, crnn.build])
+def test_no_drawn_text_to_calibrate_on_is_refused(build: Callable[..., Recipe]) -> None:
+    with pytest.raises(ValueError, match="calibration=0, held_out=2: expected at least one of each"):
+        build(0, 2)
 
 
 # Data
