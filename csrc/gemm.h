@@ -38,9 +38,22 @@ inline bool runs_in_gemm(int64_t rows) {
 
 inline bool is_float(const Tensor& tensor) { return tensor.scalar_type() == ScalarType::Float; }
 
-// The most rows of float32 that run in the kernel of core/thin_linear.h. Before torch's own product: `few`, and more of
-// them where the rank is large. Before core/gemm.h, which takes sixteen rows at a time: measured with AVX-512, one
-// thread, ranks of 64 to 512.
+// Whether core/gemm.h is faster than core/thin_linear.h: where rows nearly fill a register and each number of y is the
+// sum of few products, since the latter has to add up the lanes of each. Measured on Zen 4, one thread, 384 and 1536
+// numbers of y a row, from caches and from memory; where AVX-512 is twice as fast, lanes weigh more.
+inline bool fills_lanes(int64_t rows, int64_t in) {
+  return rows <= 16 && ((rows >= 12 && in <= 192) || (rows >= 15 && in <= 320));
+}
+
+// Few rows times a weight of float32, in the faster one of these.
+inline void run_few(const core::ThinLinear<core::Plain<float>>& p) {
+  if (!fills_lanes(p.rows, p.in) || !runs_in_gemm(p.rows)) return run(p);
+  const core::Strided x{p.x, p.x_stride, 1}, w{p.w.numbers, p.w.in, 1};
+  run(core::Gemm{x, w, p.bias, false, p.y, p.y_stride, 1, p.rows, p.out, p.in});
+}
+
+// The most rows of float32 for which that is. Before torch's own product: `few`, and more of them where the rank is
+// large. Before core/gemm.h, which takes sixteen rows at a time: measured with AVX-512, one thread, ranks of 64 to 512.
 inline int64_t few_rows_of(int64_t rank, int64_t few) {
   constexpr int64_t kFewer = 20;
   if (runs_in_gemm(kFewer + 1)) return kFewer;
@@ -75,7 +88,7 @@ inline Tensor fast_linear(const Tensor& x, const Tensor& weight, const std::opti
   const Tensor y = torch::stable::new_empty(x, shape);
   float* to = static_cast<float*>(y.mutable_data_ptr());
   if (is_thin) {
-    run<core::Plain<float>>({numbers<float>(from), {numbers<float>(w), in}, added, to, rows, in, out, in, out});
+    run_few({numbers<float>(from), {numbers<float>(w), in}, added, to, rows, in, out, in, out});
   } else {
     const core::Strided some = keeps_strides ? strided(from) : core::Strided{numbers<float>(from), in, 1};
     run({some, strided(w), added, false, to, out, 1, rows, out, in});

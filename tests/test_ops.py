@@ -120,7 +120,7 @@ def test_number_of_threads_changes_no_bit(rows, threads):
     [
         (torch.float32, (77, 19, 45), 8),
         (torch.float32, (64, 16, 37), 8),
-        (torch.float32, (80, 200, 45), 20),
+        (torch.float32, (80, 200, 45), 11),
         (torch.bfloat16, (77, 19, 45), 12),
         (torch.bfloat16, (64, 16, 37), 12),
     ],

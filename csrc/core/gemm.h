@@ -253,6 +253,9 @@ PANTHER_AVX512 __attribute__((noinline)) void panel_block(const float* panel, co
   for (__m256& half : halves) half = _mm256_setzero_ps();
   const float* numbers = b.at(j, 0);
   for (int64_t r = 0; r < depth; ++r, panel += kLanes * Registers, numbers += b.column) {
+    if (r % kLanes == 0) {  // the next rows of B are asked for: with few of A, reading them is what this costs
+      for (int s = 0; s < Columns; ++s) __builtin_prefetch(numbers + (s + Columns) * b.row);
+    }
     __m512 values[Registers];
     for (int v = 0; v < kWhole; ++v) values[v] = _mm512_loadu_ps(panel + v * kLanes);
     const __m256 last = IsHalf ? _mm256_loadu_ps(panel + kWhole * kLanes) : _mm256_setzero_ps();

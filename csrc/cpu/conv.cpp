@@ -7,6 +7,7 @@
 #include <stdexcept>
 #include <string>
 
+#include "gemm.h"
 #include "tensors.h"
 #include "threads.h"
 
@@ -54,7 +55,7 @@ Tensor conv(const Tensor& given, const Tensor& weight, const std::optional<Tenso
   float* to = static_cast<float*>(y.mutable_data_ptr());
   if (is_few) {
     conv_of_few(shape, x, out, to, [&](const float* rows, int64_t count, float* found) {
-      run<core::Plain<float>>({rows, w, added, found, count, w.in, out, w.in, out});
+      run_few({rows, w, added, found, count, w.in, out, w.in, out});
     });
   } else {
     conv_of_many(shape, x, w, added, out, to);

@@ -1,8 +1,8 @@
 // panther::low_rank_linear on the CPU: y = (x down^T) up^T + bias.
 //
-// Few rows of float32 or bfloat16 run in the kernel of core/thin_linear.h; the rest is two products, in
-// core/gemm.h where gemm.h says that it is faster, else torch's own. Bytes moved by the kernel: those of R * (in + out)
-// numbers, each factor once, plus x, y and rows * R floats between.
+// Few rows of float32 or bfloat16 run in the kernel of core/thin_linear.h, or in that of core/gemm.h; the rest is two
+// products, in core/gemm.h where gemm.h says that it is faster, else torch's own. Bytes moved by the kernel: those of R
+// * (in + out) numbers, each factor once, plus x, y and rows * R floats between.
 #include "low_rank_linear.h"
 
 #include <torch/csrc/stable/library.h>
@@ -10,6 +10,7 @@
 #include <algorithm>
 #include <memory>
 #include <optional>
+#include <type_traits>
 #include <vector>
 
 #include "gemm.h"
@@ -44,8 +45,15 @@ void few_rows(const Inputs& inputs, const float* x, const float* bias, int64_t r
   const int64_t in = inputs.in(), rank = inputs.rank(), out = inputs.out();
   const Plain<T> down{numbers<T>(inputs.down), in}, up{numbers<T>(inputs.up), rank};
   std::unique_ptr<float[]> inner(new float[rows * rank]);
-  run<Plain<T>>({x, down, nullptr, inner.get(), rows, in, rank, in, rank});
-  run<Plain<T>>({inner.get(), up, bias, y, rows, rank, out, rank, out});
+  const core::ThinLinear<Plain<T>> first{x, down, nullptr, inner.get(), rows, in, rank, in, rank},
+      second{inner.get(), up, bias, y, rows, rank, out, rank, out};
+  if constexpr (std::is_same_v<T, float>) {
+    run_few(first);
+    run_few(second);
+  } else {
+    run(first);
+    run(second);
+  }
 }
 
 void few_float_rows(const Inputs& inputs, int64_t rows, void* y) {

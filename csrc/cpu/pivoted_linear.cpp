@@ -94,8 +94,8 @@ void few_rows(const Inputs& p, int64_t rows, float* y) {
   if (p.has_rows()) {
     std::unique_ptr<float[]> stored(p.order ? new float[rows * out] : nullptr);
     float* all = p.order ? stored.get() : y;
-    run<Plain<float>>({x, down, bias, all, rows, in, rank, in, out});
-    run<Plain<float>>({all, up, bias ? bias + rank : nullptr, all + rank, rows, rank, out - rank, out, out});
+    run_few({x, down, bias, all, rows, in, rank, in, out});
+    run_few({all, up, bias ? bias + rank : nullptr, all + rank, rows, rank, out - rank, out, out});
     if (p.order) gather(all, *p.order, rows, y);
     return;
   }
@@ -103,11 +103,11 @@ void few_rows(const Inputs& p, int64_t rows, float* y) {
   if (p.order) gather(x, *p.order, rows, ordered.get());
   const float* all = p.order ? ordered.get() : x;
   std::unique_ptr<float[]> inner(new float[rows * rank]);
-  run<Plain<float>>({all + rank, down, nullptr, inner.get(), rows, in - rank, rank, in, rank});
+  run_few({all + rank, down, nullptr, inner.get(), rows, in - rank, rank, in, rank});
   for (int64_t row = 0; row < rows; ++row) {
     for (int64_t i = 0; i < rank; ++i) inner[row * rank + i] += all[row * in + i];
   }
-  run<Plain<float>>({inner.get(), up, bias, y, rows, rank, out, rank, out});
+  run_few({inner.get(), up, bias, y, rows, rank, out, rank, out});
 }
 
 Tensor index_select(const Tensor& x, const Tensor& index) {
