@@ -11,6 +11,7 @@ All of a layer's run in turns; a ratio above 1 means that panther's is faster.
 from __future__ import annotations
 
 import argparse
+import copy
 import functools
 import itertools
 import statistics
@@ -102,10 +103,10 @@ class Case:
 
 def runs(dense: nn.Module, x: Tensor) -> Iterator[tuple[str, Run, Run]]:
     """Each kind, in panther's ops and in torch's."""
-    chain = _chain(dense)
-    yield "low rank", functools.partial(chain, x), functools.partial(_in_torch, chain, x)
+    chain, other = _chain(dense), copy.deepcopy(dense)
+    yield "low rank", functools.partial(chain, x), functools.partial(_in_torch, copy.deepcopy(chain), x)
     where = {"stride": dense.stride, "padding": dense.padding, "dilation": dense.dilation}
-    plain = functools.partial(dense, x)
+    plain = functools.partial(other, x)
     yield "dense", functools.partial(conv, x, dense.weight, dense.bias, **where), plain
     quantised = QUANTISED[type(dense)]
     yield "int8", functools.partial(quantised.from_dense(dense, bits=8), x), plain
@@ -128,7 +129,7 @@ def _in_torch(chain: SketchedConv, x: Tensor) -> Tensor:
 def measured(group: str, layer: Layer, batch: int, threads: int, seconds: float) -> list[Case]:
     dense = layer.module().eval()
     cases = list(runs(dense, torch.randn(batch, layer.channels, *layer.size)))
-    # one of panther's, one of torch's: none finds the caches filled by a run of the same weights
+    # One of panther's, one of torch's, with weights of their own: none finds them in the caches.
     times = medians_in_turn([run for _, own, other in cases for run in (own, other)], seconds=seconds)
     case = Case(group, layer, batch, threads, "")
     return [

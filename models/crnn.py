@@ -83,7 +83,7 @@ def build(calibration: int = 256, held_out: int = 128, *, batch_size: int = 16, 
     Raises: ValueError when no line is asked for; MissingDataError when the weights, the corpus or Pillow are missing.
     """
     sides = sentences(calibration, held_out, seed)
-    lines = [[s[: s.rfind(" ", 0, LONGEST)] for s in side] for side in sides]
+    lines = [[s[:LONGEST].rpartition(" ")[0] or s[:LONGEST] for s in side] for side in sides]
     fitting, checked = (
         torch.stack([draw_line(line, random) for line in side])
         for side, random in zip(lines, (Random(2 * seed), Random(2 * seed + 1)), strict=True)

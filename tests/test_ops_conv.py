@@ -58,6 +58,12 @@ GEOMETRIES = {
     "sixteen channels": Geometry((2, 16, 24, 24), 32, (3, 3), padding=(1, 1)),
     "small volumes": Geometry((5, 6, 4, 3, 4), 18, (3, 2, 3), padding=(1, 0, 1, 1, 1, 2)),
     "three channels": Geometry((1, 3, 40, 40), 20, (5, 5), stride=(2, 2), padding=(2, 2)),
+    # Windows that begin as far apart as in one run at both ends of a register, and not between.
+    "padding wider than the kernel": Geometry((1, 8, 5, 5, 3), 8, (3, 3, 3), padding=(0, 0, 2)),
+    "padding wider than the kernel, joined": Geometry((2, 5, 3, 1), 8, (3, 3), padding=(1, 3)),
+    "a wide stride over few": Geometry((3, 5, 4, 5, 6), 8, (1, 1, 2), (1, 2, 2), (0, 0, 2)),
+    "joined in place": Geometry((3, 20, 7, 7), 70, (3, 3), padding=(1, 1)),
+    "joined in place, a large weight": Geometry((3, 90, 5, 5), 200, (3, 3), padding=(1, 1)),
 }
 
 every_geometry = pytest.mark.parametrize("of", GEOMETRIES.values(), ids=GEOMETRIES)

@@ -179,8 +179,21 @@ struct WindowLanes {
   int runs = 0;
   __m512i places;  // of all lanes, from `begin` on, where there are more than one run
 
+  // Whether each window begins `step` numbers after the one before.
+  PANTHER_AVX512 static bool is_one_run(const int64_t* windows, int64_t count, int64_t step) {
+    if (step != 1 && step != 2) return false;
+    const __m512i zero_to_seven = _mm512_setr_epi64(0, 1, 2, 3, 4, 5, 6, 7);
+    const __m512i steps = step == 2 ? _mm512_add_epi64(zero_to_seven, zero_to_seven) : zero_to_seven;
+    for (int64_t i = 0; i < count; i += 8) {
+      const __mmask8 some = static_cast<__mmask8>((1u << std::min<int64_t>(8, count - i)) - 1);
+      const __m512i wanted = _mm512_add_epi64(_mm512_set1_epi64(windows[0] + i * step), steps);
+      if (_mm512_mask_cmpneq_epi64_mask(some, _mm512_maskz_loadu_epi64(some, windows + i), wanted) != 0) return false;
+    }
+    return true;
+  }
+
   PANTHER_AVX512 WindowLanes(const int64_t* windows, int64_t count, int64_t step) : begin(windows[0]) {
-    if (step <= 2 && windows[count - 1] - begin == step * (count - 1)) {
+    if (is_one_run(windows, count, step)) {
       runs = 1;
       starts[0] = begin;
       lanes[0] = first_lanes(count);

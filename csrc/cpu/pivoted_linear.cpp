@@ -1,6 +1,6 @@
 // panther::pivoted_linear on the CPU: two products of which one lacks an identity, and channels put back in order.
 //
-// Few rows of float32 run in the kernel of core/thin_linear.h, which reads and writes between the channels of the
+// Few rows of float32 run in the kernels that gemm.h takes for them, which read and write between the channels of the
 // pivots and of the others, so that nothing is put together afterwards. Bytes moved: those of R * (in + out - R)
 // numbers.
 #include <torch/csrc/stable/library.h>

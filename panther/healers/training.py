@@ -285,17 +285,17 @@ def _loop(
     save: Callable[[Progressed], None] | None,
     show: Callable[[float, float], None] | None,
 ) -> None:
-    start = time.perf_counter() - now.seconds
+    start, share = time.perf_counter() - now.seconds, 0.0
     while True:
         now.seconds = time.perf_counter() - start
-        share = _share(now, limits)
+        share = max(share, _share(now, limits))
         if share >= 1 or now.halvings > MOST_HALVINGS or len(now.left_out) == task.batches:
             return
         batch = _batch(task, now.step, seed)
-        with _timed(now):
-            stepped = batch not in now.left_out and _step(
-                task, optimiser, limits.learning_rate * now.rate * _schedule(share), batch
-            )
+        stepped = False
+        if batch not in now.left_out:
+            with _timed(now):
+                stepped = _step(task, optimiser, limits.learning_rate * now.rate * _schedule(share), batch)
         now.step += 1
         diverged = not stepped and batch not in now.left_out and not _is_at_fault(task, now, batch)
         if diverged or share >= (now.checks + 1) / CHECKS:
@@ -317,7 +317,7 @@ def _share(now: Progressed, limits: Limits) -> float:
     a run whose steps end first does not depend on it, whatever else the machine does for a moment.
     """
     by_time, by_steps = now.seconds / max(limits.seconds, 1e-9), now.step / max(1, limits.steps)
-    pace = median(now.timed) if now.timed else now.seconds / max(1, now.step)
+    pace = median(now.timed) if len(now.timed) >= PROBED_STEPS else 0.0
     is_late = now.seconds + (limits.steps - now.step) * pace > limits.seconds
     return max(by_time, by_steps) if is_late or by_time >= 1 else by_steps
 
