@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import itertools
 import sys
+from collections import OrderedDict
 from random import Random
 
 import numpy as np
@@ -28,21 +29,14 @@ FEWEST_PLACES = 6
 OVERLAP = 0.4  # of a drawn word and its box: intersection over union
 
 
-def _layers(*sizes: int, kernel: int = 3, first: int = 0, pools: tuple[int, ...] = ()) -> list[tuple[str, nn.Module]]:
+def _layers(*sizes: int, kernel: int = 3, first: int = 0, pools: tuple[int, ...] = ()) -> dict[str, nn.Module]:
     """VGG's convolutions with BatchNorm and ReLU, numbered through; max pooling stands before the ones in `pools`."""
     found: list[nn.Module] = []
     for place, (inputs, outputs) in enumerate(itertools.pairwise(sizes)):
         if place in pools:
             found.append(nn.MaxPool2d(2))
         found += [nn.Conv2d(inputs, outputs, kernel, padding=kernel // 2), nn.BatchNorm2d(outputs), nn.ReLU()]
-    return [(str(first + place), layer) for place, layer in enumerate(found)]
-
-
-def _named(layers: list[tuple[str, nn.Module]]) -> nn.Sequential:
-    sequence = nn.Sequential()
-    for name, layer in layers:
-        sequence.add_module(name, layer)
-    return sequence
+    return {str(first + place): layer for place, layer in enumerate(found)}
 
 
 class _Vgg(nn.Module):
@@ -50,10 +44,12 @@ class _Vgg(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.slice1 = _named(_layers(3, 64, 64, 128, 128, pools=(2,)))
-        self.slice2 = _named([("13", nn.MaxPool2d(2)), *_layers(128, 256, 256, first=14)])
-        self.slice3 = _named(_layers(256, 256, 512, 512, first=20, pools=(1,)))
-        self.slice4 = _named(_layers(512, 512, 512, 512, first=30, pools=(1,))[:-1])  # the one without ReLU
+        last = _layers(512, 512, 512, 512, first=30, pools=(1,))
+        del last["39"]  # its ReLU
+        self.slice1 = nn.Sequential(OrderedDict(_layers(3, 64, 64, 128, 128, pools=(2,))))
+        self.slice2 = nn.Sequential(OrderedDict(_layers(128, 256, 256, first=13, pools=(0,))))
+        self.slice3 = nn.Sequential(OrderedDict(_layers(256, 256, 512, 512, first=20, pools=(1,))))
+        self.slice4 = nn.Sequential(OrderedDict(last))
         self.slice5 = nn.Sequential(
             nn.MaxPool2d(3, 1, 1), nn.Conv2d(512, 1024, 3, padding=6, dilation=6), nn.Conv2d(1024, 1024, 1)
         )
@@ -69,7 +65,7 @@ class _Vgg(nn.Module):
 class _Up(nn.Module):
     def __init__(self, inputs: int, middle: int, outputs: int) -> None:
         super().__init__()
-        self.conv = _named([*_layers(inputs, middle, kernel=1), *_layers(middle, outputs, first=3)])
+        self.conv = nn.Sequential(OrderedDict(_layers(inputs, middle, kernel=1) | _layers(middle, outputs, first=3)))
 
     def forward(self, x: Tensor) -> Tensor:
         answer: Tensor = self.conv(x)

@@ -77,19 +77,27 @@ inline constexpr int64_t kMostPacked = 256;    // the most that `Panels` takes
 // As first_lanes, of any number.
 PANTHER_AVX512 inline __mmask16 up_to(int64_t count) { return first_lanes(std::clamp<int64_t>(count, 0, kLanes)); }
 
-// Sixteen rows of sixteen numbers become sixteen columns.
-PANTHER_AVX512 inline void transpose(__m512 (&rows)[16]) {
-  __m512 pairs[16], fours[16];
-  for (int i = 0; i < 16; i += 2) {
+// The numbers c, c + 4, c + 8, c + 12 of each four of some rows side by side, in fours[i + c] of the rows from i on.
+template <int Rows>
+PANTHER_AVX512 __attribute__((always_inline)) inline void transpose_fours(const __m512 (&rows)[Rows],
+                                                                          __m512 (&fours)[Rows]) {
+  __m512 pairs[Rows];
+  for (int i = 0; i < Rows; i += 2) {
     pairs[i] = _mm512_unpacklo_ps(rows[i], rows[i + 1]);
     pairs[i + 1] = _mm512_unpackhi_ps(rows[i], rows[i + 1]);
   }
-  for (int i = 0; i < 16; i += 4) {  // fours[i + c]: the columns c, c + 4, c + 8, c + 12 of four rows
+  for (int i = 0; i < Rows; i += 4) {
     fours[i] = _mm512_shuffle_ps(pairs[i], pairs[i + 2], 0x44);
     fours[i + 1] = _mm512_shuffle_ps(pairs[i], pairs[i + 2], 0xEE);
     fours[i + 2] = _mm512_shuffle_ps(pairs[i + 1], pairs[i + 3], 0x44);
     fours[i + 3] = _mm512_shuffle_ps(pairs[i + 1], pairs[i + 3], 0xEE);
   }
+}
+
+// Sixteen rows of sixteen numbers become sixteen columns.
+PANTHER_AVX512 inline void transpose(__m512 (&rows)[16]) {
+  __m512 fours[16];
+  transpose_fours(rows, fours);
   for (int c = 0; c < 4; ++c) {
     const __m512 low = _mm512_shuffle_f32x4(fours[c], fours[c + 4], 0x88);
     const __m512 high = _mm512_shuffle_f32x4(fours[c + 8], fours[c + 12], 0x88);
@@ -178,7 +186,7 @@ template <int Columns>
 PANTHER_AVX512 __attribute__((always_inline)) inline void store_rows(const Block& to, const __m512* sums, int64_t j) {
   const __mmask16 there = up_to(Columns);
   float* c = to.c + j;
-  __m512 rows[Columns > 8 ? 16 : 8];  // in the end, if they are all sixteen
+  __m512 rows[Columns > 8 ? 16 : 8];
   for (int s = 0; s < (Columns > 8 ? 16 : 8); ++s) rows[s] = s < Columns ? sums[s] : _mm512_setzero_ps();
   if constexpr (Columns > 8) {
     transpose(rows);
@@ -187,17 +195,8 @@ PANTHER_AVX512 __attribute__((always_inline)) inline void store_rows(const Block
     }
     return;
   }
-  __m512 pairs[8], fours[8];
-  for (int i = 0; i < 8; i += 2) {
-    pairs[i] = _mm512_unpacklo_ps(rows[i], rows[i + 1]);
-    pairs[i + 1] = _mm512_unpackhi_ps(rows[i], rows[i + 1]);
-  }
-  for (int i = 0; i < 8; i += 4) {  // fours[i + r]: four numbers of the rows r, r + 4, r + 8, r + 12
-    fours[i] = _mm512_shuffle_ps(pairs[i], pairs[i + 2], 0x44);
-    fours[i + 1] = _mm512_shuffle_ps(pairs[i], pairs[i + 2], 0xEE);
-    fours[i + 2] = _mm512_shuffle_ps(pairs[i + 1], pairs[i + 3], 0x44);
-    fours[i + 3] = _mm512_shuffle_ps(pairs[i + 1], pairs[i + 3], 0xEE);
-  }
+  __m512 fours[Columns > 8 ? 16 : 8];
+  transpose_fours(rows, fours);
   const __m512i low = _mm512_setr_epi64(0, 1, 8, 9, 2, 3, 10, 11), high = _mm512_setr_epi64(4, 5, 12, 13, 6, 7, 14, 15);
   for (int r = 0; r < 4; ++r) {
     const __m512d first = _mm512_castps_pd(fours[r]), second = _mm512_castps_pd(fours[r + 4]);
