@@ -13,9 +13,13 @@ namespace panther {
 
 inline constexpr int64_t kRows = 48, kColumns = 16;  // of C that a thread takes at a time
 
+inline bool uses(core::InstructionSet set) { return core::instruction_set_in_use().load() == set; }
+
 // Whether lanes are for columns of C, which are stored as they are, and not for rows: 1.02 to 1.1 times as fast for
 // many rows, 0.8 to 0.9 for 16 to 64.
-inline bool has_lanes_of_columns(const core::Gemm& p) { return p.m >= 512; }
+inline bool has_lanes_of_columns(const core::Gemm& p) {
+  return p.m >= (uses(core::InstructionSet::avx2) ? 192 : 512);
+}
 
 inline void run(const core::Gemm& given) {
   const core::Gemm p = has_lanes_of_columns(given) ? given.transposed() : given;
@@ -29,19 +33,22 @@ inline void run(const core::Gemm& given) {
                               });
 }
 
-// Whether torch's own product of so many rows is slower. Beside MKL with AVX2 the kernel is twice as fast at 16 rows of
-// 384 to 4096 numbers and 2.1 to 2.5 times from 32 on, one thread; MKL with AVX-512 was not measured.
+// Whether torch's own product of so many rows is slower. Beside MKL with AVX2 the kernel with AVX-512 is twice as fast at
+// 16 rows of 384 to 4096 numbers and 2.1 to 2.5 times from 32 on, one thread. With AVX2, on Zen 3, it is 1.6 times as
+// fast at 16 rows, 1.3 times at 32 and 1.0 to 1.05 from 128 on. MKL on Intel's processors was not measured.
 inline bool runs_in_gemm(int64_t rows) {
-  const bool can = core::instruction_set_in_use().load() == core::InstructionSet::avx512;
-  return can && rows > 0 && (core::mkl_keeps_to_avx2() || rows <= 32);
+  const bool can = uses(core::InstructionSet::avx512) || uses(core::InstructionSet::avx2);
+  return can && rows > 0 && (!core::is_made_by_intel() || rows <= 32);
 }
 
 inline bool is_float(const Tensor& tensor) { return tensor.scalar_type() == ScalarType::Float; }
 
 // Whether core/gemm.h is faster than core/thin_linear.h: where rows nearly fill a register and each number of y is the
 // sum of few products, since the latter has to add up the lanes of each. Measured on Zen 4, one thread, 384 and 1536
-// numbers of y a row, from caches and from memory; where AVX-512 is twice as fast, lanes weigh more.
+// numbers of y a row, from caches and from memory; where AVX-512 is twice as fast, lanes weigh more. Registers of AVX2
+// take eight rows: measured on Zen 3, 48 to 3072 numbers of x a row.
 inline bool fills_lanes(int64_t rows, int64_t in) {
+  if (uses(core::InstructionSet::avx2)) return rows == 15 || rows == 16 || (rows >= 12 && in <= 192);
   return rows <= 16 && ((rows >= 12 && in <= 192) || (rows >= 15 && in <= 320));
 }
 
@@ -55,8 +62,8 @@ inline void run_few(const core::ThinLinear<core::Plain<float>>& p) {
 // The most rows of float32 for which that is. Before torch's own product: `few`, and more of them where the rank is
 // large. Before core/gemm.h, which takes sixteen rows at a time: measured with AVX-512, one thread, ranks of 64 to 512.
 inline int64_t few_rows_of(int64_t rank, int64_t few) {
-  constexpr int64_t kFewer = 20;
-  if (runs_in_gemm(kFewer + 1)) return kFewer;
+  const int64_t fewer = uses(core::InstructionSet::avx2) ? 19 : 20;
+  if (runs_in_gemm(fewer + 1)) return fewer;
   return rank < 192 ? few : 32;
 }
 

@@ -10,6 +10,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <cstring>
 #include <memory>
 
 #include "core/thin_linear.h"
@@ -67,15 +68,155 @@ inline void gemm_scalar(const Gemm& p) {
 
 #if PANTHER_HAS_AVX
 
+// What a block does with its sums: `columns` columns of C by `count` rows, from c on. Where rows follow each other,
+// there may be a gap in C behind the next `near` ones, and behind every `each` from there on.
+struct Block {
+  float* c;
+  int64_t row;
+  int64_t column;
+  int64_t count;
+  const float* of_rows;     // what is added, or null
+  const float* of_columns;  // the same
+  bool adds;                // to what is in C
+  int64_t gap = 0;          // numbers
+  int64_t near = 0;
+  int64_t each = 0;  // at least a register of them
+
+  // From a later row on.
+  Block from(int64_t later) const {
+    Block part = *this;
+    part.c += later * row;
+    part.count -= later;
+    if (of_rows) part.of_rows += later;
+    if (gap != 0) {
+      const int64_t gaps = later < near ? 0 : 1 + (later - near) / each;
+      part.c += gaps * gap;
+      part.near += gaps * each - later;
+    }
+    return part;
+  }
+};
+
+namespace avx2 {
+
+inline constexpr int64_t kDepth = 512;        // of A and B are multiplied at a time
+inline constexpr int64_t kMostRegisters = 3;  // of rows of A side by side
+inline constexpr int64_t kPackedRows = 192;   // whose panels of that depth stay in the second cache
+inline constexpr int64_t kMostPacked = 256;   // the most that `Panels` takes
+inline constexpr int64_t kTogether = 24;      // rows of B that stay in the first cache
+inline constexpr bool kHasHalves = false;
+
+// The most columns at once: more than eight rows of B whose lengths are a power of two do not stay in the first cache.
+constexpr int most_columns(int registers) { return registers == 1 ? 8 : registers == 2 ? 6 : 4; }
+
+// Of how many panels so many registers are: of two each, and three where one is left.
+constexpr int64_t panels_of(int64_t registers) { return registers < 2 ? registers : registers / 2; }
+
+// Eight rows of eight numbers become eight columns.
+PANTHER_AVX2 inline void transpose(__m256 (&rows)[8]) {
+  __m256 pairs[8], fours[8];
+  for (int i = 0; i < 8; i += 2) {
+    pairs[i] = _mm256_unpacklo_ps(rows[i], rows[i + 1]);
+    pairs[i + 1] = _mm256_unpackhi_ps(rows[i], rows[i + 1]);
+  }
+  for (int i = 0; i < 8; i += 4) {
+    fours[i] = _mm256_shuffle_ps(pairs[i], pairs[i + 2], 0x44);
+    fours[i + 1] = _mm256_shuffle_ps(pairs[i], pairs[i + 2], 0xEE);
+    fours[i + 2] = _mm256_shuffle_ps(pairs[i + 1], pairs[i + 3], 0x44);
+    fours[i + 3] = _mm256_shuffle_ps(pairs[i + 1], pairs[i + 3], 0xEE);
+  }
+  for (int c = 0; c < 4; ++c) {
+    rows[c] = _mm256_permute2f128_ps(fours[c], fours[c + 4], 0x20);
+    rows[c + 4] = _mm256_permute2f128_ps(fours[c], fours[c + 4], 0x31);
+  }
+}
+
+// The first `Count` numbers.
+template <int Count>
+PANTHER_AVX2 __attribute__((always_inline)) inline void store_some(float* c, bool adds, __m128 sums) {
+  if constexpr (Count == 4) {
+    _mm_storeu_ps(c, adds ? _mm_add_ps(sums, _mm_loadu_ps(c)) : sums);
+  } else if constexpr (Count > 1) {
+    double two;  // floats
+    std::memcpy(&two, c, sizeof(two));
+    const __m128 added = adds ? _mm_add_ps(sums, _mm_castpd_ps(_mm_set_sd(two))) : sums;
+    two = _mm_cvtsd_f64(_mm_castps_pd(added));
+    std::memcpy(c, &two, sizeof(two));
+    if constexpr (Count == 3) store_some<1>(c + 2, adds, _mm_movehl_ps(sums, sums));
+  } else {
+    _mm_store_ss(c, adds ? _mm_add_ss(sums, _mm_load_ss(c)) : sums);
+  }
+}
+
+// Eight rows of `Columns` numbers each, from registers that hold columns.
+template <int Columns>
+PANTHER_AVX2 __attribute__((always_inline)) inline void store_rows(const Block& to, const __m256* sums, int64_t j) {
+  constexpr int kCount = Columns < 4 ? Columns : 4;
+  const __m256 none = _mm256_setzero_ps();
+  const __m256 second = Columns > 1 ? sums[1] : none, third = Columns > 2 ? sums[2] : none,
+               fourth = Columns > 3 ? sums[3] : none;
+  const __m256 low = _mm256_unpacklo_ps(sums[0], second), low_too = _mm256_unpacklo_ps(third, fourth);
+  const __m256 high = _mm256_unpackhi_ps(sums[0], second), high_too = _mm256_unpackhi_ps(third, fourth);
+  const __m256 rows[4] = {_mm256_shuffle_ps(low, low_too, 0x44), _mm256_shuffle_ps(low, low_too, 0xEE),
+                          _mm256_shuffle_ps(high, high_too, 0x44), _mm256_shuffle_ps(high, high_too, 0xEE)};
+  float* c = to.c + j;
+  for (int64_t lane = 0; lane < kLanes && lane < to.count; ++lane) {
+    const __m256 row = rows[lane % 4];
+    store_some<kCount>(c + lane * to.row, to.adds,
+                       lane < 4 ? _mm256_castps256_ps128(row) : _mm256_extractf128_ps(row, 1));
+  }
+  if constexpr (Columns > 4) store_rows<Columns - 4>(to, sums + 4, j + 4);
+}
+
+// The sums of the products of a panel of 8 * Registers rows with the first `Columns` rows of B.
+template <int Registers, int Columns, bool>
+PANTHER_AVX2 __attribute__((always_inline)) inline void add_panel(const float* panel, const Strided& b, int64_t depth,
+                                                                  __m256 (&sums)[Registers][Columns]) {
+  PANTHER_UNROLL for (int s = 0; s < Columns; ++s) {
+    PANTHER_UNROLL for (int v = 0; v < Registers; ++v) sums[v][s] = _mm256_setzero_ps();
+  }
+  constexpr int kPointers = (Columns + 2) / 3;  // an address can add a step or two to each: that many stay in registers
+  const float* numbers[kPointers];
+  for (int q = 0; q < kPointers; ++q) numbers[q] = b.at(3 * q, 0);
+  // With one register of rows of A, reading B is what this costs, and the next rows of B are asked for: 1.1 to 1.3
+  // times as fast. Rows a multiple of 1024 numbers apart would push each other out of the first cache.
+  const bool fetches = Registers == 1 && b.row % 1024 != 0;
+  constexpr int64_t kLine = 16;
+  for (int64_t r = 0; r < depth;) {
+    if (fetches) {
+      for (int s = 0; s < Columns; ++s) __builtin_prefetch(numbers[s / 3] + (s % 3 + Columns) * b.row);
+    }
+    for (const int64_t end = std::min(depth, r + kLine); r < end; ++r, panel += kLanes * Registers) {
+      __m256 values[Registers];
+      for (int v = 0; v < Registers; ++v) values[v] = _mm256_loadu_ps(panel + v * kLanes);
+      PANTHER_UNROLL for (int s = 0; s < Columns; ++s) {
+        const __m256 number = _mm256_broadcast_ss(numbers[s / 3] + s % 3 * b.row);
+        PANTHER_UNROLL for (int v = 0; v < Registers; ++v) sums[v][s] = _mm256_fmadd_ps(values[v], number, sums[v][s]);
+      }
+      for (const float*& of_three : numbers) of_three += b.column;
+    }
+  }
+}
+
+#define PANTHER_VECTOR PANTHER_AVX2
+#include "core/gemm_block.h"
+#undef PANTHER_VECTOR
+
+}  // namespace avx2
+
 namespace avx512 {
 
-inline constexpr int64_t kDepth = 512;         // of A and B are multiplied at a time
-inline constexpr int64_t kPanel = 3 * kLanes;  // the most rows of A side by side
-inline constexpr int64_t kPackedRows = 192;    // whose panels of that depth stay in the second cache
-inline constexpr int64_t kMostPacked = 256;    // the most that `Panels` takes
+inline constexpr int64_t kDepth = 512;  // as above
+inline constexpr int64_t kMostRegisters = 3;
+inline constexpr int64_t kPackedRows = 192;
+inline constexpr int64_t kMostPacked = 256;
+inline constexpr int64_t kTogether = 16;
+inline constexpr bool kHasHalves = true;
 
-// As first_lanes, of any number.
-PANTHER_AVX512 inline __mmask16 up_to(int64_t count) { return first_lanes(std::clamp<int64_t>(count, 0, kLanes)); }
+// A single register of rows needs more sums to hide the latency of an addition.
+constexpr int most_columns(int registers) { return registers == 1 ? 16 : 8; }
+
+constexpr int64_t panels_of(int64_t registers) { return (registers + 2) / 3; }
 
 // The numbers c, c + 4, c + 8, c + 12 of each four of some rows side by side, in fours[i + c] of the rows from i on.
 template <int Rows>
@@ -110,88 +251,17 @@ PANTHER_AVX512 inline void transpose(__m512 (&rows)[16]) {
   }
 }
 
-// Sixteen rows of A, of which `count` are there, as lanes: packed[r * width + lane] = A[lane][r].
-PANTHER_AVX512 inline void pack_lanes(const Strided& a, int64_t count, int64_t depth, int64_t width, float* packed) {
-  if (a.row == 1) {
-    const __mmask16 lanes = up_to(count);
-    for (int64_t r = 0; r < depth; ++r) {
-      _mm512_storeu_ps(packed + r * width, _mm512_maskz_loadu_ps(lanes, a.at(0, r)));
-    }
-    return;
-  }
-  if (a.column != 1) {
-    for (int64_t r = 0; r < depth; ++r) {
-      for (int64_t lane = 0; lane < kLanes; ++lane) packed[r * width + lane] = lane < count ? *a.at(lane, r) : 0.0f;
-    }
-    return;
-  }
-  for (int64_t r = 0; r < depth; r += kLanes) {
-    const __mmask16 there = up_to(depth - r);
-    __m512 rows[16];
-    for (int64_t lane = 0; lane < kLanes; ++lane) {
-      rows[lane] = lane < count ? _mm512_maskz_loadu_ps(there, a.at(lane, r)) : _mm512_setzero_ps();
-    }
-    transpose(rows);
-    for (int64_t s = 0; s < kLanes && r + s < depth; ++s) _mm512_storeu_ps(packed + (r + s) * width, rows[s]);
-  }
-}
-
-// What a block does with its sums: `columns` columns of C by `count` rows, from c on. Where rows follow each other,
-// there may be a gap in C behind the next `near` ones, and behind every `each` from there on.
-struct Block {
-  float* c;
-  int64_t row;
-  int64_t column;
-  int64_t count;
-  const float* of_rows;     // what is added, or null
-  const float* of_columns;  // the same
-  bool adds;                // to what is in C
-  int64_t gap = 0;          // numbers
-  int64_t near = 0;
-  int64_t each = 0;  // at least a register of them
-
-  // From a later row on.
-  Block from(int64_t later) const {
-    Block part = *this;
-    part.c += later * row;
-    part.count -= later;
-    if (of_rows) part.of_rows += later;
-    if (gap != 0) {
-      const int64_t gaps = later < near ? 0 : 1 + (later - near) / each;
-      part.c += gaps * gap;
-      part.near += gaps * each - later;
-    }
-    return part;
-  }
-};
-
-// Sums leave the registers inside of `panel_block`: they must not go through memory to get here.
-PANTHER_AVX512 __attribute__((always_inline)) inline void store_lanes(float* c, bool adds, __mmask16 lanes,
-                                                                      __m512 sum) {
-  if (adds) sum = _mm512_add_ps(sum, _mm512_maskz_loadu_ps(lanes, c));
-  _mm512_mask_storeu_ps(c, lanes, sum);
-}
-
-PANTHER_AVX512 __attribute__((always_inline)) inline void store_column(const Block& to, __m512 sum, int64_t j) {
-  const __mmask16 lanes = up_to(to.count);
-  float* c = to.c + j * to.column;
-  if (to.gap == 0 || to.near >= kLanes) return store_lanes(c, to.adds, lanes, sum);
-  const __mmask16 near = up_to(to.near);
-  store_lanes(c, to.adds, lanes & near, sum);
-  store_lanes(c + to.gap, to.adds, lanes & static_cast<__mmask16>(~near), sum);
-}
-
 // Sixteen rows of up to sixteen numbers each, from registers that hold columns.
 template <int Columns>
 PANTHER_AVX512 __attribute__((always_inline)) inline void store_rows(const Block& to, const __m512* sums, int64_t j) {
-  const __mmask16 there = up_to(Columns);
+  const Mask there = first_lanes(Columns);
   float* c = to.c + j;
   __m512 rows[Columns > 8 ? 16 : 8];
   for (int s = 0; s < (Columns > 8 ? 16 : 8); ++s) rows[s] = s < Columns ? sums[s] : _mm512_setzero_ps();
   if constexpr (Columns > 8) {
     transpose(rows);
     for (int64_t lane = 0; lane < std::min(to.count, kLanes); ++lane, c += to.row) {
-      store_lanes(c, to.adds, there, rows[lane]);
+      store_masked(c, to.adds ? add(rows[lane], load_masked(c, there)) : rows[lane], there);
     }
     return;
   }
@@ -215,42 +285,18 @@ PANTHER_AVX512 __attribute__((always_inline)) inline void store_rows(const Block
   }
 }
 
-template <int Columns>
-PANTHER_AVX512 __attribute__((always_inline)) inline void store_block(const Block& to, __m512 (&sums)[Columns],
-                                                                      int64_t j) {
-  for (int s = 0; s < Columns; ++s) {
-    if (to.of_rows) sums[s] = _mm512_add_ps(sums[s], _mm512_maskz_loadu_ps(up_to(to.count), to.of_rows));
-    if (to.of_columns) sums[s] = _mm512_add_ps(sums[s], _mm512_set1_ps(to.of_columns[j + s]));
-  }
-  if (to.row == 1) {
-    for (int s = 0; s < Columns; ++s) store_column(to, sums[s], j + s);
-  } else if (to.column == 1) {
-    store_rows<Columns>(to, sums, j);
-  } else {
-    for (int s = 0; s < Columns; ++s) {
-      float lanes[kLanes];
-      _mm512_storeu_ps(lanes, sums[s]);
-      for (int64_t lane = 0; lane < std::min(to.count, kLanes); ++lane) {
-        float& c = to.c[lane * to.row + (j + s) * to.column];
-        c = to.adds ? c + lanes[lane] : lanes[lane];
-      }
-    }
-  }
-}
-
-// A panel of 16 * Registers rows times `Columns` rows of B. Of the last register the second half may be left out, which
-// is half the work where the processor adds up a register in two steps.
+// The sums of the products of a panel of 16 * Registers rows with the first `Columns` rows of B. Of the last register
+// the second half may be left out, which is half the work where the processor adds up a register in two steps.
 template <int Registers, int Columns, bool IsHalf>
-PANTHER_AVX512 __attribute__((noinline)) void panel_block(const float* panel, const Strided& b, int64_t depth,
-                                                          const Block& to, int64_t j) {
+PANTHER_AVX512 __attribute__((always_inline)) inline void add_panel(const float* panel, const Strided& b, int64_t depth,
+                                                                    __m512 (&sums)[Registers][Columns]) {
   constexpr int kWhole = IsHalf ? Registers - 1 : Registers;
-  __m512 sums[Registers][Columns];
   __m256 halves[Columns];
   for (auto& of_register : sums) {
     for (__m512& sum : of_register) sum = _mm512_setzero_ps();
   }
   for (__m256& half : halves) half = _mm256_setzero_ps();
-  const float* numbers = b.at(j, 0);
+  const float* numbers = b.numbers;
   for (int64_t r = 0; r < depth; ++r, panel += kLanes * Registers, numbers += b.column) {
     if (r % kLanes == 0) {  // the next rows of B are asked for: with few of A, reading them is what this costs
       for (int s = 0; s < Columns; ++s) __builtin_prefetch(numbers + (s + Columns) * b.row);
@@ -265,111 +311,11 @@ PANTHER_AVX512 __attribute__((noinline)) void panel_block(const float* panel, co
     }
   }
   for (int s = 0; IsHalf && s < Columns; ++s) sums[kWhole][s] = _mm512_zextps256_ps512(halves[s]);
-  for (int v = 0; v < Registers; ++v) {
-    if (v * kLanes < to.count) store_block<Columns>(to.from(v * kLanes), sums[v], j);
-  }
 }
 
-// Fewer columns than `Columns`, in blocks of half as many, a quarter and so on.
-template <int Registers, int Columns>
-PANTHER_AVX512 inline void last_columns(const float* panel, const Strided& b, int64_t depth, const Block& to,
-                                        int64_t first, int64_t last) {
-  if constexpr (Columns > 1) {
-    constexpr int kHalf = Columns / 2;
-    if (last - first >= kHalf) {
-      panel_block<Registers, kHalf, false>(panel, b, depth, to, first);
-      first += kHalf;
-    }
-    last_columns<Registers, kHalf>(panel, b, depth, to, first, last);
-  }
-}
-
-// The most columns at once: a single register of rows needs more sums to hide the latency of an addition.
-constexpr int most_columns(int registers) { return registers == 1 ? 16 : 8; }
-
-template <int Registers>
-PANTHER_AVX512 inline void panel_columns(const float* panel, const Strided& b, int64_t depth, const Block& to,
-                                         int64_t first, int64_t last) {
-  constexpr int kMost = most_columns(Registers);
-  const bool is_half = to.count <= Registers * kLanes - kLanes / 2;
-  for (; last - first >= kMost; first += kMost) {
-    if (is_half) {
-      panel_block<Registers, kMost, true>(panel, b, depth, to, first);
-    } else {
-      panel_block<Registers, kMost, false>(panel, b, depth, to, first);
-    }
-  }
-  last_columns<Registers, kMost>(panel, b, depth, to, first, last);
-}
-
-// How up to kMostPacked rows are packed: in panels of one to three registers, of about the same size.
-struct Panels {
-  int64_t registers;
-  int64_t count;
-  int64_t starts[kMostPacked / kPanel + 2] = {0};  // in registers
-
-  explicit Panels(int64_t rows) : registers((rows + kLanes - 1) / kLanes), count((registers + 2) / 3) {
-    for (int64_t q = 0; q < count; ++q) starts[q + 1] = registers * (q + 1) / count;
-  }
-
-  int64_t panel_of(int64_t v) const { return std::upper_bound(starts, starts + count + 1, v) - starts - 1; }
-  // Numbers of the panel that register v is in, for each of its columns.
-  int64_t width_at(int64_t v) const {
-    const int64_t q = panel_of(v);
-    return (starts[q + 1] - starts[q]) * kLanes;
-  }
-  // Where the first number of register v lies.
-  int64_t place(int64_t v, int64_t depth) const {
-    const int64_t q = panel_of(v);
-    return starts[q] * kLanes * depth + (v - starts[q]) * kLanes;
-  }
-};
-
-// Packed rows times the rows [first, last) of B, which `to` has columns for from its first one on.
-PANTHER_AVX512 inline void panels_times(const Panels& panels, const float* packed, const Strided& b, int64_t depth,
-                                        const Block& to, int64_t first, int64_t last) {
-  for (int64_t q = 0; q < panels.count; ++q) {
-    const int64_t row = panels.starts[q] * kLanes, width = panels.starts[q + 1] - panels.starts[q];
-    const float* panel = packed + row * depth;
-    const Block part = to.from(row);
-    if (width == 3) panel_columns<3>(panel, b, depth, part, first, last);
-    if (width == 2) panel_columns<2>(panel, b, depth, part, first, last);
-    if (width == 1) panel_columns<1>(panel, b, depth, part, first, last);
-  }
-}
-
-// Rows [i, i + rows) of A and `depth` of their numbers, packed, times all of B, sixteen rows of it after the others.
-PANTHER_AVX512 inline void packed_rows(const Gemm& p, int64_t i, int64_t rows, int64_t r, int64_t depth,
-                                       float* packed) {
-  const Panels panels(rows);
-  for (int64_t v = 0; v < panels.registers; ++v) {
-    const Strided some{p.a.at(i + v * kLanes, r), p.a.row, p.a.column};
-    pack_lanes(some, rows - v * kLanes, depth, panels.width_at(v), packed + panels.place(v, depth));
-  }
-  const Strided b{p.b.at(0, r), p.b.row, p.b.column};
-  const float* bias = r + depth == p.k ? p.bias : nullptr;
-  const Block to{p.c + i * p.c_row,
-                 p.c_row,
-                 p.c_column,
-                 rows,
-                 bias && p.bias_is_of_rows ? bias + i : nullptr,
-                 bias && !p.bias_is_of_rows ? bias : nullptr,
-                 r > 0};
-  constexpr int64_t kColumns = most_columns(1);
-  for (int64_t j = 0; j < p.n; j += kColumns) {
-    panels_times(panels, packed, b, depth, to, j, std::min(p.n, j + kColumns));
-  }
-}
-
-PANTHER_AVX512 inline void gemm(const Gemm& p) {
-  const std::unique_ptr<float[]> packed(new float[(std::min(p.m, kPackedRows) + kLanes) * std::min(p.k, kDepth)]);
-  for (int64_t r = 0; r < p.k || r == 0; r += kDepth) {
-    const int64_t depth = std::min(kDepth, p.k - r);
-    for (int64_t i = 0; i < p.m; i += kPackedRows) {
-      packed_rows(p, i, std::min(kPackedRows, p.m - i), r, depth, packed.get());
-    }
-  }
-}
+#define PANTHER_VECTOR PANTHER_AVX512
+#include "core/gemm_block.h"
+#undef PANTHER_VECTOR
 
 }  // namespace avx512
 
@@ -377,7 +323,9 @@ PANTHER_AVX512 inline void gemm(const Gemm& p) {
 
 inline void gemm(const Gemm& p) {
 #if PANTHER_HAS_AVX
-  if (instruction_set_in_use().load() == InstructionSet::avx512) return avx512::gemm(p);
+  const InstructionSet set = instruction_set_in_use().load();
+  if (set == InstructionSet::avx512) return avx512::gemm(p);
+  if (set == InstructionSet::avx2) return avx2::gemm(p);
 #endif
   gemm_scalar(p);
 }

@@ -13,6 +13,12 @@
 #define PANTHER_HAS_NEON 0
 #define PANTHER_INLINE inline
 #if !defined(PANTHER_SCALAR) && (defined(__GNUC__) || defined(__clang__))
+// Before a loop whose counter chooses a register: else GCC keeps them all in memory.
+#if defined(__clang__)
+#define PANTHER_UNROLL _Pragma("unroll")
+#else
+#define PANTHER_UNROLL _Pragma("GCC unroll 16")
+#endif
 #if defined(__x86_64__) || defined(__i386__)
 #undef PANTHER_HAS_AVX
 #define PANTHER_HAS_AVX 1
@@ -49,14 +55,16 @@ inline bool has(InstructionSet set) {
   return set == InstructionSet::scalar;
 }
 
-// MKL, which torch multiplies with on x86, takes AVX2 where Intel did not make the processor, whatever that could do.
-inline bool mkl_keeps_to_avx2() {
+inline bool is_made_by_intel() {
 #if PANTHER_HAS_AVX
-  return has(InstructionSet::avx512) && !__builtin_cpu_is("intel");
+  return __builtin_cpu_is("intel");
 #else
   return false;
 #endif
 }
+
+// MKL, which torch multiplies with on x86, takes AVX2 where Intel did not make the processor, whatever that could do.
+inline bool mkl_keeps_to_avx2() { return has(InstructionSet::avx512) && !is_made_by_intel(); }
 
 // The sets this processor can run, the best one last.
 inline std::vector<InstructionSet> instruction_sets() {

@@ -45,6 +45,13 @@ struct ThinLinear {
   int64_t y_stride;
 };
 
+struct alignas(64) Line {  // of the cache, so that a register is not read from two of them
+  float numbers[16];
+};
+
+// Room for some numbers, at least for one.
+inline std::unique_ptr<Line[]> lines_of(int64_t numbers) { return std::unique_ptr<Line[]>(new Line[numbers / 16 + 1]); }
+
 // The twin without intrinsics: what every other processor runs, and what the vector kernels are tested against.
 template <class W>
 inline void thin_linear_scalar(const ThinLinear<W>& p, int64_t first, int64_t last) {
@@ -104,9 +111,19 @@ PANTHER_AVX2 inline Vector load(const Nibbles* numbers) {
   return _mm256_cvtepi32_ps(_mm256_sub_epi32(stored, _mm256_set1_epi32(8)));
 }
 
-PANTHER_AVX2 inline Vector load(const float* numbers, int64_t count) {
+using Mask = __m256i;
+
+PANTHER_AVX2 inline Mask first_lanes(int64_t count) {
   const __m256i lanes = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
-  return _mm256_maskload_ps(numbers, _mm256_cmpgt_epi32(_mm256_set1_epi32(static_cast<int>(count)), lanes));
+  return _mm256_cmpgt_epi32(_mm256_set1_epi32(static_cast<int>(count)), lanes);
+}
+
+PANTHER_AVX2 inline Mask both(Mask a, Mask b) { return _mm256_and_si256(a, b); }
+PANTHER_AVX2 inline Mask without(Mask a, Mask b) { return _mm256_andnot_si256(b, a); }
+PANTHER_AVX2 inline Vector load_masked(const float* numbers, Mask lanes) { return _mm256_maskload_ps(numbers, lanes); }
+PANTHER_AVX2 inline void store_masked(float* to, Vector a, Mask lanes) { _mm256_maskstore_ps(to, lanes, a); }
+PANTHER_AVX2 inline Vector load(const float* numbers, int64_t count) {
+  return load_masked(numbers, first_lanes(count));
 }
 
 template <class T>  // of narrower numbers
@@ -117,13 +134,11 @@ PANTHER_AVX2 inline Vector load(const T* numbers, int64_t count) {
 }
 
 PANTHER_AVX2 inline Vector all_lanes(float number) { return _mm256_set1_ps(number); }
+PANTHER_AVX2 inline Vector add(Vector a, Vector b) { return _mm256_add_ps(a, b); }
 PANTHER_AVX2 inline Vector multiply(Vector a, Vector b) { return _mm256_mul_ps(a, b); }
 PANTHER_AVX2 inline void store(float* to, Vector a) { _mm256_storeu_ps(to, a); }
 
-PANTHER_AVX2 inline void store(float* to, Vector a, int64_t count) {
-  const __m256i lanes = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
-  _mm256_maskstore_ps(to, _mm256_cmpgt_epi32(_mm256_set1_epi32(static_cast<int>(count)), lanes), a);
-}
+PANTHER_AVX2 inline void store(float* to, Vector a, int64_t count) { store_masked(to, a, first_lanes(count)); }
 
 PANTHER_AVX2 inline void store(__m128 sums, const float* bias, float* to) {
   _mm_storeu_ps(to, bias ? _mm_add_ps(sums, _mm_loadu_ps(bias)) : sums);
@@ -151,12 +166,21 @@ inline constexpr int kStrip = 8;
 
 PANTHER_AVX512 inline Vector zeros() { return _mm512_setzero_ps(); }
 PANTHER_AVX512 inline Vector multiply_add(Vector a, Vector b, Vector c) { return _mm512_fmadd_ps(a, b, c); }
-PANTHER_AVX512 inline __mmask16 first_lanes(int64_t count) { return static_cast<__mmask16>((1u << count) - 1); }
+
+using Mask = __mmask16;
+
+PANTHER_AVX512 inline Mask first_lanes(int64_t count) { return static_cast<Mask>((1u << count) - 1); }
+PANTHER_AVX512 inline Mask both(Mask a, Mask b) { return a & b; }
+PANTHER_AVX512 inline Mask without(Mask a, Mask b) { return static_cast<Mask>(a & ~b); }
+PANTHER_AVX512 inline Vector load_masked(const float* numbers, Mask lanes) {
+  return _mm512_maskz_loadu_ps(lanes, numbers);
+}
+PANTHER_AVX512 inline void store_masked(float* to, Vector a, Mask lanes) { _mm512_mask_storeu_ps(to, lanes, a); }
 
 PANTHER_AVX512 inline Vector load(const float* numbers) { return _mm512_loadu_ps(numbers); }
 
 PANTHER_AVX512 inline Vector load(const float* numbers, int64_t count) {
-  return _mm512_maskz_loadu_ps(first_lanes(count), numbers);
+  return load_masked(numbers, first_lanes(count));
 }
 
 PANTHER_AVX512 inline Vector widened_lanes(__m256i halves) {
@@ -182,12 +206,11 @@ PANTHER_AVX512 inline Vector load(const int8_t* numbers, int64_t count) {
 }
 
 PANTHER_AVX512 inline Vector all_lanes(float number) { return _mm512_set1_ps(number); }
+PANTHER_AVX512 inline Vector add(Vector a, Vector b) { return _mm512_add_ps(a, b); }
 PANTHER_AVX512 inline Vector multiply(Vector a, Vector b) { return _mm512_mul_ps(a, b); }
 PANTHER_AVX512 inline void store(float* to, Vector a) { _mm512_storeu_ps(to, a); }
 
-PANTHER_AVX512 inline void store(float* to, Vector a, int64_t count) {
-  _mm512_mask_storeu_ps(to, first_lanes(count), a);
-}
+PANTHER_AVX512 inline void store(float* to, Vector a, int64_t count) { store_masked(to, a, first_lanes(count)); }
 
 // Four bits choose one of the sixteen multiples of a scale, which are what the numbers are worth.
 PANTHER_AVX512 inline Vector factor_of(const Nibbles*, float scale) {

@@ -17,25 +17,43 @@ PANTHER_VECTOR inline Vector scaled(const T* numbers, int64_t count, Vector fact
   return multiply(load(numbers, count), factor);
 }
 
-// Adds the products of a register of each row of x with that of each row of w, or of their first `count` lanes.
+// A register of a row of w, or its first `count` lanes.
+template <int Rows, class W>
+PANTHER_VECTOR inline Vector weights_at(const ThinLinear<W>& p, int64_t column, int64_t k, int64_t count,
+                                        Vector factor) {
+  const auto* numbers = p.w.numbers + p.w.at(column, k);
+  if constexpr (W::kHasScales) {
+    if constexpr (Rows > 1) factor = factor_of(numbers, p.w.scale(column, k));
+    return count == kLanes ? scaled(numbers, factor) : scaled(numbers, count, factor);
+  } else {
+    return count == kLanes ? load(numbers) : load(numbers, count);
+  }
+}
+
+// Adds the products of a register of each row of x with that of each row of w, or of their first `count` lanes. What
+// there is less of stays in registers meanwhile, beside the sums and one of the others.
 template <int Rows, int Columns, class W>
 PANTHER_VECTOR inline void add_products(const ThinLinear<W>& p, const float* x, int64_t column, int64_t k,
                                         int64_t count, const Vector (&factors)[Columns],
                                         Vector (&sums)[Rows][Columns]) {
-  Vector weights[Columns];
-  for (int j = 0; j < Columns; ++j) {
-    const auto* numbers = p.w.numbers + p.w.at(column + j, k);
-    if constexpr (W::kHasScales) {
-      const Vector factor = Rows == 1 ? factors[j] : factor_of(numbers, p.w.scale(column + j, k));
-      weights[j] = count == kLanes ? scaled(numbers, factor) : scaled(numbers, count, factor);
-    } else {
-      weights[j] = count == kLanes ? load(numbers) : load(numbers, count);
-    }
-  }
-  for (int i = 0; i < Rows; ++i) {
+  const auto value_at = [&](int i) PANTHER_VECTOR {
     const float* values = x + i * p.x_stride + k;
-    const Vector value = count == kLanes ? load(values) : load(values, count);
-    for (int j = 0; j < Columns; ++j) sums[i][j] = multiply_add(value, weights[j], sums[i][j]);
+    return count == kLanes ? load(values) : load(values, count);
+  };
+  if constexpr (Rows < Columns) {
+    Vector values[Rows];
+    for (int i = 0; i < Rows; ++i) values[i] = value_at(i);
+    for (int j = 0; j < Columns; ++j) {
+      const Vector weights = weights_at<Rows>(p, column + j, k, count, factors[j]);
+      for (int i = 0; i < Rows; ++i) sums[i][j] = multiply_add(values[i], weights, sums[i][j]);
+    }
+  } else {
+    Vector weights[Columns];
+    for (int j = 0; j < Columns; ++j) weights[j] = weights_at<Rows>(p, column + j, k, count, factors[j]);
+    for (int i = 0; i < Rows; ++i) {
+      const Vector value = value_at(i);
+      for (int j = 0; j < Columns; ++j) sums[i][j] = multiply_add(value, weights[j], sums[i][j]);
+    }
   }
 }
 
@@ -150,11 +168,8 @@ PANTHER_VECTOR inline void widen_rows(W w, int64_t first, int64_t last, int64_t 
 // Strips of w that are widened once for all rows of x, and then read as floats. Gives the column after the last one.
 template <class W>
 PANTHER_VECTOR inline int64_t widened_strips(const ThinLinear<W>& p, int64_t first, int64_t last) {
-  struct alignas(64) Line {  // of the cache, so that a register is not read from two of them
-    float numbers[16];
-  };
-  const std::unique_ptr<Line[]> lines(new Line[(kStrip * p.in + 15) / 16]);
-  float* wide = reinterpret_cast<float*>(lines.get());
+  const std::unique_ptr<Line[]> lines = lines_of(kStrip * p.in);
+  float* wide = lines[0].numbers;
   int64_t column = first;
   for (; last - column >= kStrip; column += kStrip) {
     widen_rows(p.w, column, column + kStrip, 0, p.in, wide);

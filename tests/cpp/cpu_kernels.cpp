@@ -168,8 +168,8 @@ void check_gemm(int64_t m, int64_t n, int64_t k, const Layouts& of, bool is_alig
 
 void check_gemms() {
   int count = 0;
-  for (int64_t m : {1, 15, 16, 17, 33, 48, 49, 97}) {
-    for (int64_t n : {1, 7, 8, 9, 16, 23}) {
+  for (int64_t m : {1, 8, 15, 16, 17, 24, 33, 48, 49, 97}) {
+    for (int64_t n : {1, 5, 6, 7, 8, 9, 16, 23}) {
       for (int64_t k : {0, 1, 15, 16, 17, 40}) {
         for (Layout a : {Layout::rows, Layout::columns, Layout::neither}) {
           for (Layout c : {Layout::rows, Layout::columns, Layout::neither}) {
