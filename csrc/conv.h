@@ -12,6 +12,7 @@
 #include <vector>
 
 #include "core/conv.h"
+#include "gemm.h"
 #include "tensors.h"
 #include "threads.h"
 
@@ -102,18 +103,35 @@ struct ConvShape {
   }
 };
 
-// Whether torch's own convolution of many windows is as fast as core/conv.h, or faster. It takes channels sixteen at a
-// time, and slows down where these do not come out even, for long kernels and for few windows; of single places it is
-// slower while their numbers stay in the caches, and where there are enough channels for packing them to pay. Measured
-// on Zen 4, one and two threads, batches of 1 to 32.
-inline bool torch_is_fast(const ConvShape& p, int64_t out) {
+inline constexpr int64_t kImageChannels = 4;  // of pictures as they come in, which torch has kernels for
+
+// Whether torch's own convolution of many windows is as fast as core/conv.h with AVX-512, or faster. It takes channels
+// sixteen at a time, and slows down where these do not come out even, for long kernels and for few windows; of single
+// places it is slower while their numbers stay in the caches, and where there are enough channels for packing them to
+// pay. Measured on Zen 4, one and two threads, batches of 1 to 32.
+inline bool torch_is_fast_with_avx512(const ConvShape& p, int64_t out) {
   constexpr int64_t kInCaches = 1 << 22, kInNearCaches = 1 << 20, kLongKernel = 32, kManyWindows = 512,
-                    kImageChannels = 4, kFewChannels = 24;
+                    kFewChannels = 24;
   const int64_t taps = product(p.kernel_size), in = p.x.size(1), windows = p.windows();
   if (taps == 1) return std::min(in, out) < kFewChannels || p.x.numel() + windows * out > kInCaches;
   if (p.dims() > 1 && in <= kImageChannels) return true;
   if (in % 16 != 0 || taps >= kLongKernel || windows < kManyWindows) return false;
   return out % 16 == 0 || p.x.numel() > kInNearCaches;
+}
+
+// The same with AVX2: eight channels at a time, kernels of up to seven places in a row, and large samples. Measured on
+// Zen 3, one and two threads, batches of 1 and 8.
+inline bool torch_is_fast_with_avx2(const ConvShape& p, int64_t out) {
+  constexpr int64_t kLongRow = 8, kLargeLine = 256, kLargePicture = 512, kManyChannels = 96;
+  const int64_t taps = product(p.kernel_size), in = p.x.size(1);
+  if (taps == 1) return in < kManyChannels || out <= in;
+  if (p.dims() > 1 && in <= kImageChannels) return true;
+  if (in % 8 != 0 || out % 8 != 0 || p.kernel_size.back() >= kLongRow) return false;
+  return product(p.positions()) >= (p.dims() > 1 ? kLargePicture : kLargeLine);
+}
+
+inline bool torch_is_fast(const ConvShape& p, int64_t out) {
+  return uses(core::InstructionSet::avx2) ? torch_is_fast_with_avx2(p, out) : torch_is_fast_with_avx512(p, out);
 }
 
 // Whether all strides are those of a new tensor. Others, of axes of one number too, can mean that channels lie last,
@@ -127,10 +145,10 @@ inline bool has_default_strides(const Tensor& tensor) {
   return true;
 }
 
-inline bool has_avx512() { return core::instruction_set_in_use().load() == core::InstructionSet::avx512; }
+inline bool has_own_conv() { return uses(core::InstructionSet::avx512) || uses(core::InstructionSet::avx2); }
 
 inline int64_t few_windows() {
-  if (has_avx512()) return kFewBeforeOwn;
+  if (has_own_conv()) return kFewBeforeOwn;
   const bool is_scalar = core::instruction_set_in_use().load() == core::InstructionSet::scalar;
   return is_scalar ? kFewScalarWindows : kFewWindows;
 }
@@ -240,7 +258,7 @@ void run(const core::Conv<W>& p) {
                                 [&](int64_t first, int64_t last) { core::Convolver<W>(p).channels(first, last); });
     return;
   }
-  const int64_t work = core::kWindows * core::kChannels * depth;
+  const int64_t work = core::most_windows() * core::kChannels * depth;
   torch::stable::parallel_for(0, core::parts_of(p), std::max<int64_t>(1, kGrain / work),
                               [&](int64_t first, int64_t last) { core::Convolver<W>(p).parts(first, last); });
 }

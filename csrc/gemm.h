@@ -17,9 +17,7 @@ inline bool uses(core::InstructionSet set) { return core::instruction_set_in_use
 
 // Whether lanes are for columns of C, which are stored as they are, and not for rows: 1.02 to 1.1 times as fast for
 // many rows, 0.8 to 0.9 for 16 to 64.
-inline bool has_lanes_of_columns(const core::Gemm& p) {
-  return p.m >= (uses(core::InstructionSet::avx2) ? 192 : 512);
-}
+inline bool has_lanes_of_columns(const core::Gemm& p) { return p.m >= (uses(core::InstructionSet::avx2) ? 192 : 512); }
 
 inline void run(const core::Gemm& given) {
   const core::Gemm p = has_lanes_of_columns(given) ? given.transposed() : given;
@@ -33,9 +31,9 @@ inline void run(const core::Gemm& given) {
                               });
 }
 
-// Whether torch's own product of so many rows is slower. Beside MKL with AVX2 the kernel with AVX-512 is twice as fast at
-// 16 rows of 384 to 4096 numbers and 2.1 to 2.5 times from 32 on, one thread. With AVX2, on Zen 3, it is 1.6 times as
-// fast at 16 rows, 1.3 times at 32 and 1.0 to 1.05 from 128 on. MKL on Intel's processors was not measured.
+// Whether torch's own product of so many rows is slower. Beside MKL with AVX2 the kernel with AVX-512 is twice as fast
+// at 16 rows of 384 to 4096 numbers and 2.1 to 2.5 times from 32 on, one thread. With AVX2, on Zen 3, it is 1.6 times
+// as fast at 16 rows, 1.3 times at 32 and 1.0 to 1.05 from 128 on. MKL on Intel's processors was not measured.
 inline bool runs_in_gemm(int64_t rows) {
   const bool can = uses(core::InstructionSet::avx512) || uses(core::InstructionSet::avx2);
   return can && rows > 0 && (!core::is_made_by_intel() || rows <= 32);

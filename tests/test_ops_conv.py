@@ -41,7 +41,7 @@ class Geometry:
 
 GEOMETRIES = {
     "few windows": Geometry((1, 5, 9), 7, (3,), padding=(1,)),
-    "points": Geometry((2, 37, 11, 13), 50, (1, 1)),
+    "points": Geometry((2, 101, 11, 13), 130, (1, 1)),
     "points of one sample, apart": Geometry((1, 9, 30, 31), 18, (1, 1), stride=(2, 2)),
     "points with an edge": Geometry((1, 9, 12, 13), 18, (1, 1), padding=(2, 1)),
     "long kernel": Geometry((3, 4, 50), 21, (33,), padding=(16,)),

@@ -129,14 +129,17 @@ inline void unfold(const Windows& x, int64_t first, int64_t last, float* rows) {
   }
 }
 
-// What threads share: up to kWindows windows of a sample, about as many in each part, by kChannels channels of y.
-inline constexpr int64_t kWindows = 256, kChannels = 16;
+// What threads share: up to most_windows() windows of a sample, about as many in each part, by kChannels channels of y.
+inline constexpr int64_t kChannels = 16;
+
+// As many as stay in the second cache when they are packed: of processors without AVX-512 it is half as large.
+inline int64_t most_windows() { return instruction_set_in_use().load() == InstructionSet::avx2 ? 128 : 256; }
 
 inline int64_t parts_of(int64_t whole, int64_t most) { return (whole + most - 1) / most; }
 
 template <class W>
 int64_t parts_of(const Conv<W>& p) {
-  return p.samples * parts_of(p.x.positions, kWindows) * parts_of(p.out, kChannels);
+  return p.samples * parts_of(p.x.positions, most_windows()) * parts_of(p.out, kChannels);
 }
 
 // Where part i of `count` begins: at a whole number of registers.
@@ -168,53 +171,93 @@ inline void conv_part_scalar(const Conv<W>& p, const ConvPart& part) {
 
 #if PANTHER_HAS_AVX
 
+namespace avx2 {
+
+using Bits = uint8_t;  // a lane each
+using Indices = __m256i;
+
+inline Bits first_bits(int64_t count) { return static_cast<Bits>((1u << count) - 1); }
+PANTHER_AVX2 inline Indices load_indices(const int32_t* from) {
+  return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from));
+}
+
+PANTHER_AVX2 inline Mask mask_of(Bits some) {
+  const __m256i of_lanes = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128);
+  return _mm256_cmpeq_epi32(_mm256_and_si256(_mm256_set1_epi32(some), of_lanes), of_lanes);
+}
+
+// As below.
+inline bool are_one_run(const int64_t* windows, int64_t count, int64_t step) {
+  if (step != 1 && step != 2) return false;
+  bool is_one = true;
+  for (int64_t i = 1; i < count; ++i) is_one &= windows[i] == windows[0] + i * step;
+  return is_one;
+}
+
+PANTHER_AVX2 inline Vector every_second(const float* numbers, Bits some) {
+  const __m256i spread = _mm256_setr_epi32(0, 0, 1, 1, 2, 2, 3, 3),
+                even = _mm256_setr_epi32(-1, 0, -1, 0, -1, 0, -1, 0);
+  const auto lanes = [&](int of) PANTHER_AVX2 {
+    return _mm256_and_si256(_mm256_permutevar8x32_epi32(mask_of(static_cast<Bits>(of)), spread), even);
+  };
+  __m256 fours;
+  if (some == 0xFF) {  // numbers 0, 2, 8, 10 and 4, 6, 12, 14
+    fours = _mm256_shuffle_ps(load(numbers), load(numbers + kLanes - 1), 0xD8);
+  } else {
+    const __m256 low = load_masked(numbers, lanes(some)), high = load_masked(numbers + kLanes, lanes(some >> 4));
+    fours = _mm256_shuffle_ps(low, high, 0x88);
+  }
+  return _mm256_castpd_ps(_mm256_permute4x64_pd(_mm256_castps_pd(fours), 0xD8));
+}
+
+PANTHER_AVX2 inline Vector filled(Vector values, const float* from, Bits some) {
+  if (some == 0xFF) return load(from);
+  return _mm256_or_ps(values, load_masked(from, mask_of(some)));  // which has zeros there
+}
+
+PANTHER_AVX2 inline Vector joined(Vector values, Vector others, Bits) { return _mm256_or_ps(values, others); }
+
+PANTHER_AVX2 inline Vector gathered(const float* from, Indices places, Bits some) {
+  const Mask lanes = mask_of(some);
+  return _mm256_mask_i32gather_ps(_mm256_setzero_ps(), from, places, _mm256_castsi256_ps(lanes), sizeof(float));
+}
+
+PANTHER_AVX2 inline Bits bits_within(const int32_t* begins, int32_t shift, int32_t size, Bits some) {
+  const __m256i places = _mm256_add_epi32(_mm256_maskload_epi32(begins, mask_of(some)), _mm256_set1_epi32(shift));
+  const __m256i nearest = _mm256_min_epu32(places, _mm256_set1_epi32(size - 1));  // below 0: a large number
+  const __m256i is_within = _mm256_cmpeq_epi32(places, nearest);
+  return static_cast<Bits>(_mm256_movemask_ps(_mm256_castsi256_ps(is_within)) & some);
+}
+
+#define PANTHER_VECTOR PANTHER_AVX2
+#include "core/conv_block.h"
+#undef PANTHER_VECTOR
+
+}  // namespace avx2
+
 namespace avx512 {
 
-// Sixteen windows at most as lanes: those that begin one or two numbers apart are read together, else one by one.
-struct WindowLanes {
-  static constexpr int kMostRuns = 6;  // above, a gather is faster
-  int64_t begin;
-  int64_t starts[kMostRuns];   // of the lane 0 that a run would have
-  __mmask16 lanes[kMostRuns];  // of a run
-  int runs = 0;
-  __m512i places;  // of all lanes, from `begin` on, where there are more than one run
+using Bits = __mmask16;  // a lane each
+using Indices = __m512i;
 
-  // Whether each window begins `step` numbers after the one before.
-  PANTHER_AVX512 static bool is_one_run(const int64_t* windows, int64_t count, int64_t step) {
-    if (step != 1 && step != 2) return false;
-    const __m512i zero_to_seven = _mm512_setr_epi64(0, 1, 2, 3, 4, 5, 6, 7);
-    const __m512i steps = step == 2 ? _mm512_add_epi64(zero_to_seven, zero_to_seven) : zero_to_seven;
-    for (int64_t i = 0; i < count; i += 8) {
-      const __mmask8 some = static_cast<__mmask8>((1u << std::min<int64_t>(8, count - i)) - 1);
-      const __m512i wanted = _mm512_add_epi64(_mm512_set1_epi64(windows[0] + i * step), steps);
-      if (_mm512_mask_cmpneq_epi64_mask(some, _mm512_maskz_loadu_epi64(some, windows + i), wanted) != 0) return false;
-    }
-    return true;
-  }
+PANTHER_AVX512 inline Bits first_bits(int64_t count) { return first_lanes(count); }
+PANTHER_AVX512 inline Indices load_indices(const int32_t* from) { return _mm512_loadu_si512(from); }
 
-  PANTHER_AVX512 WindowLanes(const int64_t* windows, int64_t count, int64_t step) : begin(windows[0]) {
-    if (is_one_run(windows, count, step)) {
-      runs = 1;
-      starts[0] = begin;
-      lanes[0] = first_lanes(count);
-      return;
-    }
-    alignas(64) int32_t indices[kLanes] = {};
-    for (int64_t lane = 0; lane < count; ++lane) {
-      indices[lane] = static_cast<int32_t>(windows[lane] - begin);
-      const bool is_new = lane == 0 || step > 2 || windows[lane] != windows[lane - 1] + step;
-      if (is_new && ++runs <= kMostRuns) {
-        starts[runs - 1] = windows[lane] - (step == 2 ? 2 : 1) * lane;
-        lanes[runs - 1] = 0;
-      }
-      if (runs <= kMostRuns) lanes[runs - 1] |= static_cast<__mmask16>(1u << lane);
-    }
-    places = _mm512_load_si512(indices);
+// Whether each window begins `step` numbers after the one before.
+PANTHER_AVX512 inline bool are_one_run(const int64_t* windows, int64_t count, int64_t step) {
+  if (step != 1 && step != 2) return false;
+  const __m512i zero_to_seven = _mm512_setr_epi64(0, 1, 2, 3, 4, 5, 6, 7);
+  const __m512i steps = step == 2 ? _mm512_add_epi64(zero_to_seven, zero_to_seven) : zero_to_seven;
+  for (int64_t i = 0; i < count; i += 8) {
+    const __mmask8 some = static_cast<__mmask8>((1u << std::min<int64_t>(8, count - i)) - 1);
+    const __m512i wanted = _mm512_add_epi64(_mm512_set1_epi64(windows[0] + i * step), steps);
+    if (_mm512_mask_cmpneq_epi64_mask(some, _mm512_maskz_loadu_epi64(some, windows + i), wanted) != 0) return false;
   }
-};
+  return true;
+}
 
 // Number 2 i in lane i, for some lanes; no others are read.
-PANTHER_AVX512 inline __m512 every_second(const float* numbers, __mmask16 some) {
+PANTHER_AVX512 inline __m512 every_second(const float* numbers, Bits some) {
   const __m512i even = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
   const uint32_t spread = _pdep_u32(some, 0x55555555u);
   const __m512 low = _mm512_maskz_loadu_ps(static_cast<__mmask16>(spread), numbers);
@@ -222,124 +265,29 @@ PANTHER_AVX512 inline __m512 every_second(const float* numbers, __mmask16 some) 
   return _mm512_permutex2var_ps(low, even, high);
 }
 
-// Number `offset` of the windows in those of their lanes that have it, and zeros. Runs: as many as there are, 0: any.
-template <int Step, int Runs>
-PANTHER_AVX512 inline __m512 window_numbers(const WindowLanes& of, const float* x, int64_t offset, __mmask16 there) {
-  if constexpr (Step == 0) {
-    return _mm512_mask_i32gather_ps(_mm512_setzero_ps(), there, of.places, x + (of.begin + offset), sizeof(float));
-  }
-  __m512 values = _mm512_setzero_ps();
-  for (int run = 0; run < (Runs ? Runs : of.runs); ++run) {
-    const __mmask16 some = Runs == 1 ? there : of.lanes[run] & there;
-    const float* from = x + (of.starts[run] + offset);
-    values = Step == 1 ? _mm512_mask_loadu_ps(values, some, from)
-                       : _mm512_mask_mov_ps(values, some, every_second(from, some));
-  }
-  return values;
+// `values`, and in some lanes the numbers from there on.
+PANTHER_AVX512 inline Vector filled(Vector values, const float* from, Bits some) {
+  return _mm512_mask_loadu_ps(values, some, from);
 }
 
-// The lanes of `count` windows from window i of some on that have a number at a place of the kernel.
-PANTHER_AVX512 inline __mmask16 lanes_with(const Windows& x, const Places& of, int64_t i, int64_t count, int64_t tap) {
-  __mmask16 there = first_lanes(count);
-  for (int axis = 0; axis < kAxes; ++axis) {
-    if (x.axes[axis].size == 0) continue;
-    const __m512i begins = _mm512_maskz_loadu_epi32(there, of.begins + axis * of.count + i);
-    const __m512i places = _mm512_add_epi32(begins, _mm512_set1_epi32(x.shifts[axis * x.taps + tap]));
-    there =
-        _mm512_mask_cmplt_epu32_mask(there, places, _mm512_set1_epi32(x.axes[axis].size));  // below 0: a large number
-  }
-  return there;
+PANTHER_AVX512 inline Vector joined(Vector values, Vector others, Bits some) {
+  return _mm512_mask_mov_ps(values, some, others);
 }
 
-template <int Step, int Runs>
-PANTHER_AVX512 inline void pack_runs(const WindowLanes& lanes, const Windows& x, int64_t r, int64_t depth,
-                                     const __mmask16* there, int64_t width, float* packed) {
-  for (int64_t k = 0, tap = r % x.taps; k < depth; ++k) {
-    _mm512_storeu_ps(packed + k * width, window_numbers<Step, Runs>(lanes, x.numbers, x.offsets[r + k], there[tap]));
-    if (++tap == x.taps) tap = 0;
-  }
+// Zeros elsewhere.
+PANTHER_AVX512 inline Vector gathered(const float* from, Indices places, Bits some) {
+  return _mm512_mask_i32gather_ps(_mm512_setzero_ps(), some, places, from, sizeof(float));
 }
 
-// Numbers [r, r + depth) of up to sixteen windows, as lanes: packed[k * width + lane].
-PANTHER_AVX512 inline void pack_windows(const Windows& x, const int64_t* starts, int64_t count, int64_t r,
-                                        int64_t depth, const __mmask16* there, int64_t width, float* packed) {
-  const int64_t step = x.axes[kAxes - 1].apart;
-  const WindowLanes lanes(starts, count, step);
-  if (lanes.runs > WindowLanes::kMostRuns) {
-    pack_runs<0, 0>(lanes, x, r, depth, there, width, packed);
-  } else if (step == 2) {
-    pack_runs<2, 0>(lanes, x, r, depth, there, width, packed);
-  } else if (lanes.runs == 1) {
-    pack_runs<1, 1>(lanes, x, r, depth, there, width, packed);
-  } else if (lanes.runs == 2) {
-    pack_runs<1, 2>(lanes, x, r, depth, there, width, packed);
-  } else {
-    pack_runs<1, 0>(lanes, x, r, depth, there, width, packed);
-  }
+// Those of some lanes in which a number from there on, plus `shift`, is not negative and less than `size`.
+PANTHER_AVX512 inline Bits bits_within(const int32_t* begins, int32_t shift, int32_t size, Bits some) {
+  const __m512i places = _mm512_add_epi32(_mm512_maskz_loadu_epi32(some, begins), _mm512_set1_epi32(shift));
+  return _mm512_mask_cmplt_epu32_mask(some, places, _mm512_set1_epi32(size));  // below 0: a large number
 }
 
-// Rows [first, last) of w from column r on, as floats that stay where they are or in `wide`.
-PANTHER_AVX512 inline Strided rows_of(const Plain<float>& w, int64_t first, int64_t, int64_t r, int64_t, float*) {
-  return {w.numbers + first * w.in + r, w.in, 1};
-}
-
-template <class W>
-PANTHER_AVX512 inline Strided rows_of(const W& w, int64_t first, int64_t last, int64_t r, int64_t depth, float* wide) {
-  widen_rows(w, first, last, r, r + depth, wide);
-  return {wide, depth, 1};
-}
-
-// What a thread needs besides.
-struct ConvRoom {
-  std::unique_ptr<float[]> packed;
-  std::unique_ptr<float[]> wide;
-  std::unique_ptr<__mmask16[]> there;  // (registers, taps)
-  std::unique_ptr<int64_t[]> starts;
-  std::unique_ptr<int32_t[]> begins;
-
-  explicit ConvRoom(const Windows& x)
-      : packed(new float[kWindows * std::min(kDepth, x.depth)]),
-        wide(new float[kChannels * std::min(kDepth, x.depth)]),
-        there(new __mmask16[kWindows / kLanes * x.taps]),
-        starts(new int64_t[kWindows]),
-        begins(new int32_t[kAxes * kWindows]) {}
-};
-
-template <class W>
-PANTHER_AVX512 void conv_part(const Conv<W>& p, const ConvPart& part, const ConvRoom& room) {
-  const Panels panels(part.rows);
-  const Places places{room.starts.get(), room.begins.get(), part.rows};
-  p.x.locate(part.i, places);
-  const auto count = [&](int64_t v) { return std::min(kLanes, part.rows - v * kLanes); };
-  for (int64_t v = 0; v < panels.registers; ++v) {
-    for (int64_t tap = 0; tap < p.x.taps; ++tap) {
-      room.there[v * p.x.taps + tap] = lanes_with(p.x, places, v * kLanes, count(v), tap);
-    }
-  }
-  for (int64_t r = 0; r < p.x.depth; r += kDepth) {
-    const int64_t depth = std::min(kDepth, p.x.depth - r);
-    for (int64_t v = 0; v < panels.registers; ++v) {
-      pack_windows(p.x, places.starts + v * kLanes, count(v), r, depth, room.there.get() + v * p.x.taps,
-                   panels.width_at(v), room.packed.get() + panels.place(v, depth));
-    }
-    const float* bias = r + depth == p.x.depth ? p.bias : nullptr;
-    for (int64_t o = part.first; o < part.last; o += kChannels) {
-      const int64_t channels = std::min(kChannels, part.last - o);
-      const Block to{p.y.at(o, part.i),
-                     1,
-                     p.y.channel,
-                     part.rows,
-                     nullptr,
-                     bias ? bias + o : nullptr,
-                     r > 0,
-                     p.y.gap,
-                     p.y.each - part.i % p.y.each,
-                     p.y.each};
-      panels_times(panels, room.packed.get(), rows_of(p.w, o, o + channels, r, depth, room.wide.get()), depth, to, 0,
-                   channels);
-    }
-  }
-}
+#define PANTHER_VECTOR PANTHER_AVX512
+#include "core/conv_block.h"
+#undef PANTHER_VECTOR
 
 }  // namespace avx512
 
@@ -350,9 +298,13 @@ template <class W>
 class Convolver {
  public:
   explicit Convolver(const Conv<W>& whole)
-      : whole_(whole), of_out_(parts_of(whole.out, kChannels)), of_positions_(parts_of(whole.x.positions, kWindows)) {
+      : whole_(whole),
+        of_out_(parts_of(whole.out, kChannels)),
+        of_positions_(parts_of(whole.x.positions, most_windows())) {
 #if PANTHER_HAS_AVX
-    if (instruction_set_in_use().load() == InstructionSet::avx512) room_.reset(new avx512::ConvRoom(whole.x));
+    const InstructionSet set = instruction_set_in_use().load();
+    if (set == InstructionSet::avx512) avx512_.reset(new avx512::ConvRoom(whole.x));
+    if (set == InstructionSet::avx2) avx2_.reset(new avx2::ConvRoom(whole.x));
 #endif
   }
 
@@ -377,7 +329,8 @@ class Convolver {
     const ConvPart part{i, end - i, first * kChannels, std::min(whole_.out, last * kChannels)};
     const Conv<W> p = whole_.sample(windows / of_positions_);
 #if PANTHER_HAS_AVX
-    if (room_) return avx512::conv_part(p, part, *room_);
+    if (avx512_) return avx512::conv_part(p, part, *avx512_);
+    if (avx2_) return avx2::conv_part(p, part, *avx2_);
 #endif
     conv_part_scalar(p, part);
   }
@@ -386,7 +339,8 @@ class Convolver {
   const int64_t of_out_;
   const int64_t of_positions_;
 #if PANTHER_HAS_AVX
-  std::unique_ptr<avx512::ConvRoom> room_;
+  std::unique_ptr<avx512::ConvRoom> avx512_;
+  std::unique_ptr<avx2::ConvRoom> avx2_;
 #endif
 };
 

@@ -46,7 +46,7 @@ Tensor conv(const Tensor& given, const Tensor& weight, const std::optional<Tenso
   const int64_t out = weight.size(0);
   const bool is_plain = x.scalar_type() == ScalarType::Float && has_default_strides(x) && has_default_strides(weight);
   const bool is_few = is_plain && shape.has_numbers() && shape.windows() <= few_windows();
-  const bool is_own = is_few || (is_plain && has_avx512() && shape.has_numbers() && !torch_is_fast(shape, out));
+  const bool is_own = is_few || (is_plain && has_own_conv() && shape.has_numbers() && !torch_is_fast(shape, out));
   if (!is_own) return like_given(torch_conv(shape, weight, bias), given);
   const Tensor offset = bias ? packed(*bias) : Tensor();
   const core::Plain<float> w{numbers<float>(weight), shape.depth()};

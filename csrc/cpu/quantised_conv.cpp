@@ -94,7 +94,7 @@ Tensor tiled_conv(const Inputs& p) {
 
 void many_windows(const ConvShape& shape, const Tensor& x, const Quantised& weight, const float* bias, float* y) {
   const int64_t out = weight.rows();
-  if (out * weight.columns <= kTile && shape.windows() > core::kWindows) {  // widened once for all parts
+  if (out * weight.columns <= kTile && shape.windows() > core::most_windows()) {  // widened once for all parts
     const Tensor tile = widened_tile<float>(x, weight, 0, out, ScalarType::Float);
     conv_of_many(shape, x, core::Plain<float>{numbers<float>(tile), weight.columns}, bias, out, y);
   } else if (weight.has_four_bits()) {
@@ -127,7 +127,7 @@ Tensor batched_conv(const Inputs& p) {
   const bool is_own = dtype != ScalarType::Double && has_default_strides(p.x) && p.shape.has_numbers();
   if (is_own && p.shape.windows() <= few_windows()) return own_conv(p, true);
   const bool is_small = out * p.weight.columns <= kTile;  // so that torch's own takes the weight as a whole
-  const bool pays = has_avx512() && !(is_small && torch_is_fast(p.shape, out));
+  const bool pays = has_own_conv() && !(is_small && torch_is_fast(p.shape, out));
   if (is_own && pays && dtype == ScalarType::Float) return own_conv(p, false);
   return tiled_conv(p);
 }

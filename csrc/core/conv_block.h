@@ -1,0 +1,155 @@
+// The body of core/conv.h for one set of instructions, whose namespace includes this file. No pragma once: it is
+// compiled once for each.
+
+// A register of windows at most as lanes: those that begin one or two numbers apart are read together, else one by one.
+struct WindowLanes {
+  static constexpr int kMostRuns = 6;  // above, a gather is faster
+  int64_t begin;
+  int64_t starts[kMostRuns];  // of the lane 0 that a run would have
+  Bits lanes[kMostRuns];      // of a run
+  int runs = 0;
+  Indices places;  // of all lanes, from `begin` on, where there are more than one run
+
+  PANTHER_VECTOR WindowLanes(const int64_t* windows, int64_t count, int64_t step) : begin(windows[0]) {
+    if (are_one_run(windows, count, step)) {
+      runs = 1;
+      starts[0] = begin;
+      lanes[0] = first_bits(count);
+      return;
+    }
+    alignas(64) int32_t indices[kLanes] = {};
+    for (int64_t lane = 0; lane < count; ++lane) {
+      indices[lane] = static_cast<int32_t>(windows[lane] - begin);
+      const bool is_new = lane == 0 || step > 2 || windows[lane] != windows[lane - 1] + step;
+      if (is_new && ++runs <= kMostRuns) {
+        starts[runs - 1] = windows[lane] - (step == 2 ? 2 : 1) * lane;
+        lanes[runs - 1] = 0;
+      }
+      if (runs <= kMostRuns) lanes[runs - 1] |= static_cast<Bits>(1u << lane);
+    }
+    places = load_indices(indices);
+  }
+};
+
+// Number `offset` of the windows in those of their lanes that have it, and zeros. Runs: as many as there are, 0: any.
+template <int Step, int Runs>
+PANTHER_VECTOR inline Vector window_numbers(const WindowLanes& of, const float* x, int64_t offset, Bits there) {
+  if constexpr (Step == 0) return gathered(x + (of.begin + offset), of.places, there);
+  Vector values = zeros();
+  for (int run = 0; run < (Runs ? Runs : of.runs); ++run) {
+    const Bits some = Runs == 1 ? there : static_cast<Bits>(of.lanes[run] & there);
+    const float* from = x + (of.starts[run] + offset);
+    values = Step == 1 ? filled(values, from, some) : joined(values, every_second(from, some), some);
+  }
+  return values;
+}
+
+// The lanes of `count` windows from window i of some on that have a number at a place of the kernel.
+PANTHER_VECTOR inline Bits lanes_with(const Windows& x, const Places& of, int64_t i, int64_t count, int64_t tap) {
+  Bits there = first_bits(count);
+  for (int axis = 0; axis < kAxes; ++axis) {
+    const int32_t size = x.axes[axis].size;
+    if (size == 0) continue;
+    there = bits_within(of.begins + axis * of.count + i, x.shifts[axis * x.taps + tap], size, there);
+  }
+  return there;
+}
+
+template <int Step, int Runs>
+PANTHER_VECTOR inline void pack_runs(const WindowLanes& lanes, const Windows& x, int64_t r, int64_t depth,
+                                     const Bits* there, int64_t width, float* packed) {
+  for (int64_t k = 0, tap = r % x.taps; k < depth; ++k) {
+    store(packed + k * width, window_numbers<Step, Runs>(lanes, x.numbers, x.offsets[r + k], there[tap]));
+    if (++tap == x.taps) tap = 0;
+  }
+}
+
+// Numbers [r, r + depth) of up to a register of windows, as lanes: packed[k * width + lane].
+PANTHER_VECTOR inline void pack_windows(const Windows& x, const int64_t* starts, int64_t count, int64_t r,
+                                        int64_t depth, const Bits* there, int64_t width, float* packed) {
+  const int64_t step = x.axes[kAxes - 1].apart;
+  const WindowLanes lanes(starts, count, step);
+  if (lanes.runs > WindowLanes::kMostRuns) {
+    pack_runs<0, 0>(lanes, x, r, depth, there, width, packed);
+  } else if (step == 2) {
+    pack_runs<2, 0>(lanes, x, r, depth, there, width, packed);
+  } else if (lanes.runs == 1) {
+    pack_runs<1, 1>(lanes, x, r, depth, there, width, packed);
+  } else if (lanes.runs == 2) {
+    pack_runs<1, 2>(lanes, x, r, depth, there, width, packed);
+  } else {
+    pack_runs<1, 0>(lanes, x, r, depth, there, width, packed);
+  }
+}
+
+// Rows [first, last) of w from column r on, as floats that stay where they are or in `wide`.
+PANTHER_VECTOR inline Strided rows_of(const Plain<float>& w, int64_t first, int64_t, int64_t r, int64_t, float*) {
+  return {w.numbers + first * w.in + r, w.in, 1};
+}
+
+template <class W>
+PANTHER_VECTOR inline Strided rows_of(const W& w, int64_t first, int64_t last, int64_t r, int64_t depth, float* wide) {
+  widen_rows(w, first, last, r, r + depth, wide);
+  return {wide, depth, 1};
+}
+
+// How much of so many numbers is multiplied at a time: all of them, or about kDepth, of whole groups of the weight.
+inline int64_t depth_at_once(int64_t depth) {
+  constexpr int64_t kGroups = 128;
+  const int64_t times = std::max<int64_t>(1, (depth + kDepth / 2) / kDepth);
+  return times == 1 ? depth : (depth + times * kGroups - 1) / (times * kGroups) * kGroups;
+}
+
+// What a thread needs besides.
+struct ConvRoom {
+  std::unique_ptr<Line[]> packed;
+  std::unique_ptr<Line[]> wide;
+  std::unique_ptr<Bits[]> there;  // (registers, taps)
+  std::unique_ptr<int64_t[]> starts;
+  std::unique_ptr<int32_t[]> begins;
+
+  explicit ConvRoom(const Windows& x)
+      : packed(lines_of(most_windows() * depth_at_once(x.depth))),
+        wide(lines_of(kChannels * depth_at_once(x.depth))),
+        there(new Bits[most_windows() / kLanes * x.taps]),
+        starts(new int64_t[most_windows()]),
+        begins(new int32_t[kAxes * most_windows()]) {}
+};
+
+template <class W>
+PANTHER_VECTOR void conv_part(const Conv<W>& p, const ConvPart& part, const ConvRoom& room) {
+  const Panels panels(part.rows);
+  const Places places{room.starts.get(), room.begins.get(), part.rows};
+  p.x.locate(part.i, places);
+  const auto count = [&](int64_t v) { return std::min(kLanes, part.rows - v * kLanes); };
+  for (int64_t v = 0; v < panels.registers; ++v) {
+    for (int64_t tap = 0; tap < p.x.taps; ++tap) {
+      room.there[v * p.x.taps + tap] = lanes_with(p.x, places, v * kLanes, count(v), tap);
+    }
+  }
+  const int64_t most_depth = depth_at_once(p.x.depth);
+  float* packed = room.packed[0].numbers;
+  for (int64_t r = 0; r < p.x.depth; r += most_depth) {
+    const int64_t depth = std::min(most_depth, p.x.depth - r);
+    for (int64_t v = 0; v < panels.registers; ++v) {
+      pack_windows(p.x, places.starts + v * kLanes, count(v), r, depth, room.there.get() + v * p.x.taps,
+                   panels.width_at(v), packed + panels.place(v, depth));
+    }
+    const float* bias = r + depth == p.x.depth ? p.bias : nullptr;
+    for (int64_t o = part.first; o < part.last; o += kChannels) {
+      const int64_t channels = std::min(kChannels, part.last - o);
+      const Block to{p.y.at(o, part.i),
+                     1,
+                     p.y.channel,
+                     part.rows,
+                     nullptr,
+                     bias ? bias + o : nullptr,
+                     r > 0,
+                     p.y.gap,
+                     p.y.each - part.i % p.y.each,
+                     p.y.each};
+      panels_times(panels, packed, rows_of(p.w, o, o + channels, r, depth, room.wide[0].numbers), depth, to, 0,
+                   channels);
+    }
+  }
+}
