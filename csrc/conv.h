@@ -24,8 +24,8 @@ using Sizes = std::vector<int64_t>;
 // core/conv.h, and without vector instructions.
 inline constexpr int64_t kFewWindows = 128, kFewBeforeOwn = 28, kFewScalarWindows = 1;
 
-// Windows of a sample, below which all samples are one: panels take 48 at a time. From a register of them on, results
-// go where they belong at once.
+// Windows of a sample, below which all samples are one: panels take up to 48 at a time. From a register of them on,
+// results go where they belong at once.
 inline constexpr int64_t kJoined = 96, kJoinedInPlace = 16;
 
 inline int64_t product(const Sizes& sizes) {
@@ -119,11 +119,12 @@ inline bool torch_is_fast_with_avx512(const ConvShape& p, int64_t out) {
   return out % 16 == 0 || p.x.numel() > kInNearCaches;
 }
 
-// The same with AVX2: eight channels at a time, kernels of up to seven places in a row, and large samples. Measured on
-// Zen 3, one and two threads, batches of 1 and 8.
+// The same with AVX2: eight channels at a time, kernels of up to seven places in a row, large samples, and single
+// places unless channels are many and become more. Measured on Zen 3, one and two threads, batches of 1 and 8.
 inline bool torch_is_fast_with_avx2(const ConvShape& p, int64_t out) {
   constexpr int64_t kLongRow = 8, kLargeLine = 256, kLargePicture = 512, kManyChannels = 96;
   const int64_t taps = product(p.kernel_size), in = p.x.size(1);
+  if (p.windows() <= kFewWindows) return false;
   if (taps == 1) return in < kManyChannels || out <= in;
   if (p.dims() > 1 && in <= kImageChannels) return true;
   if (in % 8 != 0 || out % 8 != 0 || p.kernel_size.back() >= kLongRow) return false;

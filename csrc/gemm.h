@@ -44,7 +44,7 @@ inline bool is_float(const Tensor& tensor) { return tensor.scalar_type() == Scal
 // Whether core/gemm.h is faster than core/thin_linear.h: where rows nearly fill a register and each number of y is the
 // sum of few products, since the latter has to add up the lanes of each. Measured on Zen 4, one thread, 384 and 1536
 // numbers of y a row, from caches and from memory; where AVX-512 is twice as fast, lanes weigh more. Registers of AVX2
-// take eight rows: measured on Zen 3, 48 to 3072 numbers of x a row.
+// take eight rows: measured on Zen 3, 48 to 3072 numbers of x a row and up to the most rows that few_rows_of gives.
 inline bool fills_lanes(int64_t rows, int64_t in) {
   if (uses(core::InstructionSet::avx2)) return rows == 15 || rows == 16 || (rows >= 12 && in <= 192);
   return rows <= 16 && ((rows >= 12 && in <= 192) || (rows >= 15 && in <= 320));
@@ -58,7 +58,8 @@ inline void run_few(const core::ThinLinear<core::Plain<float>>& p) {
 }
 
 // The most rows of float32 for which that is. Before torch's own product: `few`, and more of them where the rank is
-// large. Before core/gemm.h, which takes sixteen rows at a time: measured with AVX-512, one thread, ranks of 64 to 512.
+// large. Before core/gemm.h: measured with one thread, ranks of 64 to 512 with AVX-512, weights of 96 to 3072 numbers a
+// row with AVX2.
 inline int64_t few_rows_of(int64_t rank, int64_t few) {
   const int64_t fewer = uses(core::InstructionSet::avx2) ? 19 : 20;
   if (runs_in_gemm(fewer + 1)) return fewer;
@@ -83,7 +84,8 @@ inline Tensor fast_linear(const Tensor& x, const Tensor& weight, const std::opti
   const int64_t in = weight.size(1), out = weight.size(0), rows = in ? x.numel() / in : 0;
   const bool is_all_float = is_float(x) && is_float(weight) && (!bias || is_float(*bias));
   const bool is_thin = rows <= few_rows_of(0, kFewDenseRows);
-  if (!is_all_float || rows < 1 || !(is_thin || runs_in_gemm(rows))) return linear(x, weight, bias);
+  const bool is_narrow = uses(core::InstructionSet::avx2) && out < 8;  // torch is up to three times as fast
+  if (!is_all_float || rows < 1 || !(is_thin || (runs_in_gemm(rows) && !is_narrow))) return linear(x, weight, bias);
   const bool keeps_strides = x.dim() == 2 && !is_thin;
   const Tensor from = keeps_strides ? x : packed(x), w = is_thin ? packed(weight) : weight;
   const Tensor offset = bias ? packed(*bias) : Tensor();

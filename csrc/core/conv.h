@@ -132,8 +132,10 @@ inline void unfold(const Windows& x, int64_t first, int64_t last, float* rows) {
 // What threads share: up to most_windows() windows of a sample, about as many in each part, by kChannels channels of y.
 inline constexpr int64_t kChannels = 16;
 
+inline constexpr int64_t kMostWindows = 256;
+
 // As many as stay in the second cache when they are packed: of processors without AVX-512 it is half as large.
-inline int64_t most_windows() { return instruction_set_in_use().load() == InstructionSet::avx2 ? 128 : 256; }
+inline int64_t most_windows() { return instruction_set_in_use().load() == InstructionSet::avx2 ? 128 : kMostWindows; }
 
 inline int64_t parts_of(int64_t whole, int64_t most) { return (whole + most - 1) / most; }
 

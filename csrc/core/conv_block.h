@@ -109,11 +109,11 @@ struct ConvRoom {
   std::unique_ptr<int32_t[]> begins;
 
   explicit ConvRoom(const Windows& x)
-      : packed(lines_of(most_windows() * depth_at_once(x.depth))),
+      : packed(lines_of(kMostWindows * depth_at_once(x.depth))),
         wide(lines_of(kChannels * depth_at_once(x.depth))),
-        there(new Bits[most_windows() / kLanes * x.taps]),
-        starts(new int64_t[most_windows()]),
-        begins(new int32_t[kAxes * most_windows()]) {}
+        there(new Bits[kMostWindows / kLanes * x.taps]),
+        starts(new int64_t[kMostWindows]),
+        begins(new int32_t[kAxes * kMostWindows]) {}
 };
 
 template <class W>

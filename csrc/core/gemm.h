@@ -1,8 +1,9 @@
 // C = A B^T + bias in float32 for any strides: what thin_linear.h is for few rows, for many.
 //
 // Notation: A (m, k), B (n, k), bias (n) or null, C (m, n). The rows of A go into the lanes of registers: they are
-// packed into panels of 16, 32 or 48 rows, which stay in a near cache, and each number of B is read once for a panel
-// and given to all its lanes. A block of eight columns of C by 48 rows is in 24 registers while it is summed up.
+// packed into panels of one to three registers, which stay in a near cache, and each number of B is read once for a
+// panel and given to all its lanes. With AVX-512 a block of eight columns of C by 48 rows is in 24 registers while it
+// is summed up, with AVX2 one of six columns by 16 rows in twelve.
 //
 // Each number of C is summed in the same order whatever the part of C that a call fills and the rows beside it, so that
 // the number of threads changes no bit.
@@ -103,7 +104,7 @@ inline constexpr int64_t kDepth = 512;        // of A and B are multiplied at a 
 inline constexpr int64_t kMostRegisters = 3;  // of rows of A side by side
 inline constexpr int64_t kPackedRows = 192;   // whose panels of that depth stay in the second cache
 inline constexpr int64_t kMostPacked = 256;   // the most that `Panels` takes
-inline constexpr int64_t kTogether = 24;      // rows of B that stay in the first cache
+inline constexpr int64_t kTogether = 24;      // rows of B that stay in a near cache
 inline constexpr bool kHasHalves = false;
 
 // The most columns at once: more than eight rows of B whose lengths are a power of two do not stay in the first cache.
@@ -136,13 +137,12 @@ template <int Count>
 PANTHER_AVX2 __attribute__((always_inline)) inline void store_some(float* c, bool adds, __m128 sums) {
   if constexpr (Count == 4) {
     _mm_storeu_ps(c, adds ? _mm_add_ps(sums, _mm_loadu_ps(c)) : sums);
-  } else if constexpr (Count > 1) {
+  } else if constexpr (Count == 2) {
     double two;  // floats
     std::memcpy(&two, c, sizeof(two));
     const __m128 added = adds ? _mm_add_ps(sums, _mm_castpd_ps(_mm_set_sd(two))) : sums;
     two = _mm_cvtsd_f64(_mm_castps_pd(added));
     std::memcpy(c, &two, sizeof(two));
-    if constexpr (Count == 3) store_some<1>(c + 2, adds, _mm_movehl_ps(sums, sums));
   } else {
     _mm_store_ss(c, adds ? _mm_add_ss(sums, _mm_load_ss(c)) : sums);
   }
@@ -199,7 +199,9 @@ PANTHER_AVX2 __attribute__((always_inline)) inline void add_panel(const float* p
 }
 
 #define PANTHER_VECTOR PANTHER_AVX2
+#define PANTHER_EACH PANTHER_UNROLL
 #include "core/gemm_block.h"
+#undef PANTHER_EACH
 #undef PANTHER_VECTOR
 
 }  // namespace avx2
@@ -314,7 +316,9 @@ PANTHER_AVX512 __attribute__((always_inline)) inline void add_panel(const float*
 }
 
 #define PANTHER_VECTOR PANTHER_AVX512
+#define PANTHER_EACH
 #include "core/gemm_block.h"
+#undef PANTHER_EACH
 #undef PANTHER_VECTOR
 
 }  // namespace avx512

@@ -1,5 +1,5 @@
 // The body of core/gemm.h for one set of instructions, whose namespace includes this file. No pragma once: it is
-// compiled once for each.
+// compiled once for each. PANTHER_EACH is what a loop over registers needs so that they stay what they are.
 
 // As first_lanes, of any number.
 PANTHER_VECTOR inline Mask up_to(int64_t count) { return first_lanes(std::clamp<int64_t>(count, 0, kLanes)); }
@@ -47,16 +47,16 @@ PANTHER_VECTOR __attribute__((always_inline)) inline void store_column(const Blo
 template <int Columns>
 PANTHER_VECTOR __attribute__((always_inline)) inline void store_block(const Block& to, Vector (&sums)[Columns],
                                                                       int64_t j) {
-  PANTHER_UNROLL for (int s = 0; s < Columns; ++s) {
+  PANTHER_EACH for (int s = 0; s < Columns; ++s) {
     if (to.of_rows) sums[s] = add(sums[s], load_masked(to.of_rows, up_to(to.count)));
     if (to.of_columns) sums[s] = add(sums[s], all_lanes(to.of_columns[j + s]));
   }
   if (to.row == 1) {
-    PANTHER_UNROLL for (int s = 0; s < Columns; ++s) store_column(to, sums[s], j + s);
+    PANTHER_EACH for (int s = 0; s < Columns; ++s) store_column(to, sums[s], j + s);
   } else if (to.column == 1) {
     store_rows<Columns>(to, sums, j);
   } else {
-    PANTHER_UNROLL for (int s = 0; s < Columns; ++s) {
+    PANTHER_EACH for (int s = 0; s < Columns; ++s) {
       float lanes[kLanes];
       store(lanes, sums[s]);
       for (int64_t lane = 0; lane < std::min(to.count, kLanes); ++lane) {
@@ -67,21 +67,15 @@ PANTHER_VECTOR __attribute__((always_inline)) inline void store_block(const Bloc
   }
 }
 
-// The registers of a panel from number `First` on. By recursion, since what a loop indexes leaves the registers.
-template <int First, int Registers, int Columns>
-PANTHER_VECTOR __attribute__((always_inline)) inline void store_panel(const Block& to,
-                                                                      Vector (&sums)[Registers][Columns], int64_t j) {
-  if (First * kLanes < to.count) store_block<Columns>(to.from(First * kLanes), sums[First], j);
-  if constexpr (First + 1 < Registers) store_panel<First + 1>(to, sums, j);
-}
-
 // A panel of kLanes * Registers rows times `Columns` rows of B.
 template <int Registers, int Columns, bool IsHalf>
 PANTHER_VECTOR __attribute__((noinline)) void panel_block(const float* panel, const Strided& b, int64_t depth,
                                                           const Block& to, int64_t j) {
   Vector sums[Registers][Columns];
   add_panel<Registers, Columns, IsHalf>(panel, Strided{b.at(j, 0), b.row, b.column}, depth, sums);
-  store_panel<0>(to, sums, j);
+  PANTHER_EACH for (int v = 0; v < Registers; ++v) {
+    if (v * kLanes < to.count) store_block<Columns>(to.from(v * kLanes), sums[v], j);
+  }
 }
 
 // Fewer columns than `Columns`, in blocks of the powers of two below it.

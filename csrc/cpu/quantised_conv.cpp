@@ -128,7 +128,8 @@ Tensor batched_conv(const Inputs& p) {
   if (is_own && p.shape.windows() <= few_windows()) return own_conv(p, true);
   const bool is_small = out * p.weight.columns <= kTile;  // so that torch's own takes the weight as a whole
   const bool pays = has_own_conv() && !(is_small && torch_is_fast(p.shape, out));
-  if (is_own && pays && dtype == ScalarType::Float) return own_conv(p, false);
+  const bool is_float = dtype == ScalarType::Float;  // other types of many windows are faster in torch's own
+  if (is_own && (is_float ? pays : has_own_conv() && p.shape.windows() <= kFewWindows)) return own_conv(p, false);
   return tiled_conv(p);
 }
 

@@ -284,7 +284,8 @@ void check_convs() {
       }
     }
   }
-  check_conv<Matrix>({2, 60, 18, 17, 3, 1, 1}, 18, false, true);  // more than is packed at once, in both directions
+  check_conv<Matrix>({2, 86, 18, 17, 3, 1, 1}, 18, false, true);  // more than is packed at once, in both directions
+  check_conv<Matrix>({1, 150, 5, 6, 3, 1, 1}, 7, false, true);    // parts of two sizes
 }
 
 // Widened rows are the numbers themselves, bit for bit, in every instruction set.
