@@ -6,7 +6,9 @@ With PANTHER_CUDA=1 it also builds panther._C_cuda, with the nvcc on the PATH an
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
@@ -77,10 +79,21 @@ def cuda_kernels() -> Extension:
 
 
 class Build(build_ext):
-    """setuptools' own way to build, and one run of nvcc for the CUDA kernels."""
+    """setuptools' own way to build, a file a core, and one run of nvcc for the CUDA kernels."""
+
+    def compile_side_by_side(self) -> None:
+        compile_all = self.compiler.compile
+
+        def compiled(sources: list[str], **options: Any) -> list[str]:
+            with ThreadPoolExecutor(os.cpu_count()) as pool:
+                objects = list(pool.map(lambda source: compile_all([source], **options), sources))
+            return [name for names in objects for name in names]
+
+        self.compiler.compile = compiled
 
     def build_extension(self, extension: Extension) -> None:
         if extension.name != "panther._C_cuda":
+            self.compile_side_by_side()
             super().build_extension(extension)
             return
         target = self.get_ext_fullpath(extension.name)

@@ -121,8 +121,48 @@ Tensor widened_tile(const Tensor& x, const Quantised& matrix, int64_t first, int
   return rounded;
 }
 
+// x (rows, columns) -> y (rows, out), contiguous, in core/gemm.h: each thread widens some rows of the weight as it
+// reads them.
+template <class W>
+void run_widened(const float* x, const W& w, const float* bias, float* y, int64_t rows, int64_t out) {
+  constexpr int64_t kTogether = 24;
+  const core::Gemm p{{x, w.in, 1}, {nullptr, 0, 0}, bias, false, y, out, 1, rows, out, w.in};
+  const int64_t work = std::max<int64_t>(1, kTogether * rows * w.in);
+  torch::stable::parallel_for(0, (out + kTogether - 1) / kTogether, std::max<int64_t>(1, kGrain / work),
+                              [&](int64_t first, int64_t last) {
+                                const int64_t begin = first * kTogether, end = std::min(out, last * kTogether);
+                                core::widened_gemm(p.columns(begin, end), w, begin);
+                              });
+}
+
+// Whether so many rows run there. With AVX-512 it was not measured beside a tile that is widened before; from 192 rows
+// on the lanes are for columns of y.
+inline bool widens_as_it_reads(const Tensor& x, int64_t rows) {
+  return is_float(x) && uses(core::InstructionSet::avx2) && rows < 192 && runs_in_gemm(rows);
+}
+
+inline Tensor widened_linear(const Tensor& given, const Quantised& weight, const std::optional<Tensor>& bias) {
+  const Quantised matrix{packed(weight.values), as_float(weight.scales), weight.columns};
+  const Tensor x = packed(given), offset = bias ? packed(*bias) : Tensor();
+  const int64_t out = matrix.rows(), rows = x.numel() / matrix.columns;
+  std::vector<int64_t> shape(x.sizes().begin(), x.sizes().end());
+  shape.back() = out;
+  const Tensor y = torch::stable::new_empty(x, shape);
+  const float *from = numbers<float>(x), *added = bias ? numbers<float>(offset) : nullptr;
+  float* to = static_cast<float*>(y.mutable_data_ptr());
+  if (matrix.has_four_bits()) {
+    run_widened(from, weights<core::Nibbles>(matrix), added, to, rows, out);
+  } else if (matrix.is_bfloat16()) {
+    run_widened(from, bfloat16_weights(matrix), added, to, rows, out);
+  } else {
+    run_widened(from, weights<int8_t>(matrix), added, to, rows, out);
+  }
+  return y;
+}
+
 // x (..., columns) -> (..., rows).
 inline Tensor tiled_linear(const Tensor& x, const Quantised& given, const std::optional<Tensor>& bias) {
+  if (given.columns > 0 && widens_as_it_reads(x, x.numel() / given.columns)) return widened_linear(x, given, bias);
   const bool is_double = x.scalar_type() == ScalarType::Double;
   const Quantised matrix{packed(given.values), is_double ? packed(given.scales) : as_float(given.scales),
                          given.columns};

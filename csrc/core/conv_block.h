@@ -82,17 +82,6 @@ PANTHER_VECTOR inline void pack_windows(const Windows& x, const int64_t* starts,
   }
 }
 
-// Rows [first, last) of w from column r on, as floats that stay where they are or in `wide`.
-PANTHER_VECTOR inline Strided rows_of(const Plain<float>& w, int64_t first, int64_t, int64_t r, int64_t, float*) {
-  return {w.numbers + first * w.in + r, w.in, 1};
-}
-
-template <class W>
-PANTHER_VECTOR inline Strided rows_of(const W& w, int64_t first, int64_t last, int64_t r, int64_t depth, float* wide) {
-  widen_rows(w, first, last, r, r + depth, wide);
-  return {wide, depth, 1};
-}
-
 // How much of so many numbers is multiplied at a time: all of them, or about kDepth, of whole groups of the weight.
 inline int64_t depth_at_once(int64_t depth) {
   constexpr int64_t kGroups = 128;

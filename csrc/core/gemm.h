@@ -13,6 +13,7 @@
 #include <cstdint>
 #include <cstring>
 #include <memory>
+#include <type_traits>
 
 #include "core/thin_linear.h"
 
@@ -328,9 +329,23 @@ PANTHER_AVX512 __attribute__((always_inline)) inline void add_panel(const float*
 inline void gemm(const Gemm& p) {
 #if PANTHER_HAS_AVX
   const InstructionSet set = instruction_set_in_use().load();
-  if (set == InstructionSet::avx512) return avx512::gemm(p);
-  if (set == InstructionSet::avx2) return avx2::gemm(p);
+  if (set == InstructionSet::avx512) return avx512::gemm(p, p.b, 0);
+  if (set == InstructionSet::avx2) return avx2::gemm(p, p.b, 0);
 #endif
+  gemm_scalar(p);
+}
+
+// The same with rows of w from `from` on for B, a few of which are widened at a time.
+template <class W>
+inline void widened_gemm(Gemm p, const W& w, int64_t from) {
+#if PANTHER_HAS_AVX
+  const InstructionSet set = instruction_set_in_use().load();
+  if (set == InstructionSet::avx512) return avx512::gemm(p, w, from);
+  if (set == InstructionSet::avx2) return avx2::gemm(p, w, from);
+#endif
+  const std::unique_ptr<float[]> wide(new float[p.n * p.k]);
+  widen(w, from, from + p.n, wide.get());
+  p.b = {wide.get(), p.k, 1};
   gemm_scalar(p);
 }
 

@@ -147,34 +147,55 @@ PANTHER_VECTOR inline void panels_times(const Panels& panels, const float* packe
   }
 }
 
-// Rows [i, i + rows) of A and `depth` of their numbers, packed, times all of B, kTogether rows of it after the others.
-PANTHER_VECTOR inline void packed_rows(const Gemm& p, int64_t i, int64_t rows, int64_t r, int64_t depth,
-                                       float* packed) {
+// Rows [first, last) of w from column r on, as floats that stay where they are or in `wide`.
+PANTHER_VECTOR inline Strided rows_of(const Strided& w, int64_t first, int64_t, int64_t r, int64_t, float*) {
+  return {w.at(first, r), w.row, w.column};
+}
+
+PANTHER_VECTOR inline Strided rows_of(const Plain<float>& w, int64_t first, int64_t, int64_t r, int64_t, float*) {
+  return {w.numbers + first * w.in + r, w.in, 1};
+}
+
+template <class W>
+PANTHER_VECTOR inline Strided rows_of(const W& w, int64_t first, int64_t last, int64_t r, int64_t depth, float* wide) {
+  widen_rows(w, first, last, r, r + depth, wide);
+  return {wide, depth, 1};
+}
+
+// Rows [i, i + rows) of A and `depth` of their numbers, packed, times all of B, which begins with row `from` of w,
+// kTogether rows of it after the others.
+template <class W>
+PANTHER_VECTOR inline void packed_rows(const Gemm& p, const W& w, int64_t from, int64_t i, int64_t rows, int64_t r,
+                                       int64_t depth, float* packed, float* wide) {
   const Panels panels(rows);
   for (int64_t v = 0; v < panels.registers; ++v) {
     const Strided some{p.a.at(i + v * kLanes, r), p.a.row, p.a.column};
     pack_lanes(some, rows - v * kLanes, depth, panels.width_at(v), packed + panels.place(v, depth));
   }
-  const Strided b{p.b.at(0, r), p.b.row, p.b.column};
   const float* bias = r + depth == p.k ? p.bias : nullptr;
-  const Block to{p.c + i * p.c_row,
-                 p.c_row,
-                 p.c_column,
-                 rows,
-                 bias && p.bias_is_of_rows ? bias + i : nullptr,
-                 bias && !p.bias_is_of_rows ? bias : nullptr,
-                 r > 0};
   for (int64_t j = 0; j < p.n; j += kTogether) {
-    panels_times(panels, packed, b, depth, to, j, std::min(p.n, j + kTogether));
+    const int64_t last = std::min(p.n, j + kTogether);
+    const Block to{p.c + i * p.c_row + j * p.c_column,
+                   p.c_row,
+                   p.c_column,
+                   rows,
+                   bias && p.bias_is_of_rows ? bias + i : nullptr,
+                   bias && !p.bias_is_of_rows ? bias + j : nullptr,
+                   r > 0};
+    panels_times(panels, packed, rows_of(w, from + j, from + last, r, depth, wide), depth, to, 0, last - j);
   }
 }
 
-PANTHER_VECTOR inline void gemm(const Gemm& p) {
-  const std::unique_ptr<Line[]> packed = lines_of((std::min(p.m, kPackedRows) + kLanes) * std::min(p.k, kDepth));
+// With the rows of w from `from` on instead of p.b. Parts of the depth begin with a group of it.
+template <class W>
+PANTHER_VECTOR inline void gemm(const Gemm& p, const W& w, int64_t from) {
+  const int64_t most_depth = std::min(p.k, kDepth);
+  const std::unique_ptr<Line[]> packed = lines_of((std::min(p.m, kPackedRows) + kLanes) * most_depth);
+  const std::unique_ptr<Line[]> wide = lines_of(std::is_same_v<W, Strided> ? 0 : kTogether * most_depth);
   for (int64_t r = 0; r < p.k || r == 0; r += kDepth) {
     const int64_t depth = std::min(kDepth, p.k - r);
     for (int64_t i = 0; i < p.m; i += kPackedRows) {
-      packed_rows(p, i, std::min(kPackedRows, p.m - i), r, depth, packed[0].numbers);
+      packed_rows(p, w, from, i, std::min(kPackedRows, p.m - i), r, depth, packed[0].numbers, wide[0].numbers);
     }
   }
 }

@@ -1,10 +1,10 @@
 // panther::quantised_conv on the CPU: a convolution, without groups, with a weight of eight or four bits, or of
 // bfloat16.
 //
-// Few windows are copied side by side for the kernel of core/thin_linear.h; more run in that of core/conv.h where that is
-// faster, and else in torch's own convolution with the weight widened a tile at a time. Bytes moved: those of the weight
-// and its scales once for all windows that are packed together, or of a widened copy where that is small, and of the
-// windows.
+// Few windows are copied side by side for the kernel of core/thin_linear.h; more run in that of core/conv.h where that
+// is faster, and else in torch's own convolution with the weight widened a tile at a time. Bytes moved: those of the
+// weight and its scales once for all windows that are packed together, or of a widened copy where that is small, and of
+// the windows.
 #include <torch/csrc/stable/library.h>
 
 #include <algorithm>

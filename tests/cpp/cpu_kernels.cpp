@@ -106,6 +106,32 @@ void check_products() {
   }
 }
 
+// Beside floats the results have the bits of the product with widened rows.
+template <class Matrix>
+void check_widened_gemms() {
+  for (int64_t rows : {1, 17, 40}) {
+    for (int64_t in : {1, 40, 700}) {
+      for (int64_t out : {1, 23, 50}) {
+        const Matrix matrix(out, in, out % 2 == 0);
+        const Buffer<float> x(rows * in, true), y(rows * out, false), wide(out * in, true), again(rows * out, true),
+            bias(out, true);
+        for (int64_t i = 0; i < rows * in; ++i) x.data()[i] = check::random_number();
+        for (int64_t i = 0; i < out; ++i) bias.data()[i] = check::random_number();
+        widen(matrix.weights(), 0, out, wide.data());
+        const Strided a{x.data(), in, 1}, b{wide.data(), in, 1};
+        gemm({a, b, bias.data(), false, again.data(), out, 1, rows, out, in});
+        const Gemm whole{a, {nullptr, 0, 0}, bias.data(), false, y.data(), out, 1, rows, out, in};
+        for (int64_t first = 0; first < out; first += 30) {
+          widened_gemm(whole.columns(first, std::min(first + 30, out)), matrix.weights(), first);
+        }
+        for (int64_t i = 0; i < rows * out; ++i) {
+          require(y.data()[i] == again.data()[i], "a product that widens as it reads is that of the widened rows");
+        }
+      }
+    }
+  }
+}
+
 enum class Layout { rows, columns, neither };  // whose numbers lie side by side
 
 // A matrix in a buffer of its own.
@@ -384,6 +410,9 @@ int main() {
     check_products<WholeMatrix<Nibbles, 5>>();
     check_products<WholeMatrix<Nibbles, 62>>();
     check_gemms();
+    check_widened_gemms<PlainMatrix<BFloat16>>();
+    check_widened_gemms<WholeMatrix<int8_t, 5>>();
+    check_widened_gemms<WholeMatrix<Nibbles, 62>>();
     check_convs<PlainMatrix<float>>();
     check_convs<PlainMatrix<BFloat16>>();
     check_convs<WholeMatrix<int8_t, 5>>();
