@@ -289,7 +289,8 @@ def test_a_budget_on_the_latency_holds_for_the_whole_model(
         (found,) = result.report.limits
         assert (found.name, found.met, found.got) == ("latency", True, clock.of(result.model))
         assert found.limit == pytest.approx(limit)
-        assert clock.of(result.model) >= 0.8 * limit
+        # Ranks are steps, and which of them are taken depends on a processor's rounding: .79 with AVX2, .8 and more before.
+        assert clock.of(result.model) >= 0.75 * limit
 
 
 @pytest.mark.parametrize("promise", [1.6, 0.6])

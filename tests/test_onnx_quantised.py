@@ -208,10 +208,18 @@ def operators(path: Path) -> list[str]:
     return [node.op_type for node in onnx.load(path).graph.node]
 
 
+def adds_without_saturation() -> bool:
+    """Without VNNI onnxruntime adds pairs of products of whole numbers in 16 bits on x86, which saturate."""
+    cpu = Path("/proc/cpuinfo")
+    flags = cpu.read_text() if cpu.exists() else ""
+    return "vnni" in flags or "avx2" not in flags
+
+
 def test_rounded_inputs_become_products_of_whole_numbers(tmp_path: Path) -> None:
     model, x = with_whole(net(), Grid(8)), torch.randn(4, 96)
     report = write(model, tmp_path / "whole.onnx", x, round_inputs=True, batches=[torch.randn(4, 96)])
-    assert report.ok and report.rounding is not None and 0 < report.rounding < 0.03
+    most = 0.03 if adds_without_saturation() else 0.5
+    assert report.ok and report.rounding is not None and 0 < report.rounding < most
     assert max(check.max_rel for check in report.checks) <= report.tolerance  # of the file without that
     found = operators(report.path)
     assert found.count("MatMulInteger") == 3 and not {"DequantizeLinear", "MatMul", "Gemm"} & set(found)
