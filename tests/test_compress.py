@@ -289,7 +289,7 @@ def test_a_budget_on_the_latency_holds_for_the_whole_model(
         (found,) = result.report.limits
         assert (found.name, found.met, found.got) == ("latency", True, clock.of(result.model))
         assert found.limit == pytest.approx(limit)
-        # Ranks are steps, and which of them are taken depends on a processor's rounding: .79 with AVX2, .8 and more before.
+        # Ranks are steps, and which of them are taken depends on a processor's rounding: .79 of it with AVX2.
         assert clock.of(result.model) >= 0.75 * limit
 
 

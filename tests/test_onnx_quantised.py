@@ -227,7 +227,7 @@ def test_rounded_inputs_become_products_of_whole_numbers(tmp_path: Path) -> None
     session = onnxruntime.InferenceSession(report.path, providers=["CPUExecutionProvider"])
     (got,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
     wanted = model(x).detach()
-    assert (torch.from_numpy(got) - wanted).norm() < 0.03 * wanted.norm()
+    assert (torch.from_numpy(got) - wanted).norm() < most * wanted.norm()
 
 
 @pytest.mark.parametrize("order", ["abc", "cba", "bac", "cab", "acb"])
