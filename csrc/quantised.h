@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <optional>
+#include <type_traits>
 #include <vector>
 
 #include "gemm.h"
@@ -61,16 +62,20 @@ inline core::Plain<core::BFloat16> bfloat16_weights(const Quantised& matrix) {
   return {static_cast<const core::BFloat16*>(matrix.values.const_data_ptr()), matrix.columns};
 }
 
+// `use` of the matrix as the kernels read it.
+template <class Use>
+void with_weights(const Quantised& matrix, const Use& use) {
+  if (matrix.has_four_bits()) return use(weights<core::Nibbles>(matrix));
+  if (matrix.is_bfloat16()) return use(bfloat16_weights(matrix));
+  use(weights<int8_t>(matrix));
+}
+
 // x (rows, columns) -> y (rows, out), contiguous.
 inline void few_rows(const float* x, const Quantised& matrix, const float* bias, float* y, int64_t rows) {
   const int64_t in = matrix.columns, out = matrix.rows();
-  if (matrix.has_four_bits()) {
-    run<core::Int4>({x, weights<core::Nibbles>(matrix), bias, y, rows, in, out, in, out});
-  } else if (matrix.is_bfloat16()) {
-    run<core::Plain<core::BFloat16>>({x, bfloat16_weights(matrix), bias, y, rows, in, out, in, out});
-  } else {
-    run<core::Int8>({x, weights<int8_t>(matrix), bias, y, rows, in, out, in, out});
-  }
+  with_weights(matrix, [&](const auto& w) {
+    run(core::ThinLinear<std::decay_t<decltype(w)>>{x, w, bias, y, rows, in, out, in, out});
+  });
 }
 
 template <class T>
@@ -125,12 +130,11 @@ Tensor widened_tile(const Tensor& x, const Quantised& matrix, int64_t first, int
 // reads them.
 template <class W>
 void run_widened(const float* x, const W& w, const float* bias, float* y, int64_t rows, int64_t out) {
-  constexpr int64_t kTogether = 24;
   const core::Gemm p{{x, w.in, 1}, {nullptr, 0, 0}, bias, false, y, out, 1, rows, out, w.in};
-  const int64_t work = std::max<int64_t>(1, kTogether * rows * w.in);
-  torch::stable::parallel_for(0, (out + kTogether - 1) / kTogether, std::max<int64_t>(1, kGrain / work),
+  const int64_t work = std::max<int64_t>(1, kColumns * rows * w.in);
+  torch::stable::parallel_for(0, (out + kColumns - 1) / kColumns, std::max<int64_t>(1, kGrain / work),
                               [&](int64_t first, int64_t last) {
-                                const int64_t begin = first * kTogether, end = std::min(out, last * kTogether);
+                                const int64_t begin = first * kColumns, end = std::min(out, last * kColumns);
                                 core::widened_gemm(p.columns(begin, end), w, begin);
                               });
 }
@@ -150,13 +154,7 @@ inline Tensor widened_linear(const Tensor& given, const Quantised& weight, const
   const Tensor y = torch::stable::new_empty(x, shape);
   const float *from = numbers<float>(x), *added = bias ? numbers<float>(offset) : nullptr;
   float* to = static_cast<float*>(y.mutable_data_ptr());
-  if (matrix.has_four_bits()) {
-    run_widened(from, weights<core::Nibbles>(matrix), added, to, rows, out);
-  } else if (matrix.is_bfloat16()) {
-    run_widened(from, bfloat16_weights(matrix), added, to, rows, out);
-  } else {
-    run_widened(from, weights<int8_t>(matrix), added, to, rows, out);
-  }
+  with_weights(matrix, [&](const auto& w) { run_widened(from, w, added, to, rows, out); });
   return y;
 }
 

@@ -282,15 +282,15 @@ def test_a_budget_on_the_latency_holds_for_the_whole_model(
 ) -> None:
     model, clock = request.getfixturevalue(name), Clock(monkeypatch)
     whole = clock.of(model)
-    for budget, limit in (("75%", 0.75 * whole), (0.7 * whole, 0.7 * whole)):
+    # At 75 % the cnn's plans are .59 and .71 of the dense model, which lose about the same: the first may win.
+    for budget, limit in (("73%", 0.73 * whole), (0.7 * whole, 0.7 * whole)):
         result = held(model, {"latency_ms": budget}, search=search)
         assert result.budget_met and clock.of(result.model) <= limit
         assert result.report.compressed.latency_ms == clock.of(result.model)  # measured, though verify=False
         (found,) = result.report.limits
         assert (found.name, found.met, found.got) == ("latency", True, clock.of(result.model))
         assert found.limit == pytest.approx(limit)
-        # Ranks are steps, and which of them are taken depends on a processor's rounding: .79 of it with AVX2.
-        assert clock.of(result.model) >= 0.75 * limit
+        assert clock.of(result.model) >= 0.8 * limit
 
 
 @pytest.mark.parametrize("promise", [1.6, 0.6])

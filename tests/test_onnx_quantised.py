@@ -10,6 +10,7 @@ import onnx
 import onnxruntime
 import pytest
 import torch
+from onnx.reference import ReferenceEvaluator
 from torch import Tensor, nn
 
 from panther import chains
@@ -208,26 +209,30 @@ def operators(path: Path) -> list[str]:
     return [node.op_type for node in onnx.load(path).graph.node]
 
 
-def adds_without_saturation() -> bool:
-    """Without VNNI onnxruntime adds pairs of products of whole numbers in 16 bits on x86, which saturate."""
+def adds_in_16_bits() -> bool:
+    """Without VNNI onnxruntime adds products of bytes in pairs on x86, which overflow: docs/quantisation.md."""
     cpu = Path("/proc/cpuinfo")
     flags = cpu.read_text() if cpu.exists() else ""
-    return "vnni" in flags or "avx2" not in flags
+    return "avx2" in flags and "vnni" not in flags
 
 
 def test_rounded_inputs_become_products_of_whole_numbers(tmp_path: Path) -> None:
     model, x = with_whole(net(), Grid(8)), torch.randn(4, 96)
     report = write(model, tmp_path / "whole.onnx", x, round_inputs=True, batches=[torch.randn(4, 96)])
-    most = 0.03 if adds_without_saturation() else 0.5
-    assert report.ok and report.rounding is not None and 0 < report.rounding < most
+    assert report.ok and report.rounding is not None
     assert max(check.max_rel for check in report.checks) <= report.tolerance  # of the file without that
     found = operators(report.path)
     assert found.count("MatMulInteger") == 3 and not {"DequantizeLinear", "MatMul", "Gemm"} & set(found)
     assert "rms" in str(report) and '"rounding"' in report.to_json()
+    wanted = model(x).detach()
+    (meant,) = ReferenceEvaluator(str(report.path)).run(None, {onnx.load(report.path).graph.input[0].name: x.numpy()})
+    assert (torch.from_numpy(meant) - wanted).norm() < 0.03 * wanted.norm()
+    if adds_in_16_bits():
+        pytest.skip("the file is right; onnxruntime overflows on this processor")
+    assert 0 < report.rounding < 0.03
     session = onnxruntime.InferenceSession(report.path, providers=["CPUExecutionProvider"])
     (got,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
-    wanted = model(x).detach()
-    assert (torch.from_numpy(got) - wanted).norm() < most * wanted.norm()
+    assert (torch.from_numpy(got) - wanted).norm() < 0.03 * wanted.norm()
 
 
 @pytest.mark.parametrize("order", ["abc", "cba", "bac", "cab", "acb"])

@@ -98,12 +98,8 @@ void many_windows(const ConvShape& shape, const Tensor& x, const Quantised& weig
   if (out * weight.columns <= kTile && shape.windows() > core::most_windows()) {  // widened once for all parts
     const Tensor tile = widened_tile<float>(x, weight, 0, out, ScalarType::Float);
     conv_of_many(shape, x, core::Plain<float>{numbers<float>(tile), weight.columns}, bias, out, y);
-  } else if (weight.has_four_bits()) {
-    conv_of_many(shape, x, weights<core::Nibbles>(weight), bias, out, y);
-  } else if (weight.is_bfloat16()) {
-    conv_of_many(shape, x, bfloat16_weights(weight), bias, out, y);
   } else {
-    conv_of_many(shape, x, weights<int8_t>(weight), bias, out, y);
+    with_weights(weight, [&](const auto& w) { conv_of_many(shape, x, w, bias, out, y); });
   }
 }
 
