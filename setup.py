@@ -47,7 +47,7 @@ def kernels() -> Extension:
 
     return Extension(
         "panther._C",
-        sources=["csrc/module.cpp", *found("csrc/cpu/*.cpp")],
+        sources=["csrc/module.cpp", *found("csrc/core/*.cpp"), *found("csrc/cpu/*.cpp")],
         depends=[*found("csrc/*.h"), *found("csrc/core/*.h")],
         include_dirs=["csrc", pybind11.get_include(), *include_paths()],
         library_dirs=library_paths(),

@@ -256,12 +256,12 @@ void run(const core::Conv<W>& p) {
     const int64_t work = windows * core::kChannels * depth;
     torch::stable::parallel_for(0, core::parts_of(p.out, core::kChannels),
                                 std::max<int64_t>(1, kGrain / std::max<int64_t>(1, work)),
-                                [&](int64_t first, int64_t last) { core::Convolver<W>(p).channels(first, last); });
+                                [&](int64_t first, int64_t last) { core::conv_channels(p, first, last); });
     return;
   }
   const int64_t work = core::most_windows() * core::kChannels * depth;
   torch::stable::parallel_for(0, core::parts_of(p), std::max<int64_t>(1, kGrain / work),
-                              [&](int64_t first, int64_t last) { core::Convolver<W>(p).parts(first, last); });
+                              [&](int64_t first, int64_t last) { core::conv(p, first, last); });
 }
 
 // Few windows: `thin(rows, count, found)` multiplies (count, depth) into (count, out). x is contiguous float, and so is

@@ -6,6 +6,8 @@
 #include <vector>
 
 #include "core/gemm.h"
+#include "core/instruction_set.h"
+#include "core/thin_linear.h"
 #include "tensors.h"
 #include "threads.h"
 

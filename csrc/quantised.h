@@ -8,6 +8,10 @@
 #include <type_traits>
 #include <vector>
 
+#include "core/gemm.h"
+#include "core/instruction_set.h"
+#include "core/thin_linear.h"
+#include "core/weights.h"
 #include "gemm.h"
 #include "tensors.h"
 #include "threads.h"

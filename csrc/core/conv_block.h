@@ -1,4 +1,4 @@
-// The body of core/conv.h for one set of instructions, whose namespace includes this file. No pragma once: it is
+// The body of core/conv.cpp for one set of instructions, whose namespace includes this file. No pragma once: it is
 // compiled once for each.
 
 // A register of windows at most as lanes: those that begin one or two numbers apart are read together, else one by one.

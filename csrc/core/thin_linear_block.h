@@ -1,32 +1,20 @@
-// The body of core/thin_linear.h for one set of instructions, whose namespace includes this file. No pragma once: it is
-// compiled once for each.
-
-// A scale as `scaled` needs it.
-template <class T>
-PANTHER_VECTOR inline Vector factor_of(const T*, float scale) {
-  return all_lanes(scale);
-}
+// The body of core/thin_linear.cpp for one set of instructions, whose namespace includes this file. No pragma once: it
+// is compiled once for each.
 
 template <class T>
-PANTHER_VECTOR inline Vector scaled(const T* numbers, Vector factor) {
-  return multiply(load(numbers), factor);
-}
-
-template <class T>
-PANTHER_VECTOR inline Vector scaled(const T* numbers, int64_t count, Vector factor) {
-  return multiply(load(numbers, count), factor);
+PANTHER_VECTOR inline Vector lanes_of(const T* numbers, int64_t count) {
+  return count == kLanes ? load(numbers) : load(numbers, count);
 }
 
 // A register of a row of w, or its first `count` lanes.
-template <int Rows, class W>
-PANTHER_VECTOR inline Vector weights_at(const ThinLinear<W>& p, int64_t column, int64_t k, int64_t count,
-                                        Vector factor) {
-  const auto* numbers = p.w.numbers + p.w.at(column, k);
+template <class W>
+PANTHER_VECTOR inline Vector weights_of(const W& w, int64_t column, int64_t k, int64_t count) {
+  const auto* numbers = w.numbers + w.at(column, k);
   if constexpr (W::kHasScales) {
-    if constexpr (Rows > 1) factor = factor_of(numbers, p.w.scale(column, k));
+    const Vector factor = factor_of(numbers, w.scale(column, k));
     return count == kLanes ? scaled(numbers, factor) : scaled(numbers, count, factor);
   } else {
-    return count == kLanes ? load(numbers) : load(numbers, count);
+    return lanes_of(numbers, count);
   }
 }
 
@@ -34,33 +22,67 @@ PANTHER_VECTOR inline Vector weights_at(const ThinLinear<W>& p, int64_t column, 
 // there is less of stays in registers meanwhile, beside the sums and one of the others.
 template <int Rows, int Columns, class W>
 PANTHER_VECTOR inline void add_products(const ThinLinear<W>& p, const float* x, int64_t column, int64_t k,
-                                        int64_t count, const Vector (&factors)[Columns],
-                                        Vector (&sums)[Rows][Columns]) {
-  const auto value_at = [&](int i) PANTHER_VECTOR {
-    const float* values = x + i * p.x_stride + k;
-    return count == kLanes ? load(values) : load(values, count);
-  };
+                                        int64_t count, Vector (&sums)[Rows][Columns]) {
   if constexpr (Rows < Columns) {
     Vector values[Rows];
-    for (int i = 0; i < Rows; ++i) values[i] = value_at(i);
+    for (int i = 0; i < Rows; ++i) values[i] = lanes_of(x + i * p.x_stride + k, count);
     for (int j = 0; j < Columns; ++j) {
-      const Vector weights = weights_at<Rows>(p, column + j, k, count, factors[j]);
+      const Vector weights = weights_of(p.w, column + j, k, count);
       for (int i = 0; i < Rows; ++i) sums[i][j] = multiply_add(values[i], weights, sums[i][j]);
     }
   } else {
     Vector weights[Columns];
-    for (int j = 0; j < Columns; ++j) weights[j] = weights_at<Rows>(p, column + j, k, count, factors[j]);
+    for (int j = 0; j < Columns; ++j) weights[j] = weights_of(p.w, column + j, k, count);
     for (int i = 0; i < Rows; ++i) {
-      const Vector value = value_at(i);
+      const Vector value = lanes_of(x + i * p.x_stride + k, count);
       for (int j = 0; j < Columns; ++j) sums[i][j] = multiply_add(value, weights[j], sums[i][j]);
     }
   }
 }
 
-// Asks for the lines of the cache that lie `ahead` elements behind number k of each of some rows of w.
-template <int Columns, class W>
-PANTHER_VECTOR inline void fetch(const ThinLinear<W>& p, int64_t column, int64_t k, int64_t ahead) {
-  for (int j = 0; j < Columns; ++j) __builtin_prefetch(p.w.numbers + p.w.at(column + j, k) + ahead);
+// The processor's own guess of what is read next comes late where a register is less than a line of the cache, and
+// where several rows of x leave registers for four rows of w only. With this, weights that come from memory are
+// read 1.0 to 2.4 times as fast; one or two rows of floats no faster, or slower. What is asked for is the next block,
+// or what is to be read after as many bytes as memory is late by. Where four rows of 768 floats and more lie in the
+// caches already, it costs up to a tenth or two.
+template <class T>
+inline constexpr int64_t kLine = (64 << kHeldShift<T>) / sizeof(T);
+
+template <class W>
+inline int64_t ahead_of(const W& w, int64_t columns) {
+  constexpr int64_t kAhead = (sizeof(typename W::Number) > 1 ? 6144 : 10240) / sizeof(typename W::Number);
+  return std::max(w.at(columns, 0), kAhead);
+}
+
+// The same for groups of 32 numbers, the smallest ones there are, whose scale is read once: where few rows of x leave
+// registers for it, or where a number takes longer to widen than to read x again. An address can add a step or two to a
+// pointer, so that a third of the pointers is enough. Gives how many numbers of each row that were: whole groups.
+template <int Rows, int Columns, class T>
+PANTHER_VECTOR inline int64_t add_groups(const ThinLinear<Whole<T>>& p, const float* x, int64_t column,
+                                         Vector (&sums)[Rows][Columns]) {
+  constexpr int64_t kGroup = 32;
+  constexpr int kPointers = (Columns + 2) / 3;
+  const int64_t stride = p.w.at(1, 0), ahead = ahead_of(p.w, Columns), whole = p.in - p.in % kGroup;
+  const T* numbers[kPointers];
+  for (int q = 0; q < kPointers; ++q) numbers[q] = p.w.numbers + (column + 3 * q) * stride;
+  for (int64_t k = 0; k < whole; k += kGroup, x += kGroup) {
+    if (k % kLine<T> == 0) {
+      PANTHER_UNROLL for (int j = 0; j < Columns; ++j) __builtin_prefetch(numbers[j / 3] + (j % 3 * stride + ahead));
+    }
+    const float* scales = p.w.scales + (column * p.w.groups + (k >> p.w.shift));
+    PANTHER_UNROLL for (int j = 0; j < Columns; ++j) {
+      const Vector factor = factor_of(p.w.numbers, scales[j * p.w.groups]);
+      const T* from = numbers[j / 3] + j % 3 * stride;
+      PANTHER_UNROLL for (int64_t s = 0; s < kGroup; s += kLanes) {
+        const Vector weights = scaled(from + (s >> kHeldShift<T>), factor);
+        PANTHER_UNROLL for (int i = 0; i < Rows; ++i) {
+          sums[i][j] = multiply_add(load(x + i * p.x_stride + s), weights, sums[i][j]);
+        }
+      }
+    }
+    PANTHER_UNROLL for (int q = 0; q < kPointers; ++q) numbers[q] += kGroup >> kHeldShift<T>;
+  }
+  return whole;
 }
 
 // A block of `Rows` rows of x times `Columns` rows of w, all of whose sums are in registers. Four sums leave together:
@@ -68,34 +90,27 @@ PANTHER_VECTOR inline void fetch(const ThinLinear<W>& p, int64_t column, int64_t
 // which has cost more than half of the speed of AVX2.
 template <int Rows, int Columns, class W>
 PANTHER_VECTOR __attribute__((noinline)) void block(const ThinLinear<W>& p, int64_t row, int64_t column) {
-  const float* x = p.x + row * p.x_stride;
-  Vector sums[Rows][Columns], factors[Columns] = {};
+  Vector sums[Rows][Columns];
   for (auto& of_row : sums) {
     for (Vector& sum : of_row) sum = zeros();
   }
-  // The processor's own guess of what is read next comes late where a register is less than a line of the cache, and
-  // where several rows of x leave registers for four rows of w only. With this, weights that come from memory are read
-  // 1.0 to 2.4 times as fast; one or two rows of floats no faster, or slower. What is asked for is the next block, or
-  // what is to be read after as many bytes as memory is late by. Where four rows of 768 floats and more lie in the
-  // caches already, it costs up to a tenth or two.
+  const float* x = p.x + row * p.x_stride;
   using Number = typename W::Number;
   constexpr bool kFetches = Rows > 2 || sizeof(Number) < sizeof(float);
-  constexpr int64_t kLine = (64 << kHeldShift<Number>) / sizeof(Number);
-  constexpr int64_t kStep = kFetches && sizeof(Number) > 1 ? kLine : kLanes;  // a line of others can be several groups
-  constexpr int64_t kAhead = (sizeof(Number) > 1 ? 6144 : 10240) / sizeof(Number);
-  const int64_t ahead = std::max(p.w.at(Columns, 0), kAhead);
-  for (int64_t k = 0, end; k < p.in; k = end) {
-    end = Rows == 1 ? p.w.group_end(k) : p.in;
-    if constexpr (W::kHasScales && Rows == 1) {  // more rows leave no registers for the scales
-      for (int j = 0; j < Columns; ++j) factors[j] = factor_of(p.w.numbers, p.w.scale(column + j, k));
-    }
-    while (end - k >= kStep) {
-      if (kFetches && (kStep == kLine || k % kLine == 0)) fetch<Columns>(p, column, k, ahead);
-      for (int64_t s = 0; s < kStep / kLanes; ++s, k += kLanes) add_products(p, x, column, k, kLanes, factors, sums);
-    }
-    for (; end - k >= kLanes; k += kLanes) add_products(p, x, column, k, kLanes, factors, sums);
-    if (k < end) add_products(p, x, column, k, end - k, factors, sums);
+  constexpr int64_t kStep = kFetches && sizeof(Number) > 1 ? kLine<Number> : kLanes;
+  const int64_t ahead = ahead_of(p.w, Columns);
+  int64_t k = 0;
+  if constexpr (W::kHasScales) {
+    if constexpr (Rows <= most_rows_of_groups<Number>()) k = add_groups(p, x, column, sums);
   }
+  while (p.in - k >= kStep) {
+    if (kFetches && (kStep == kLine<Number> || k % kLine<Number> == 0)) {
+      for (int j = 0; j < Columns; ++j) __builtin_prefetch(p.w.numbers + p.w.at(column + j, k) + ahead);
+    }
+    for (int64_t s = 0; s < kStep / kLanes; ++s, k += kLanes) add_products(p, x, column, k, kLanes, sums);
+  }
+  for (; p.in - k >= kLanes; k += kLanes) add_products(p, x, column, k, kLanes, sums);
+  if (k < p.in) add_products(p, x, column, k, p.in - k, sums);
   float* y = p.y + row * p.y_stride + column;
   const float* bias = p.bias ? p.bias + column : nullptr;
   if constexpr (Columns % 4 == 0) {
@@ -138,30 +153,6 @@ PANTHER_VECTOR inline void strip(const ThinLinear<W>& p, int64_t column) {
     const int count = static_cast<int>((p.rows - row + parts - 1) / parts);
     blocks_of<kMost, Columns>(count, p, row, column);
     row += count;
-  }
-}
-
-// The numbers [begin, end) of the rows [first, last) of w as floats, one row after another. `begin` is that of a group.
-template <class W>
-PANTHER_VECTOR inline void widen_rows(W w, int64_t first, int64_t last, int64_t begin, int64_t end, float* wide) {
-  for (int64_t column = first; column < last; ++column, wide += end - begin) {
-    for (int64_t k = begin, until; k < end; k = until) {
-      until = std::min(end, w.group_end(k));
-      if constexpr (W::kHasScales) {
-        const Vector factor = factor_of(w.numbers + w.at(column, k), w.scale(column, k));
-        for (; until - k >= kLanes; k += kLanes) store(wide + (k - begin), scaled(w.numbers + w.at(column, k), factor));
-      } else {
-        for (; until - k >= kLanes; k += kLanes) store(wide + (k - begin), load(w.numbers + w.at(column, k)));
-      }
-      if (k < until) {  // the last ones lie before whatever comes after the row
-        const auto* numbers = w.numbers + w.at(column, k);
-        if constexpr (W::kHasScales) {
-          store(wide + (k - begin), scaled(numbers, until - k, factor_of(numbers, w.scale(column, k))), until - k);
-        } else {
-          store(wide + (k - begin), load(numbers, until - k), until - k);
-        }
-      }
-    }
   }
 }
 

@@ -253,14 +253,14 @@ void check_conv(const Picture& of, int64_t out, bool is_aligned, bool has_bias) 
   const Results results{y.data(), positions, positions};
   Conv<decltype(matrix.weights())> whole{
       all, matrix.weights(), has_bias ? bias.data() : nullptr, results, out, of.samples, x_sample, y_sample};
-  Convolver(whole).parts(0, parts_of(whole));
+  conv(whole, 0, parts_of(whole));
   whole.y.numbers = again.data();
   const auto is_same = [&] { return std::memcmp(y.data(), again.data(), of.samples * y_sample * sizeof(float)) == 0; };
-  for (int64_t part = 0; part < parts_of(whole); ++part) Convolver(whole).parts(part, part + 1);
+  for (int64_t part = 0; part < parts_of(whole); ++part) conv(whole, part, part + 1);
   require(is_same(), "sharing a convolution changes no bit");
   std::fill_n(again.data(), of.samples * y_sample, 0.0f);
   const int64_t of_out = parts_of(out, kChannels);
-  for (int64_t part = 0; part < of_out; ++part) Convolver(whole).channels(part, part + 1);
+  for (int64_t part = 0; part < of_out; ++part) conv_channels(whole, part, part + 1);
   require(is_same(), "sharing channels changes no bit");
 
   if (positions >= 16) {
@@ -270,7 +270,7 @@ void check_conv(const Picture& of, int64_t out, bool is_aligned, bool has_bias) 
     joined.y = {again.data(), positions, positions, (out - 1) * positions};
     joined.samples = 1;
     std::fill_n(again.data(), of.samples * y_sample, 0.0f);
-    Convolver(joined).parts(0, parts_of(joined));
+    conv(joined, 0, parts_of(joined));
     require(is_same(), "joining samples changes no bit");
   }
 

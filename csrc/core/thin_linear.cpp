@@ -1,0 +1,123 @@
+#include "core/thin_linear.h"
+
+#include <algorithm>
+
+#include "core/vectors.h"
+
+namespace panther::core {
+
+// The twin without intrinsics: what every other processor runs, and what the vector kernels are tested against.
+template <class W>
+void thin_linear_scalar(const ThinLinear<W>& p, int64_t first, int64_t last) {
+  constexpr int64_t kSums = 8;  // side by side, so that no addition waits for the one before
+  const int64_t whole = p.in - p.in % kSums;
+  for (int64_t column = first; column < last; ++column) {
+    for (int64_t row = 0; row < p.rows; ++row) {
+      const float* x = p.x + row * p.x_stride;
+      float partial[kSums] = {};
+      for (int64_t k = 0; k < whole; k += kSums) {
+        for (int64_t s = 0; s < kSums; ++s) partial[s] += x[k + s] * p.w.value(column, k + s);
+      }
+      float sum = ((partial[0] + partial[1]) + (partial[2] + partial[3])) +
+                  ((partial[4] + partial[5]) + (partial[6] + partial[7]));
+      for (int64_t k = whole; k < p.in; ++k) sum += x[k] * p.w.value(column, k);
+      p.y[row * p.y_stride + column] = p.bias ? sum + p.bias[column] : sum;
+    }
+  }
+}
+
+#if PANTHER_HAS_AVX
+
+namespace avx2 {
+
+// Sixteen registers: twelve sums, the weights of a block's columns and one value.
+constexpr int most_rows(int columns) { return columns % 12 == 0 || columns == 1 ? 4 : 3; }
+constexpr int width(int rows, int columns) { return columns % 12 ? columns : rows == 4 ? 3 : 4; }
+inline constexpr int kStrip = 12;
+template <class T>
+constexpr int most_rows_of_groups() {
+  return kHeldShift<T> > 0 ? 4 : 2;
+}
+
+#define PANTHER_VECTOR PANTHER_AVX2
+#include "core/thin_linear_block.h"
+#undef PANTHER_VECTOR
+
+}  // namespace avx2
+
+namespace avx512 {
+
+// Thirty-two registers: 24 sums, the weights of a block's columns and one value.
+constexpr int most_rows(int) { return 6; }
+constexpr int width(int rows, int columns) { return columns == 8 && rows > 3 ? 4 : columns; }
+inline constexpr int kStrip = 8;
+template <class T>
+constexpr int most_rows_of_groups() {
+  return 2;
+}
+
+#define PANTHER_VECTOR PANTHER_AVX512
+#include "core/thin_linear_block.h"
+#undef PANTHER_VECTOR
+
+}  // namespace avx512
+
+#elif PANTHER_HAS_NEON
+
+namespace neon {
+
+// Thirty-two registers, as above.
+constexpr int most_rows(int) { return 6; }
+constexpr int width(int rows, int columns) { return columns == 8 && rows > 3 ? 4 : columns; }
+inline constexpr int kStrip = 8;
+template <class T>
+constexpr int most_rows_of_groups() {
+  return 2;
+}
+
+#define PANTHER_VECTOR
+#include "core/thin_linear_block.h"
+#undef PANTHER_VECTOR
+
+}  // namespace neon
+
+#endif
+
+template <class W>
+void thin_linear(const ThinLinear<W>& p, int64_t first, int64_t last) {
+#if PANTHER_HAS_AVX
+  const InstructionSet set = instruction_set_in_use().load(std::memory_order_relaxed);
+  if (set == InstructionSet::avx512) return avx512::thin_linear(p, first, last);
+  if (set == InstructionSet::avx2) return avx2::thin_linear(p, first, last);
+#elif PANTHER_HAS_NEON
+  const InstructionSet set = instruction_set_in_use().load(std::memory_order_relaxed);
+  if (set == InstructionSet::neon) return neon::thin_linear(p, first, last);
+#endif
+  thin_linear_scalar(p, first, last);
+}
+
+template <class W>
+void widen(const W& w, int64_t first, int64_t last, float* wide) {
+#if PANTHER_HAS_AVX
+  const InstructionSet set = instruction_set_in_use().load(std::memory_order_relaxed);
+  if (set == InstructionSet::avx512) return avx512::widen_rows(w, first, last, 0, w.in, wide);
+  if (set == InstructionSet::avx2) return avx2::widen_rows(w, first, last, 0, w.in, wide);
+#elif PANTHER_HAS_NEON
+  const InstructionSet set = instruction_set_in_use().load(std::memory_order_relaxed);
+  if (set == InstructionSet::neon) return neon::widen_rows(w, first, last, 0, w.in, wide);
+#endif
+  for (int64_t column = first; column < last; ++column, wide += w.in) {
+    for (int64_t k = 0; k < w.in; ++k) wide[k] = w.value(column, k);
+  }
+}
+
+template void thin_linear(const ThinLinear<Plain<float>>&, int64_t, int64_t);
+template void thin_linear(const ThinLinear<Plain<BFloat16>>&, int64_t, int64_t);
+template void thin_linear(const ThinLinear<Int8>&, int64_t, int64_t);
+template void thin_linear(const ThinLinear<Int4>&, int64_t, int64_t);
+
+template void widen(const Plain<BFloat16>&, int64_t, int64_t, float*);
+template void widen(const Int8&, int64_t, int64_t, float*);
+template void widen(const Int4&, int64_t, int64_t, float*);
+
+}  // namespace panther::core
