@@ -2,6 +2,8 @@
 // all of torch's threads.
 #pragma once
 
+#include <torch/csrc/stable/ops.h>
+
 #include <algorithm>
 #include <array>
 #include <limits>
@@ -27,6 +29,10 @@ inline constexpr int64_t kFewWindows = 128, kFewBeforeOwn = 28, kFewScalarWindow
 // Windows of a sample, below which all samples are one: panels take up to 48 at a time. From a register of them on,
 // results go where they belong at once.
 inline constexpr int64_t kJoined = 96, kJoinedInPlace = 16;
+
+// Of a chain of two: numbers of windows and of what becomes of them that stay in a second cache beside the weights, and
+// the most depth that is packed at a time.
+inline constexpr int64_t kChainRoom = 80 * 1024, kMostDepth = 767;
 
 inline int64_t product(const Sizes& sizes) {
   int64_t all = 1;
@@ -264,6 +270,24 @@ void run(const core::Conv<W>& p) {
                               [&](int64_t first, int64_t last) { core::conv(p, first, last); });
 }
 
+// How many windows of a chain are packed at a time: as many as stay in the second cache with what becomes of them, and
+// that leave a part for each thread.
+inline int64_t windows_at_once(const core::Conv<core::Plain<float>>& down, int64_t rank) {
+  const int64_t room = uses(core::InstructionSet::avx2) ? kChainRoom : 2 * kChainRoom;
+  const int64_t depth = std::min<int64_t>(down.x.depth, kMostDepth), threads = torch::stable::get_num_threads();
+  const int64_t fitting = room / std::max<int64_t>(1, depth + rank);
+  const int64_t shared = core::parts_of(down.samples * down.x.positions, threads) + core::kUnit - 1;
+  return std::clamp(std::min(fitting, shared) / core::kUnit * core::kUnit, core::kUnit, core::kMostWindows);
+}
+
+// A chain: `down` with the weight of the first convolution, and all else as in one.
+inline void run_chain(const core::Conv<core::Plain<float>>& down, const core::Plain<float>& up) {
+  const core::LowRankConv<core::Plain<float>> p{down, up, windows_at_once(down, up.in)};
+  const int64_t work = p.windows * std::max<int64_t>(1, up.in * (down.x.depth + down.out));
+  torch::stable::parallel_for(0, core::parts_of(p), std::max<int64_t>(1, kGrain / work),
+                              [&](int64_t first, int64_t last) { core::low_rank_conv(p, first, last); });
+}
+
 // Few windows: `thin(rows, count, found)` multiplies (count, depth) into (count, out). x is contiguous float, and so is
 // y.
 template <class Thin>
@@ -275,20 +299,27 @@ void conv_of_few(const ConvShape& p, const Tensor& x, int64_t out, float* y, con
   put_channels_second(found.get(), {all / samples * out, out, 1}, samples, all / samples, out, y);
 }
 
-template <class W>
-void conv_of_many(const ConvShape& p, const Tensor& x, const W& w, const float* bias, int64_t out, float* y) {
+// Many windows: `convolve` gets a core::Conv of w.
+template <class W, class Convolve>
+void conv_of_many(const ConvShape& p, const Tensor& x, const W& w, const float* bias, int64_t out, float* y,
+                  const Convolve& convolve) {
   const int64_t samples = x.size(0), each = product(p.positions());
   const bool is_joined = samples > 1 && each < kJoined;
   const Geometry of(p, numbers<float>(x), is_joined);
   if (!is_joined)
-    return run(core::Conv<W>{of.windows, w, bias, {y, each, each}, out, samples, of.x_sample, out * each});
+    return convolve(core::Conv<W>{of.windows, w, bias, {y, each, each}, out, samples, of.x_sample, out * each});
   const int64_t all = samples * each;
   if (each >= kJoinedInPlace) {
-    return run(core::Conv<W>{of.windows, w, bias, {y, each, each, (out - 1) * each}, out, 1, 0, 0});
+    return convolve(core::Conv<W>{of.windows, w, bias, {y, each, each, (out - 1) * each}, out, 1, 0, 0});
   }
   const std::unique_ptr<float[]> found(new float[all * out]);
-  run(core::Conv<W>{of.windows, w, bias, {found.get(), all, all}, out, 1, 0, 0});
+  convolve(core::Conv<W>{of.windows, w, bias, {found.get(), all, all}, out, 1, 0, 0});
   put_channels_second(found.get(), {each, 1, all}, samples, each, out, y);
+}
+
+template <class W>
+void conv_of_many(const ConvShape& p, const Tensor& x, const W& w, const float* bias, int64_t out, float* y) {
+  conv_of_many(p, x, w, bias, out, y, [](const core::Conv<W>& whole) { run(whole); });
 }
 
 // torch's own convolution pads both sides of an axis alike; the rest is padded before.
@@ -317,6 +348,29 @@ inline Tensor batched(const Tensor& x, size_t dims) {
 
 inline Tensor like_given(const Tensor& y, const Tensor& given) {
   return given.dim() < y.dim() ? torch::stable::squeeze(y, 0) : y;
+}
+
+// torch's own convolution, or panther's where that is faster. x has a batch; all fit together.
+inline Tensor fast_conv(const ConvShape& shape, const Tensor& weight, const std::optional<Tensor>& bias) {
+  const Tensor& x = shape.x;
+  const int64_t out = weight.size(0);
+  const bool is_plain = x.scalar_type() == ScalarType::Float && has_default_strides(x) && has_default_strides(weight);
+  const bool is_few = is_plain && shape.has_numbers() && shape.windows() <= few_windows();
+  const bool is_own = is_few || (is_plain && has_own_conv() && shape.has_numbers() && !torch_is_fast(shape, out));
+  if (!is_own) return torch_conv(shape, weight, bias);
+  const Tensor offset = bias ? packed(*bias) : Tensor();
+  const core::Plain<float> w{numbers<float>(weight), shape.depth()};
+  const float* added = bias ? numbers<float>(offset) : nullptr;
+  const Tensor y = torch::stable::new_empty(x, shape.result_size(out));
+  float* to = static_cast<float*>(y.mutable_data_ptr());
+  if (is_few) {
+    conv_of_few(shape, x, out, to, [&](const float* rows, int64_t count, float* found) {
+      run_few({rows, w, added, found, count, w.in, out, w.in, out});
+    });
+  } else {
+    conv_of_many(shape, x, w, added, out, to);
+  }
+  return y;
 }
 
 }  // namespace panther

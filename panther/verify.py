@@ -199,13 +199,18 @@ def latencies(models: Sequence[nn.Module], call: Call, *, seconds: float = LATEN
 
 
 def medians_in_turn(runs: Sequence[Callable[[], object]], *, seconds: float = LATENCY_SECONDS) -> list[float]:
-    """Median seconds of each run: two rounds of warm-up, then rounds of one call each until `seconds` have passed."""
+    """Median seconds of each run: two rounds of warm-up, then rounds of one call each until `seconds` have passed.
+
+    Every second round goes backwards: what a run finds in the caches and on the heap is what the one before has left,
+    which was worth a tenth to whichever of two equal ones came second.
+    """
     for run_once in [*runs, *runs]:
         run_once()
     taken: list[list[float]] = [[] for _ in runs]
     end = time.perf_counter() + seconds
     while len(taken[0]) < FEWEST_ROUNDS or (time.perf_counter() < end and len(taken[0]) < MOST_ROUNDS):
-        for run_once, times in zip(runs, taken, strict=True):
+        in_turn = list(zip(runs, taken, strict=True))
+        for run_once, times in in_turn if len(taken[0]) % 2 == 0 else reversed(in_turn):
             start = time.perf_counter()
             run_once()
             times.append(time.perf_counter() - start)

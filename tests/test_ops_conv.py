@@ -1,5 +1,6 @@
 """Convolutions in panther's own kernel, with float weights and with stored ones, beside torch's in float64."""
 
+import importlib
 import warnings
 from dataclasses import dataclass
 
@@ -9,7 +10,16 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 
 from panther.nn import QuantisedConv2d, SKConv2d
-from panther.ops import OPS, _windows, conv, dequantised, packed_int4, quantised, quantised_conv
+from panther.ops import (
+    OPS,
+    _windows,
+    conv,
+    dequantised,
+    low_rank_conv,
+    packed_int4,
+    quantised,
+    quantised_conv,
+)
 from panther.ops._windows import SMALL
 from tests.kernels import needs_kernels
 
@@ -230,6 +240,127 @@ def test_places_beyond_32_bits_are_left_to_torch():
     assert got.shape == (1, 1, 3)
 
 
+# Chains of two ------------------------------------------------------------------------------------------------------
+
+
+def chain_of(of, rank=11, dtype=torch.float32):
+    """A function of x alone, x, and the factors and the bias in float64."""
+    generator = torch.Generator().manual_seed(0)
+    sizes = (of.size, (rank, of.size[1], *of.kernel), (of.out, rank, *[1] * len(of.kernel)), (of.out,))
+    x, down, up, bias = (torch.randn(size, generator=generator).to(dtype) for size in sizes)
+    where = of.where()
+    sides = [*where["padding"], *where["padding"]][: 2 * len(of.kernel)]
+    geometry = [list(where["stride"]), sides, list(where["dilation"])]
+    return lambda x: OPS["low_rank_conv"](x, down, up, bias, *geometry), x, down.double(), up.double(), bias.double()
+
+
+def in_a_row(of, x, down, up, bias):
+    inner = exactly(of, x, down, None)
+    return CONVOLVE[len(of.kernel)](inner, up, bias)
+
+
+def assert_chain_is_within_the_rounding_bound(got, of, x, down, up, bias):
+    exact = in_a_row(of, x.double(), down, up, bias)
+    scale = in_a_row(of, x.double().abs(), down.abs(), up.abs(), bias.abs())
+    roundings = down[0].numel() + len(down) + 4
+    assert got.shape == exact.shape
+    assert bool(((got.double() - exact).abs() <= roundings * torch.finfo(got.dtype).eps * scale).all())
+
+
+@needs_kernels
+@every_geometry
+@pytest.mark.parametrize("rank", [1, 11, 50])
+@pytest.mark.usefixtures("instruction_set")
+def test_every_chain_is_within_the_rounding_bound(of, rank):
+    run, x, *exact = chain_of(of, rank)
+    assert_chain_is_within_the_rounding_bound(run(x), of, x, *exact)
+
+
+@needs_kernels
+@every_geometry
+def test_number_of_threads_changes_no_bit_of_a_chain(of, threads):
+    run, x, *_ = chain_of(of)
+    threads(1)
+    alone = run(x)
+    threads(3)
+    assert torch.equal(alone, run(x))
+
+
+@every_geometry
+def test_chain_of_input_without_a_batch_is_of_one_sample(of):
+    run, x, *_ = chain_of(of)
+    torch.testing.assert_close(run(x[0]), run(x[:1])[0], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("view", ["channels last", "turned", "a part", "no samples"])
+def test_chain_of_a_view_is_that_of_its_copy(view):
+    of = GEOMETRIES["picture"]
+    run, x, *exact = chain_of(of)
+    x = {
+        "channels last": x.contiguous(memory_format=torch.channels_last),
+        "turned": x.transpose(2, 3).contiguous().transpose(2, 3),
+        "a part": torch.cat((x, x), 1)[:, : x.shape[1]],
+        "no samples": x[:0],
+    }[view]
+    assert_chain_is_within_the_rounding_bound(run(x), of, x, *exact)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("name", ["few windows", "picture"])
+def test_chains_of_other_types_are_rounded_twice(name, dtype):
+    of = GEOMETRIES[name]
+    run, x, *exact = chain_of(of, dtype=dtype)
+    got, wanted = run(x), in_a_row(of, x.double(), *exact)
+    assert got.dtype == dtype
+    loose = 1e-12 if dtype == torch.float64 else 0.03
+    torch.testing.assert_close(got.double(), wanted, rtol=loose, atol=loose * float(wanted.abs().mean()))
+
+
+CHAINS = {  # where torch's own are faster with one thread and AVX2, where with any number of threads, and where never
+    "fewer channels": Geometry((1, 64, 20, 20), 32, (1, 1)),
+    "more channels": Geometry((1, 32, 20, 20), 64, (1, 1)),
+    "large picture": Geometry((1, 16, 24, 24), 32, (3, 3), padding=(1, 1)),
+    "small picture": Geometry((1, 16, 9, 9), 32, (3, 3), padding=(1, 1)),
+    "three channels": Geometry((1, 3, 40, 40), 20, (5, 5), stride=(2, 2), padding=(2, 2)),
+    "one place": Geometry((1, 16, 3, 3), 32, (3, 3)),
+    "long line": Geometry((1, 8, 400), 24, (3,), padding=(1,)),
+    "long line, long kernel": Geometry((1, 8, 400), 24, (9,), padding=(4,)),
+}
+
+
+@pytest.mark.parametrize("of", CHAINS.values(), ids=CHAINS)
+@pytest.mark.parametrize("count", [1, 2])
+@pytest.mark.parametrize("trains", [False, True])
+def test_chain_is_the_same_in_whatever_kernel(of, count, trains, threads):
+    threads(count)
+    _, x, *exact = chain_of(of)
+    down, up, bias = (tensor.float() for tensor in exact)
+    got = low_rank_conv(x.requires_grad_(trains), down, up, bias, **of.where())
+    assert_chain_is_within_the_rounding_bound(got.detach(), of, x.detach(), *exact)
+    assert got.requires_grad == trains
+
+
+def test_kernels_are_chosen_by_shape_and_threads(monkeypatch):
+    module = importlib.import_module("panther.ops.low_rank_conv")  # the function has its name
+    monkeypatch.setattr(module, "_instruction_set", lambda: "avx2")
+    rule, chosen = module._torch_is_faster.__wrapped__, {}
+    for name, of in CHAINS.items():
+        where, dims = of.where(), len(of.kernel)
+        sizes = of.size, (8, of.size[1], *of.kernel), (of.out, 8, *[1] * dims)
+        geometry = where["stride"], where["padding"] * 2, where["dilation"]
+        chosen[name] = [rule(*sizes, *geometry, count) for count in (1, 2)]
+    assert chosen == {
+        "fewer channels": [True, False],
+        "more channels": [False, False],
+        "large picture": [True, True],
+        "small picture": [False, False],
+        "three channels": [True, True],
+        "one place": [False, False],
+        "long line": [True, True],
+        "long line, long kernel": [False, False],
+    }
+
+
 # In layers ------------------------------------------------------------------------------------------------------------
 
 
@@ -286,6 +417,7 @@ def test_complex_numbers_are_left_to_torch():
 
 WHERE = {"stride": [1, 1], "padding": [0, 0, 0, 0], "dilation": [1, 1]}
 X, WEIGHT, BIAS = torch.ones(2, 3, 5, 6), torch.ones(4, 3, 3, 2), torch.ones(4)
+UP = torch.ones(6, 4, 1, 1)
 VALUES, SCALES = torch.ones(4, 18, dtype=torch.int8), torch.ones(4, 1)
 
 BAD_WINDOWS = {
@@ -303,12 +435,16 @@ BAD_WINDOWS = {
 
 
 @pytest.mark.parametrize(("where", "x", "says"), BAD_WINDOWS.values(), ids=BAD_WINDOWS)
-@pytest.mark.parametrize("name", ["conv", "quantised_conv"])
+@pytest.mark.parametrize("name", ["conv", "low_rank_conv", "quantised_conv"])
 def test_windows_that_do_not_fit_are_refused_in_the_same_words_with_and_without_kernel(name, where, x, says):
     given = WHERE | where
     geometry = [given["stride"], given["padding"], given["dilation"]]
-    inputs = (x, WEIGHT, BIAS, *geometry) if name == "conv" else (x, VALUES, SCALES, BIAS, [3, 2], *geometry)
-    assert_refused(name, inputs, says)
+    inputs = {
+        "conv": (x, WEIGHT, BIAS),
+        "low_rank_conv": (x, WEIGHT, UP, torch.ones(6)),
+        "quantised_conv": (x, VALUES, SCALES, BIAS, [3, 2]),
+    }[name]
+    assert_refused(name, (*inputs, *geometry), says)
 
 
 BAD = {
@@ -319,6 +455,12 @@ BAD = {
     "no stored outputs": ("quantised_conv", (X, VALUES[:0], SCALES[:0], None), "(0, 18), (0, 1), None"),
     "another dtype": ("conv", (X, WEIGHT.double(), BIAS), "got float32, float64, float32"),
     "whole numbers": ("conv", (X.int(), WEIGHT.int(), BIAS.int()), "got int32, int32, int32"),
+    "another rank": ("low_rank_conv", (X, WEIGHT, UP[:, :3], None), "(4, 3, 3, 2), (6, 3, 1, 1), None"),
+    "not single places": ("low_rank_conv", (X, WEIGHT, torch.ones(6, 4, 1, 2), None), "(6, 4, 1, 2), None"),
+    "up of fewer axes": ("low_rank_conv", (X, WEIGHT, UP[..., 0], None), "(4, 3, 3, 2), (6, 4, 1), None"),
+    "no rank": ("low_rank_conv", (X, WEIGHT[:0], UP[:, :0], None), "(0, 3, 3, 2), (6, 0, 1, 1), None"),
+    "bias of the rank": ("low_rank_conv", (X, WEIGHT, UP, BIAS), "(6, 4, 1, 1), (4)"),
+    "a factor of another dtype": ("low_rank_conv", (X, WEIGHT, UP.half(), None), "got float32, float32, float16"),
     "values of another size": (
         "quantised_conv",
         (X, VALUES[:, :17], SCALES, BIAS),
@@ -334,7 +476,7 @@ BAD = {
 
 @pytest.mark.parametrize(("name", "inputs", "says"), BAD.values(), ids=BAD)
 def test_bad_input_is_refused_in_the_same_words_with_and_without_kernel(name, inputs, says):
-    sizes = () if name == "conv" else ([3, 2],)
+    sizes = ([3, 2],) if name == "quantised_conv" else ()
     assert_refused(name, (*inputs, *sizes, *WHERE.values()), says)
 
 

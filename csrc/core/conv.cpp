@@ -31,6 +31,23 @@ void conv_part_scalar(const Conv<W>& p, const ConvPart& part) {
   }
 }
 
+template <class W>
+void low_rank_part_scalar(const LowRankConv<W>& p, const ConvPart& part) {
+  const std::unique_ptr<float[]> window(new float[p.down.x.depth]), inner(new float[p.rank()]);
+  for (int64_t i = part.i; i < part.i + part.rows; ++i) {
+    unfold(p.down.x, i, i + 1, window.get());
+    for (int64_t r = 0; r < p.rank(); ++r) {
+      inner[r] = 0;
+      for (int64_t k = 0; k < p.down.x.depth; ++k) inner[r] += window[k] * p.down.w.value(r, k);
+    }
+    for (int64_t o = part.first; o < part.last; ++o) {
+      float sum = 0;
+      for (int64_t r = 0; r < p.rank(); ++r) sum += inner[r] * p.up.value(o, r);
+      *p.down.y.at(o, i) = p.down.bias ? sum + p.down.bias[o] : sum;
+    }
+  }
+}
+
 #if PANTHER_HAS_AVX
 
 namespace avx2 {
@@ -214,6 +231,32 @@ void conv_channels(const Conv<W>& p, int64_t first, int64_t last) {
   Convolver<W>(p).channels(first, last);
 }
 
+template <class W>
+void low_rank_conv(const LowRankConv<W>& p, int64_t first, int64_t last) {
+  const Windows& x = p.down.x;
+  const int64_t each = parts_of(x.positions, p.windows);
+  const auto of_parts = [&](const auto& fill) {
+    for (int64_t i = first; i < last; ++i) {
+      LowRankConv<W> sample = p;
+      sample.down = p.down.sample(i / each);
+      const int64_t begin = start_of(i % each, each, x.positions), end = start_of(i % each + 1, each, x.positions);
+      fill(sample, ConvPart{begin, end - begin, 0, p.down.out});
+    }
+  };
+#if PANTHER_HAS_AVX
+  const InstructionSet set = instruction_set_in_use().load();
+  if (set == InstructionSet::avx512) {
+    const avx512::ConvRoom room(x, p.windows, p.rank());
+    return of_parts([&](const auto& of, const ConvPart& part) { avx512::low_rank_part(of, part, room); });
+  }
+  if (set == InstructionSet::avx2) {
+    const avx2::ConvRoom room(x, p.windows, p.rank());
+    return of_parts([&](const auto& of, const ConvPart& part) { avx2::low_rank_part(of, part, room); });
+  }
+#endif
+  of_parts([&](const auto& of, const ConvPart& part) { low_rank_part_scalar(of, part); });
+}
+
 template void conv(const Conv<Plain<float>>&, int64_t, int64_t);
 template void conv(const Conv<Plain<BFloat16>>&, int64_t, int64_t);
 template void conv(const Conv<Int8>&, int64_t, int64_t);
@@ -223,5 +266,7 @@ template void conv_channels(const Conv<Plain<float>>&, int64_t, int64_t);
 template void conv_channels(const Conv<Plain<BFloat16>>&, int64_t, int64_t);
 template void conv_channels(const Conv<Int8>&, int64_t, int64_t);
 template void conv_channels(const Conv<Int4>&, int64_t, int64_t);
+
+template void low_rank_conv(const LowRankConv<Plain<float>>&, int64_t, int64_t);
 
 }  // namespace panther::core

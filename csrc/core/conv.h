@@ -145,10 +145,24 @@ int64_t parts_of(const Conv<W>& p) {
   return p.samples * parts_of(p.x.positions, most_windows()) * parts_of(p.out, kChannels);
 }
 
+inline constexpr int64_t kUnit = 16;  // windows, one or two registers of them
+
 // Where part i of `count` begins: at a whole number of registers.
 inline int64_t start_of(int64_t i, int64_t count, int64_t positions) {
-  return std::min(positions, parts_of(positions, 16) * i / count * 16);
+  return std::min(positions, parts_of(positions, kUnit) * i / count * kUnit);
 }
+
+// A chain of two: y[o, p] = bias[o] + the sum over r of up[o, r] times the sum over k of w[r, k] times number k of
+// window p, where w (rank, depth) is that of `down`, and all else of `down` is as in one convolution. What is between
+// the two stays in a near cache.
+template <class W>
+struct LowRankConv {
+  Conv<W> down;
+  W up;             // (out, rank)
+  int64_t windows;  // that are packed together: a multiple of kUnit, at most kMostWindows
+
+  int64_t rank() const { return up.in; }
+};
 
 // Fills parts [first, last) of y, those of the same windows together.
 template <class W>
@@ -157,5 +171,14 @@ void conv(const Conv<W>& p, int64_t first, int64_t last);
 // The parts [first, last) of the channels, of all windows: each number of the weight is read by one thread alone.
 template <class W>
 void conv_channels(const Conv<W>& p, int64_t first, int64_t last);
+
+// Fills windows of y, of which there are parts_of(p); all channels of each.
+template <class W>
+void low_rank_conv(const LowRankConv<W>& p, int64_t first, int64_t last);
+
+template <class W>
+int64_t parts_of(const LowRankConv<W>& p) {
+  return p.down.samples * parts_of(p.down.x.positions, p.windows);
+}
 
 }  // namespace panther::core

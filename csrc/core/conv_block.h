@@ -93,52 +93,101 @@ inline int64_t depth_at_once(int64_t depth) {
 struct ConvRoom {
   std::unique_ptr<Line[]> packed;
   std::unique_ptr<Line[]> wide;
+  std::unique_ptr<Line[]> inner;  // what is between the two convolutions of a chain
   std::unique_ptr<Bits[]> there;  // (registers, taps)
   std::unique_ptr<int64_t[]> starts;
   std::unique_ptr<int32_t[]> begins;
 
-  explicit ConvRoom(const Windows& x)
-      : packed(lines_of(kMostWindows * depth_at_once(x.depth))),
-        wide(lines_of(kChannels * depth_at_once(x.depth))),
-        there(new Bits[kMostWindows / kLanes * x.taps]),
-        starts(new int64_t[kMostWindows]),
-        begins(new int32_t[kAxes * kMostWindows]) {}
+  explicit ConvRoom(const Windows& x, int64_t windows = kMostWindows, int64_t rank = 0)
+      : packed(lines_of(rounded_up(windows) * depth_at_once(x.depth))),
+        wide(lines_of((rank > 0 ? kTogether : kChannels) * std::max(rank, depth_at_once(x.depth)))),
+        inner(lines_of(rounded_up(windows) * rank)),
+        there(new Bits[rounded_up(windows) / kLanes * x.taps]),
+        starts(new int64_t[windows]),
+        begins(new int32_t[kAxes * windows]) {}
+
+  static int64_t rounded_up(int64_t windows) { return (windows + kLanes - 1) / kLanes * kLanes; }
 };
+
+// Some windows, whose numbers are packed a part of the depth at a time.
+class PackedWindows {
+ public:
+  PANTHER_VECTOR PackedWindows(const Windows& x, const ConvPart& part, const ConvRoom& room)
+      : panels(part.rows), x_(x), room_(room), places_{room.starts.get(), room.begins.get(), part.rows} {
+    x.locate(part.i, places_);
+    for (int64_t v = 0; v < panels.registers; ++v) {
+      for (int64_t tap = 0; tap < x.taps; ++tap) {
+        room.there[v * x.taps + tap] = lanes_with(x, places_, v * kLanes, count(v), tap);
+      }
+    }
+  }
+
+  // Numbers [r, r + depth).
+  PANTHER_VECTOR const float* packed(int64_t r, int64_t depth) const {
+    float* to = room_.packed[0].numbers;
+    for (int64_t v = 0; v < panels.registers; ++v) {
+      pack_windows(x_, places_.starts + v * kLanes, count(v), r, depth, room_.there.get() + v * x_.taps,
+                   panels.width_at(v), to + panels.place(v, depth));
+    }
+    return to;
+  }
+
+  const Panels panels;
+
+ private:
+  int64_t count(int64_t v) const { return std::min(kLanes, places_.count - v * kLanes); }
+
+  const Windows& x_;
+  const ConvRoom& room_;
+  const Places places_;
+};
+
+// Rows of y from channel o on, of all windows of a part.
+inline Block results_of(const Results& y, const ConvPart& part, int64_t o, const float* bias, bool adds) {
+  return {y.at(o, part.i),          1,     y.channel, part.rows, nullptr, bias ? bias + o : nullptr, adds, y.gap,
+          y.each - part.i % y.each, y.each};
+}
 
 template <class W>
 PANTHER_VECTOR void conv_part(const Conv<W>& p, const ConvPart& part, const ConvRoom& room) {
-  const Panels panels(part.rows);
-  const Places places{room.starts.get(), room.begins.get(), part.rows};
-  p.x.locate(part.i, places);
-  const auto count = [&](int64_t v) { return std::min(kLanes, part.rows - v * kLanes); };
-  for (int64_t v = 0; v < panels.registers; ++v) {
-    for (int64_t tap = 0; tap < p.x.taps; ++tap) {
-      room.there[v * p.x.taps + tap] = lanes_with(p.x, places, v * kLanes, count(v), tap);
-    }
-  }
+  const PackedWindows windows(p.x, part, room);
   const int64_t most_depth = depth_at_once(p.x.depth);
-  float* packed = room.packed[0].numbers;
   for (int64_t r = 0; r < p.x.depth; r += most_depth) {
     const int64_t depth = std::min(most_depth, p.x.depth - r);
-    for (int64_t v = 0; v < panels.registers; ++v) {
-      pack_windows(p.x, places.starts + v * kLanes, count(v), r, depth, room.there.get() + v * p.x.taps,
-                   panels.width_at(v), packed + panels.place(v, depth));
-    }
+    const float* packed = windows.packed(r, depth);
     const float* bias = r + depth == p.x.depth ? p.bias : nullptr;
     for (int64_t o = part.first; o < part.last; o += kChannels) {
       const int64_t channels = std::min(kChannels, part.last - o);
-      const Block to{p.y.at(o, part.i),
-                     1,
-                     p.y.channel,
-                     part.rows,
-                     nullptr,
-                     bias ? bias + o : nullptr,
-                     r > 0,
-                     p.y.gap,
-                     p.y.each - part.i % p.y.each,
-                     p.y.each};
-      panels_times(panels, packed, rows_of(p.w, o, o + channels, r, depth, room.wide[0].numbers), depth, to, 0,
-                   channels);
+      panels_times(windows.panels, packed, rows_of(p.w, o, o + channels, r, depth, room.wide[0].numbers), depth,
+                   results_of(p.y, part, o, bias, r > 0), 0, channels);
     }
+  }
+}
+
+// What comes out of the first convolution are panels for the second one: a column of a panel is a channel.
+template <class W>
+PANTHER_VECTOR void low_rank_part(const LowRankConv<W>& p, const ConvPart& part, const ConvRoom& room) {
+  const PackedWindows windows(p.down.x, part, room);
+  const Panels& panels = windows.panels;
+  const int64_t whole = p.down.x.depth, most_depth = depth_at_once(whole), rank = p.rank();
+  float *inner = room.inner[0].numbers, *wide = room.wide[0].numbers;
+  for (int64_t r = 0; r < whole; r += most_depth) {
+    const int64_t depth = std::min(most_depth, whole - r);
+    const float* packed = windows.packed(r, depth);
+    for (int64_t o = 0; o < rank; o += kTogether) {
+      const int64_t channels = std::min(kTogether, rank - o);
+      const Strided weight = rows_of(p.down.w, o, o + channels, r, depth, wide);
+      for (int64_t q = 0; q < panels.count; ++q) {
+        const int64_t row = panels.starts[q] * kLanes, width = panels.starts[q + 1] - panels.starts[q];
+        const int64_t lanes = width * kLanes;
+        const Block to{inner + row * rank + o * lanes, 1, lanes, lanes, nullptr, nullptr, r > 0};
+        panel_times(width, packed + row * depth, weight, depth, to, 0, channels);
+      }
+    }
+  }
+  for (int64_t o = part.first; o < part.last; o += kTogether) {
+    const int64_t channels = std::min(kTogether, part.last - o);
+    panels_times(panels, inner, rows_of(p.up, o, o + channels, 0, rank, wide), rank,
+                 results_of(p.down.y, part, o, p.down.bias, false), 0, channels);
   }
 }

@@ -115,6 +115,11 @@ PANTHER_VECTOR inline void panel_of_width(int64_t width, const float* panel, con
   if constexpr (Registers > 1) panel_of_width<Registers - 1>(width, panel, b, depth, to, first, last);
 }
 
+PANTHER_VECTOR void panel_times(int64_t width, const float* panel, const Strided& b, int64_t depth, const Block& to,
+                                int64_t first, int64_t last) {
+  panel_of_width<kMostRegisters>(width, panel, b, depth, to, first, last);
+}
+
 PANTHER_VECTOR void panels_times(const Panels& panels, const float* packed, const Strided& b, int64_t depth,
                                  const Block& to, int64_t first, int64_t last) {
   for (int64_t q = 0; q < panels.count; ++q) {

@@ -24,6 +24,10 @@ struct Panels {
   }
 };
 
+// The panel of `width` registers times the rows [first, last) of B, which `to` has columns for. In core/gemm.cpp.
+PANTHER_VECTOR void panel_times(int64_t width, const float* panel, const Strided& b, int64_t depth, const Block& to,
+                                int64_t first, int64_t last);
+
 // Packed rows times the rows [first, last) of B, which `to` has columns for from its first one on. In core/gemm.cpp.
 PANTHER_VECTOR void panels_times(const Panels& panels, const float* packed, const Strided& b, int64_t depth,
                                  const Block& to, int64_t first, int64_t last);

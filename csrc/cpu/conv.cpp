@@ -7,9 +7,7 @@
 #include <stdexcept>
 #include <string>
 
-#include "gemm.h"
 #include "tensors.h"
-#include "threads.h"
 
 namespace {
 
@@ -43,24 +41,7 @@ Tensor conv(const Tensor& given, const Tensor& weight, const std::optional<Tenso
   const ConvShape shape{x, kernel_size, stride, padding, dilation};
   shape.check("conv", given);
   check(given, x.size(1), weight, bias);
-  const int64_t out = weight.size(0);
-  const bool is_plain = x.scalar_type() == ScalarType::Float && has_default_strides(x) && has_default_strides(weight);
-  const bool is_few = is_plain && shape.has_numbers() && shape.windows() <= few_windows();
-  const bool is_own = is_few || (is_plain && has_own_conv() && shape.has_numbers() && !torch_is_fast(shape, out));
-  if (!is_own) return like_given(torch_conv(shape, weight, bias), given);
-  const Tensor offset = bias ? packed(*bias) : Tensor();
-  const core::Plain<float> w{numbers<float>(weight), shape.depth()};
-  const float* added = bias ? numbers<float>(offset) : nullptr;
-  const Tensor y = torch::stable::new_empty(x, shape.result_size(out));
-  float* to = static_cast<float*>(y.mutable_data_ptr());
-  if (is_few) {
-    conv_of_few(shape, x, out, to, [&](const float* rows, int64_t count, float* found) {
-      run_few({rows, w, added, found, count, w.in, out, w.in, out});
-    });
-  } else {
-    conv_of_many(shape, x, w, added, out, to);
-  }
-  return like_given(y, given);
+  return like_given(fast_conv(shape, weight, bias), given);
 }
 
 }  // namespace

@@ -14,7 +14,7 @@ from panther import chains
 from panther.chains import Link
 from panther.nn.arguments import MAX_SIZE, Config, as_count, one_of, per_axis
 from panther.nn.base import COMMON_KEYS, Shape, SketchedLayer, ranks_for
-from panther.ops import conv
+from panther.ops import conv, low_rank_conv
 
 PADDING_MODES = ("zeros", "reflect", "replicate", "circular")
 PADDING_WORDS = ("same", "valid")
@@ -117,6 +117,8 @@ class SketchedConv(SketchedLayer):
         inner = shape if padding_mode == "zeros" else replace(shape, padding=(0,) * self.DIMS)
         chain = self._chain(scheme, inner, ranks)
         self._allocate(shape, chain, low_rank=low_rank, bias=bias, device=device, dtype=dtype)
+        self._paddings = tuple(map(both_paddings, self._links))
+        self._ends_in_points = _is_of_single_places(self._links[-1])
 
     @property
     def in_features(self) -> int:
@@ -130,9 +132,12 @@ class SketchedConv(SketchedLayer):
         return F.pad(x, self._padded_first, mode=self.padding_mode) if self._padded_first else x
 
     def forward(self, input: Tensor) -> Tensor:
-        x, last = self._padded(input), self._links[-1]
-        for link, weight in zip(self._links, self.active_weights(), strict=True):
-            x = convolve(x, weight, self.bias if link is last else None, link)
+        x, weights, last = self._padded(input), self.active_weights(), len(self._links) - 1
+        for index, (link, sides) in enumerate(zip(self._links, self._paddings, strict=True)):
+            where = {"stride": link.stride, "padding": sides, "dilation": link.dilation}
+            if index == last - 1 and self._ends_in_points:
+                return low_rank_conv(x, weights[index], weights[last], self.bias, **where)
+            x = conv(x, weights[index], self.bias if index == last else None, **where)
         return x
 
     @classmethod
@@ -269,6 +274,11 @@ def pad_amounts(shape: Shape | Link) -> tuple[int, ...]:
     else:
         pairs = [(int(amount), int(amount)) for amount in shape.padding]
     return tuple(amount for pair in reversed(pairs) for amount in pair)
+
+
+def _is_of_single_places(link: Link) -> bool:
+    """Whether a link reads each place of its input alone, and each once."""
+    return all(size == 1 for size in link.kernel_size + link.stride) and not any(both_paddings(link))
 
 
 def both_paddings(link: Link) -> tuple[int, ...]:

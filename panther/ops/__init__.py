@@ -13,6 +13,7 @@ from panther.ops._quantised import dequantised, packed_int4, quantised, unpacked
 from panther.ops.conv import CONV, conv
 from panther.ops.hadamard import HADAMARD, hadamard
 from panther.ops.linear import LINEAR, linear
+from panther.ops.low_rank_conv import LOW_RANK_CONV, low_rank_conv
 from panther.ops.low_rank_linear import LOW_RANK_LINEAR, low_rank_linear
 from panther.ops.low_rank_linear_int8 import LOW_RANK_LINEAR_INT8, low_rank_linear_int8
 from panther.ops.pivoted_linear import PIVOTED_LINEAR, pivoted_linear
@@ -23,6 +24,7 @@ from panther.ops.sparse_sign_sketch import SPARSE_SIGN_SKETCH, sparse_sign_sketc
 OPS: dict[str, Op] = {
     "conv": CONV,
     "linear": LINEAR,
+    "low_rank_conv": LOW_RANK_CONV,
     "low_rank_linear": LOW_RANK_LINEAR,
     "low_rank_linear_int8": LOW_RANK_LINEAR_INT8,
     "pivoted_linear": PIVOTED_LINEAR,
@@ -48,6 +50,7 @@ __all__ = [
     "dequantised",
     "hadamard",
     "linear",
+    "low_rank_conv",
     "low_rank_linear",
     "low_rank_linear_int8",
     "packed_int4",

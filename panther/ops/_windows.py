@@ -45,8 +45,7 @@ def _fit(x: Tensor, kernel_size: Sizes, stride: Sizes, padding: Sizes, dilation:
 
 def is_exported() -> bool:
     """Whether what runs is written down (torch.export, torch.onnx, TorchScript) for others, who know standard ops."""
-    is_traced = bool(torch._C._get_tracing_state())
-    return is_traced or torch.compiler.is_exporting() or torch.onnx.is_in_onnx_export()
+    return bool(torch._C._get_tracing_state()) or torch.compiler.is_exporting()  # torch.onnx does one or the other
 
 
 def in_standard_operations(x: Tensor, weight: Tensor) -> bool:

@@ -117,6 +117,7 @@ def test_op_tells_shapes_of_tensors_without_data(op):
 
 @ops
 def test_compiled_function_keeps_op_in_one_graph_and_gives_the_same(op):
+    torch._dynamo.reset()  # it compiles one function for so many ops only
     inputs = op.samples(torch.float32)[0]
     graphs = []
 
@@ -131,6 +132,7 @@ def test_compiled_function_keeps_op_in_one_graph_and_gives_the_same(op):
 
 @ops
 def test_compiled_gradients_equal_eager_ones(op):
+    torch._dynamo.reset()  # it compiles one function for so many ops only
     eager, compiled = (wanting_gradients(op.samples(torch.float64)[0]) for _ in range(2))
     op(*eager).square().sum().backward()
     torch.compile(lambda *values: op(*values).square().sum(), fullgraph=True, backend="aot_eager")(*compiled).backward()

@@ -2,8 +2,11 @@
 // near what it should be, and the same bits however the columns are shared.
 #include <algorithm>
 #include <array>
+#include <cmath>
 #include <cstring>
+#include <limits>
 #include <stdexcept>
+#include <type_traits>
 #include <vector>
 
 #include "check.h"
@@ -218,6 +221,49 @@ struct Picture {
   int64_t across(int64_t size) const { return (size + 2 * padding - kernel) / stride + 1; }
 };
 
+// The same windows through `first`, whose rows are what is between, and a second matrix; `y` of the first is not used.
+void check_chain(const Conv<Plain<float>>& first, int64_t out, int64_t at_once, bool is_aligned) {
+  const int64_t rank = first.out, positions = first.x.positions, depth = first.x.depth, size = first.samples * out;
+  const PlainMatrix<float> up(out, rank, is_aligned);
+  const Buffer<float> y(size * positions, is_aligned), again(size * positions, true), bias(out, is_aligned),
+      windows(positions * depth, is_aligned);
+  for (int64_t i = 0; i < out; ++i) bias.data()[i] = check::random_number();
+  LowRankConv<Plain<float>> chain{first, up.weights(), at_once};
+  chain.down.bias = first.bias ? bias.data() : nullptr;
+  chain.down.out = out;
+  chain.down.y_sample = out * positions;
+  chain.down.y = {y.data(), positions, positions};
+  low_rank_conv(chain, 0, parts_of(chain));
+  chain.down.y.numbers = again.data();
+  chain.windows = 32;
+  for (int64_t part = 0; part < parts_of(chain); ++part) low_rank_conv(chain, part, part + 1);
+  require(std::memcmp(y.data(), again.data(), size * positions * sizeof(float)) == 0,
+          "how many windows of a chain are packed together changes no bit");
+  for (int64_t sample = 0; sample < first.samples; ++sample) {
+    unfold(chain.down.sample(sample).x, 0, positions, windows.data());
+    for (int64_t i = 0; i < positions; ++i) {
+      std::vector<double> inner(rank, 0.0), sizes(rank, 0.0);
+      for (int64_t r = 0; r < rank; ++r) {
+        for (int64_t k = 0; k < depth; ++k) {
+          const double product = double{windows.data()[i * depth + k]} * first.w.value(r, k);
+          inner[r] += product;
+          sizes[r] += std::fabs(product);
+        }
+      }
+      for (int64_t o = 0; o < out; ++o) {
+        double sum = chain.down.bias ? chain.down.bias[o] : 0, absolute = std::fabs(sum);
+        for (int64_t r = 0; r < rank; ++r) {
+          sum += inner[r] * up.weights().value(o, r);
+          absolute += sizes[r] * std::fabs(up.weights().value(o, r));
+        }
+        const double roundings = static_cast<double>(depth + rank + 2) * std::numeric_limits<float>::epsilon();
+        require(std::fabs(y.data()[(sample * out + o) * positions + i] - sum) <= roundings * absolute,
+                "a chain is near the exact one");
+      }
+    }
+  }
+}
+
 template <class Matrix>
 void check_conv(const Picture& of, int64_t out, bool is_aligned, bool has_bias) {
   const int64_t rows = of.across(of.height), columns = of.across(of.width), positions = rows * columns;
@@ -273,6 +319,9 @@ void check_conv(const Picture& of, int64_t out, bool is_aligned, bool has_bias) 
     conv(joined, 0, parts_of(joined));
     require(is_same(), "joining samples changes no bit");
   }
+
+  if constexpr (std::is_same_v<Matrix, PlainMatrix<float>>)
+    check_chain(whole, 1 + (out * 7 + rows) % 60, 256, is_aligned);
 
   for (int64_t sample = 0; sample < of.samples; ++sample) {
     const Windows one = whole.sample(sample).x;
