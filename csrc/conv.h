@@ -30,9 +30,8 @@ inline constexpr int64_t kFewWindows = 128, kFewBeforeOwn = 28, kFewScalarWindow
 // results go where they belong at once.
 inline constexpr int64_t kJoined = 96, kJoinedInPlace = 16;
 
-// Of a chain of two: numbers of windows and of what becomes of them that stay in a second cache beside the weights, and
-// the most depth that is packed at a time.
-inline constexpr int64_t kChainRoom = 80 * 1024, kMostDepth = 767;
+// Of a chain of two: numbers of windows and of what becomes of them that stay in a second cache beside the weights.
+inline constexpr int64_t kChainRoom = 80 * 1024;
 
 inline int64_t product(const Sizes& sizes) {
   int64_t all = 1;
@@ -274,7 +273,7 @@ void run(const core::Conv<W>& p) {
 // that leave a part for each thread.
 inline int64_t windows_at_once(const core::Conv<core::Plain<float>>& down, int64_t rank) {
   const int64_t room = uses(core::InstructionSet::avx2) ? kChainRoom : 2 * kChainRoom;
-  const int64_t depth = std::min<int64_t>(down.x.depth, kMostDepth), threads = torch::stable::get_num_threads();
+  const int64_t depth = core::depth_at_once(down.x.depth), threads = torch::stable::get_num_threads();
   const int64_t fitting = room / std::max<int64_t>(1, depth + rank);
   const int64_t shared = core::parts_of(down.samples * down.x.positions, threads) + core::kUnit - 1;
   return std::clamp(std::min(fitting, shared) / core::kUnit * core::kUnit, core::kUnit, core::kMostWindows);
@@ -282,7 +281,7 @@ inline int64_t windows_at_once(const core::Conv<core::Plain<float>>& down, int64
 
 // A chain: `down` with the weight of the first convolution, and all else as in one.
 inline void run_chain(const core::Conv<core::Plain<float>>& down, const core::Plain<float>& up) {
-  const core::LowRankConv<core::Plain<float>> p{down, up, windows_at_once(down, up.in)};
+  const core::LowRankConv p{down, up, windows_at_once(down, up.in)};
   const int64_t work = p.windows * std::max<int64_t>(1, up.in * (down.x.depth + down.out));
   torch::stable::parallel_for(0, core::parts_of(p), std::max<int64_t>(1, kGrain / work),
                               [&](int64_t first, int64_t last) { core::low_rank_conv(p, first, last); });

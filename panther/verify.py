@@ -12,6 +12,7 @@ import json
 import math
 import os
 import platform
+import random
 import statistics
 import tempfile
 import time
@@ -201,19 +202,24 @@ def latencies(models: Sequence[nn.Module], call: Call, *, seconds: float = LATEN
 def medians_in_turn(runs: Sequence[Callable[[], object]], *, seconds: float = LATENCY_SECONDS) -> list[float]:
     """Median seconds of each run: two rounds of warm-up, then rounds of one call each until `seconds` have passed.
 
-    Every second round goes backwards: what a run finds in the caches and on the heap is what the one before has left,
-    which was worth a tenth to whichever of two equal ones came second.
+    Each round has an order of its own, and none begins with the run that the last one ended with: what a run finds in
+    the caches and on the heap is what the one before has left, which was worth a tenth to whichever of two equal ones
+    came second, and as much to one that followed itself.
     """
     for run_once in [*runs, *runs]:
         run_once()
     taken: list[list[float]] = [[] for _ in runs]
+    order, generator = list(range(len(runs))), random.Random(0)
     end = time.perf_counter() + seconds
     while len(taken[0]) < FEWEST_ROUNDS or (time.perf_counter() < end and len(taken[0]) < MOST_ROUNDS):
-        in_turn = list(zip(runs, taken, strict=True))
-        for run_once, times in in_turn if len(taken[0]) % 2 == 0 else reversed(in_turn):
+        last = order[-1]
+        generator.shuffle(order)
+        while len(order) > 1 and order[0] == last:
+            generator.shuffle(order)
+        for index in order:
             start = time.perf_counter()
-            run_once()
-            times.append(time.perf_counter() - start)
+            runs[index]()
+            taken[index].append(time.perf_counter() - start)
     return [statistics.median(times) for times in taken]
 
 

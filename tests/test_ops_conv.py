@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
+from functorch.compile import aot_module, nop
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 
@@ -25,6 +26,8 @@ from tests.kernels import needs_kernels
 
 CONVOLVE = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 KINDS = ("float", 8, 4, 16)  # 16: bfloat16
+
+WHERE = {"stride": [1, 1], "padding": [0, 0, 0, 0], "dilation": [1, 1]}
 
 every_kind = pytest.mark.parametrize("kind", KINDS, ids=str)
 
@@ -348,7 +351,7 @@ def test_kernels_are_chosen_by_shape_and_threads(monkeypatch):
         where, dims = of.where(), len(of.kernel)
         sizes = of.size, (8, of.size[1], *of.kernel), (of.out, 8, *[1] * dims)
         geometry = where["stride"], where["padding"] * 2, where["dilation"]
-        chosen[name] = [rule(*sizes, *geometry, count) for count in (1, 2)]
+        chosen[name] = [rule(*sizes, None, *geometry, count) for count in (1, 2)]
     assert chosen == {
         "fewer channels": [True, False],
         "more channels": [False, False],
@@ -359,6 +362,59 @@ def test_kernels_are_chosen_by_shape_and_threads(monkeypatch):
         "long line": [True, True],
         "long line, long kernel": [False, False],
     }
+
+
+BAD_CHAINS = {  # of 16 channels in 24 x 24, for which torch's own would be taken
+    "up of nine places": {"up": torch.ones(32, 8, 3, 3)},
+    "another rank": {"up": torch.ones(32, 7, 1, 1)},
+    "bias of the rank": {"bias": torch.ones(8)},
+    "another dtype": {"up": torch.ones(32, 8, 1, 1, dtype=torch.float64)},
+    "another device": {"down": torch.ones(8, 16, 3, 3, device="meta")},
+    "no stride": {"stride": [0, 1]},
+    "padding of three sides": {"padding": [0, 0, 0]},
+    "dilation of one axis": {"dilation": [1]},
+    "dilation wider than both": {"dilation": [100, 100]},
+}
+
+
+@pytest.mark.parametrize("given", BAD_CHAINS.values(), ids=BAD_CHAINS)
+@pytest.mark.parametrize("count", [1, 2])
+def test_chains_that_do_not_fit_are_refused_whoever_would_serve_them(given, count, threads):
+    threads(count)
+    inputs = {"down": torch.ones(8, 16, 3, 3), "up": torch.ones(32, 8, 1, 1), "bias": torch.ones(32), **WHERE} | given
+    with pytest.raises(ValueError, match=r"^low_rank_conv: expected"):
+        low_rank_conv(torch.ones(1, 16, 24, 24), **inputs)
+
+
+@pytest.mark.parametrize("size", [9, 24])
+def test_chain_runs_where_sizes_are_symbols(size):
+    layer, x = SKConv2d(16, 32, 3, 1, 4, padding=1).eval().requires_grad_(False), torch.randn(2, 16, size, size)
+    with torch.no_grad(), warnings.catch_warnings(action="ignore"):
+        compiled = aot_module(layer, nop, dynamic=True)
+        torch.testing.assert_close(compiled(x), layer(x), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("wanted", [("x",), ("down",), ("up",), ("bias",), ("x", "bias")], ids=str)
+def test_gradients_of_a_chain_are_those_of_two_convolutions(wanted):
+    of = GEOMETRIES["picture, every second"]
+    _, x, *exact = chain_of(of, dtype=torch.float64)
+    inputs = dict(zip(("x", "down", "up", "bias"), (x, *exact), strict=True))
+    where = of.where()
+    geometry = [list(where["stride"]), [*where["padding"]] * 2, list(where["dilation"])]
+    found = []
+    for run in (
+        lambda given: OPS["low_rank_conv"](*given.values(), *geometry),
+        lambda given: low_rank_conv(**given, **where),
+        lambda given: in_a_row(of, **given),
+    ):
+        given = {name: value.clone().requires_grad_(name in wanted) for name, value in inputs.items()}
+        run(given).square().sum().backward()
+        found.append([value.grad for value in given.values()])
+    for one in found[:2]:
+        for got, theirs in zip(one, found[2], strict=True):
+            assert (got is None) == (theirs is None)
+            if got is not None:
+                torch.testing.assert_close(got, theirs)
 
 
 # In layers ------------------------------------------------------------------------------------------------------------
@@ -415,7 +471,6 @@ def test_complex_numbers_are_left_to_torch():
 
 # Refusals -------------------------------------------------------------------------------------------------------------
 
-WHERE = {"stride": [1, 1], "padding": [0, 0, 0, 0], "dilation": [1, 1]}
 X, WEIGHT, BIAS = torch.ones(2, 3, 5, 6), torch.ones(4, 3, 3, 2), torch.ones(4)
 UP = torch.ones(6, 4, 1, 1)
 VALUES, SCALES = torch.ones(4, 18, dtype=torch.int8), torch.ones(4, 1)

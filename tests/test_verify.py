@@ -1,7 +1,9 @@
 import copy
+import itertools
 import json
 import math
 import os
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
@@ -247,8 +249,20 @@ def test_latency_runs_the_models_in_turn() -> None:
 
     found = stage.measure_latency(Logs("dense"), Logs("compressed"), X, seconds=0.0)
     assert all(milliseconds > 0 for milliseconds in found)
-    there, back = ["dense", "compressed"], ["compressed", "dense"]
-    assert order == there * 2 + [name for turn in range(stage.FEWEST_ROUNDS) for name in (there, back)[turn % 2]]
+    assert order == ["dense", "compressed"] * (2 + stage.FEWEST_ROUNDS)
+
+
+def test_runs_that_are_compared_follow_each_other_in_any_order_and_none_itself(monkeypatch):
+    monkeypatch.setattr(stage, "MOST_ROUNDS", 400)
+    order: list[int] = []
+    stage.medians_in_turn([lambda i=i: order.append(i) for i in range(4)], seconds=60.0)
+    order = order[8:]  # the warm-up
+    rounds = [order[i : i + 4] for i in range(0, len(order), 4)]
+    assert len(rounds) == 400
+    assert all(sorted(one) == [0, 1, 2, 3] for one in rounds)
+    pairs = Counter(itertools.pairwise(order))
+    assert set(pairs) == set(itertools.permutations(range(4), 2))
+    assert min(pairs.values()) > 80  # of 1,599 pairs of twelve kinds
 
 
 def test_peak_memory_is_weights_inputs_and_the_live_activations() -> None:

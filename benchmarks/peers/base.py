@@ -33,7 +33,7 @@ STATES = ("unhealed", "healed")
 MODELS = {"minilm": "models.minilm", "crepe": "models.crepe"}
 EXCLUDED: dict[str, list[Any] | None] = {"minilm": None, "crepe": [nn.Linear]}  # CREPE's classifier stays dense
 LAYER_OPS = frozenset(
-    {"mm", "addmm", "convolution", "conv", "low_rank_linear", "low_rank_linear_int8", "pivoted_linear"}
+    {"mm", "addmm", "convolution", "conv", "low_rank_conv", "low_rank_linear", "low_rank_linear_int8", "pivoted_linear"}
 )  # attention's products without weights are bmm
 COMPARED_SAMPLES = 64  # calibration samples on which a method's own options are compared
 REASON = 300  # characters of a reason that are shown

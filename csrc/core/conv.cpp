@@ -31,8 +31,7 @@ void conv_part_scalar(const Conv<W>& p, const ConvPart& part) {
   }
 }
 
-template <class W>
-void low_rank_part_scalar(const LowRankConv<W>& p, const ConvPart& part) {
+static void low_rank_part_scalar(const LowRankConv& p, const ConvPart& part) {
   const std::unique_ptr<float[]> window(new float[p.down.x.depth]), inner(new float[p.rank()]);
   for (int64_t i = part.i; i < part.i + part.rows; ++i) {
     unfold(p.down.x, i, i + 1, window.get());
@@ -231,13 +230,12 @@ void conv_channels(const Conv<W>& p, int64_t first, int64_t last) {
   Convolver<W>(p).channels(first, last);
 }
 
-template <class W>
-void low_rank_conv(const LowRankConv<W>& p, int64_t first, int64_t last) {
+void low_rank_conv(const LowRankConv& p, int64_t first, int64_t last) {
   const Windows& x = p.down.x;
   const int64_t each = parts_of(x.positions, p.windows);
   const auto of_parts = [&](const auto& fill) {
     for (int64_t i = first; i < last; ++i) {
-      LowRankConv<W> sample = p;
+      LowRankConv sample = p;
       sample.down = p.down.sample(i / each);
       const int64_t begin = start_of(i % each, each, x.positions), end = start_of(i % each + 1, each, x.positions);
       fill(sample, ConvPart{begin, end - begin, 0, p.down.out});
@@ -247,14 +245,14 @@ void low_rank_conv(const LowRankConv<W>& p, int64_t first, int64_t last) {
   const InstructionSet set = instruction_set_in_use().load();
   if (set == InstructionSet::avx512) {
     const avx512::ConvRoom room(x, p.windows, p.rank());
-    return of_parts([&](const auto& of, const ConvPart& part) { avx512::low_rank_part(of, part, room); });
+    return of_parts([&](const LowRankConv& of, const ConvPart& part) { avx512::low_rank_part(of, part, room); });
   }
   if (set == InstructionSet::avx2) {
     const avx2::ConvRoom room(x, p.windows, p.rank());
-    return of_parts([&](const auto& of, const ConvPart& part) { avx2::low_rank_part(of, part, room); });
+    return of_parts([&](const LowRankConv& of, const ConvPart& part) { avx2::low_rank_part(of, part, room); });
   }
 #endif
-  of_parts([&](const auto& of, const ConvPart& part) { low_rank_part_scalar(of, part); });
+  of_parts([&](const LowRankConv& of, const ConvPart& part) { low_rank_part_scalar(of, part); });
 }
 
 template void conv(const Conv<Plain<float>>&, int64_t, int64_t);
@@ -266,7 +264,5 @@ template void conv_channels(const Conv<Plain<float>>&, int64_t, int64_t);
 template void conv_channels(const Conv<Plain<BFloat16>>&, int64_t, int64_t);
 template void conv_channels(const Conv<Int8>&, int64_t, int64_t);
 template void conv_channels(const Conv<Int4>&, int64_t, int64_t);
-
-template void low_rank_conv(const LowRankConv<Plain<float>>&, int64_t, int64_t);
 
 }  // namespace panther::core

@@ -12,7 +12,6 @@
 #include <algorithm>
 #include <array>
 #include <cstdint>
-#include <memory>
 
 #include "core/instruction_set.h"
 #include "core/weights.h"
@@ -138,6 +137,13 @@ inline constexpr int64_t kMostWindows = 256;
 // As many as stay in the second cache when they are packed: of processors without AVX-512 it is half as large.
 inline int64_t most_windows() { return instruction_set_in_use().load() == InstructionSet::avx2 ? 128 : kMostWindows; }
 
+// How much of so many numbers of a window is multiplied at a time: all of them, or about 512, of whole groups of w.
+inline int64_t depth_at_once(int64_t depth) {
+  constexpr int64_t kDepth = 512, kGroups = 128;
+  const int64_t times = std::max<int64_t>(1, (depth + kDepth / 2) / kDepth);
+  return times == 1 ? depth : (depth + times * kGroups - 1) / (times * kGroups) * kGroups;
+}
+
 inline int64_t parts_of(int64_t whole, int64_t most) { return (whole + most - 1) / most; }
 
 template <class W>
@@ -155,10 +161,9 @@ inline int64_t start_of(int64_t i, int64_t count, int64_t positions) {
 // A chain of two: y[o, p] = bias[o] + the sum over r of up[o, r] times the sum over k of w[r, k] times number k of
 // window p, where w (rank, depth) is that of `down`, and all else of `down` is as in one convolution. What is between
 // the two stays in a near cache.
-template <class W>
 struct LowRankConv {
-  Conv<W> down;
-  W up;             // (out, rank)
+  Conv<Plain<float>> down;
+  Plain<float> up;  // (out, rank)
   int64_t windows;  // that are packed together: a multiple of kUnit, at most kMostWindows
 
   int64_t rank() const { return up.in; }
@@ -173,12 +178,8 @@ template <class W>
 void conv_channels(const Conv<W>& p, int64_t first, int64_t last);
 
 // Fills windows of y, of which there are parts_of(p); all channels of each.
-template <class W>
-void low_rank_conv(const LowRankConv<W>& p, int64_t first, int64_t last);
+void low_rank_conv(const LowRankConv& p, int64_t first, int64_t last);
 
-template <class W>
-int64_t parts_of(const LowRankConv<W>& p) {
-  return p.down.samples * parts_of(p.down.x.positions, p.windows);
-}
+inline int64_t parts_of(const LowRankConv& p) { return p.down.samples * parts_of(p.down.x.positions, p.windows); }
 
 }  // namespace panther::core

@@ -82,25 +82,18 @@ PANTHER_VECTOR inline void pack_windows(const Windows& x, const int64_t* starts,
   }
 }
 
-// How much of so many numbers is multiplied at a time: all of them, or about kDepth, of whole groups of the weight.
-inline int64_t depth_at_once(int64_t depth) {
-  constexpr int64_t kGroups = 128;
-  const int64_t times = std::max<int64_t>(1, (depth + kDepth / 2) / kDepth);
-  return times == 1 ? depth : (depth + times * kGroups - 1) / (times * kGroups) * kGroups;
-}
-
 // What a thread needs besides.
 struct ConvRoom {
   std::unique_ptr<Line[]> packed;
-  std::unique_ptr<Line[]> wide;
-  std::unique_ptr<Line[]> inner;  // what is between the two convolutions of a chain
+  std::unique_ptr<Line[]> wide;   // widened rows of the weight
+  std::unique_ptr<Line[]> inner;  // what is between the two convolutions of a chain, which has no numbers to widen
   std::unique_ptr<Bits[]> there;  // (registers, taps)
   std::unique_ptr<int64_t[]> starts;
   std::unique_ptr<int32_t[]> begins;
 
   explicit ConvRoom(const Windows& x, int64_t windows = kMostWindows, int64_t rank = 0)
       : packed(lines_of(rounded_up(windows) * depth_at_once(x.depth))),
-        wide(lines_of((rank > 0 ? kTogether : kChannels) * std::max(rank, depth_at_once(x.depth)))),
+        wide(lines_of(rank > 0 ? 0 : kChannels * depth_at_once(x.depth))),
         inner(lines_of(rounded_up(windows) * rank)),
         there(new Bits[rounded_up(windows) / kLanes * x.taps]),
         starts(new int64_t[windows]),
@@ -165,18 +158,17 @@ PANTHER_VECTOR void conv_part(const Conv<W>& p, const ConvPart& part, const Conv
 }
 
 // What comes out of the first convolution are panels for the second one: a column of a panel is a channel.
-template <class W>
-PANTHER_VECTOR void low_rank_part(const LowRankConv<W>& p, const ConvPart& part, const ConvRoom& room) {
+PANTHER_VECTOR inline void low_rank_part(const LowRankConv& p, const ConvPart& part, const ConvRoom& room) {
   const PackedWindows windows(p.down.x, part, room);
   const Panels& panels = windows.panels;
   const int64_t whole = p.down.x.depth, most_depth = depth_at_once(whole), rank = p.rank();
-  float *inner = room.inner[0].numbers, *wide = room.wide[0].numbers;
+  float* inner = room.inner[0].numbers;
   for (int64_t r = 0; r < whole; r += most_depth) {
     const int64_t depth = std::min(most_depth, whole - r);
     const float* packed = windows.packed(r, depth);
     for (int64_t o = 0; o < rank; o += kTogether) {
       const int64_t channels = std::min(kTogether, rank - o);
-      const Strided weight = rows_of(p.down.w, o, o + channels, r, depth, wide);
+      const Strided weight = rows_of(p.down.w, o, o + channels, r, depth, nullptr);
       for (int64_t q = 0; q < panels.count; ++q) {
         const int64_t row = panels.starts[q] * kLanes, width = panels.starts[q + 1] - panels.starts[q];
         const int64_t lanes = width * kLanes;
@@ -187,7 +179,7 @@ PANTHER_VECTOR void low_rank_part(const LowRankConv<W>& p, const ConvPart& part,
   }
   for (int64_t o = part.first; o < part.last; o += kTogether) {
     const int64_t channels = std::min(kTogether, part.last - o);
-    panels_times(panels, inner, rows_of(p.up, o, o + channels, 0, rank, wide), rank,
+    panels_times(panels, inner, rows_of(p.up, o, o + channels, 0, rank, nullptr), rank,
                  results_of(p.down.y, part, o, p.down.bias, false), 0, channels);
   }
 }

@@ -20,7 +20,7 @@ Sizes = Sequence[int]
 
 def check_windows(name: str, x: Tensor, kernel_size: Sizes, stride: Sizes, padding: Sizes, dilation: Sizes) -> None:
     """The compiled kernels refuse the same inputs in the same words (csrc/conv.h)."""
-    if not _fit(x, kernel_size, stride, padding, dilation):
+    if not fit(x.shape, kernel_size, stride, padding, dilation):
         lists = ", ".join(str(list(sizes)) for sizes in (kernel_size, stride, dilation, padding))
         raise ValueError(
             f"{name}: expected x (batch, channels, *size) or (channels, *size) of one to three sizes, for each of them "
@@ -29,16 +29,17 @@ def check_windows(name: str, x: Tensor, kernel_size: Sizes, stride: Sizes, paddi
         )
 
 
-def _fit(x: Tensor, kernel_size: Sizes, stride: Sizes, padding: Sizes, dilation: Sizes) -> bool:
+def fit(x: Sizes, kernel_size: Sizes, stride: Sizes, padding: Sizes, dilation: Sizes) -> bool:
+    """Whether there are such windows in a tensor of the shape x."""
     dims = len(kernel_size)
-    if dims not in CONVOLVE or x.dim() - dims not in (1, 2) or len(padding) != 2 * dims or min(padding) < 0:
+    if dims not in CONVOLVE or len(x) - dims not in (1, 2) or len(padding) != 2 * dims or min(padding) < 0:
         return False
-    if x.shape[-1 - dims] == 0:
+    if x[-1 - dims] == 0:
         return False
     return len(stride) == len(dilation) == dims and all(
         size > 0 and kernel > 0 and step > 0 and apart > 0 and apart * (kernel - 1) < size + before + after
         for size, kernel, step, apart, before, after in zip(
-            x.shape[-dims:], kernel_size, stride, dilation, padding[:dims], padding[dims:], strict=True
+            x[-dims:], kernel_size, stride, dilation, padding[:dims], padding[dims:], strict=True
         )
     )
 

@@ -21,6 +21,7 @@ from panther.ops._windows import (
     both_sides,
     check_windows,
     convolved,
+    fit,
     flops,
     gradients,
     is_exported,
@@ -30,7 +31,7 @@ from panther.ops.conv import conv
 # Few windows are copied side by side; pictures as they come in have few channels, which torch has kernels for; torch's
 # own take a kernel's row at once where it is short, and windows that follow each other.
 _FEW_WINDOWS, _IMAGE_CHANNELS, _MANY_CHANNELS = 28, 4, 1024
-_LONG_ROW, _LONG_KERNEL, _LARGE_PICTURE, _LARGE_LINE = 8, 32, 512, 256
+_LONG_ROW, _LARGE_PICTURE, _LARGE_LINE = 8, 512, 256
 
 _Geometry = tuple[Sizes, Sizes, Sizes]
 
@@ -51,13 +52,8 @@ def reference(
 
 def _check(x: Tensor, down: Tensor, up: Tensor, bias: Tensor | None) -> None:
     """The compiled kernel refuses the same inputs in the same words (csrc/cpu/low_rank_conv.cpp)."""
+    _check_shapes(x, down, up, bias)
     tensors = [x, down, up] + ([] if bias is None else [bias])
-    if not _shapes_fit(x, down, up, bias):
-        got = ", ".join(shape_text(tensor) for tensor in (x, down, up, bias))
-        raise ValueError(
-            "low_rank_conv: expected the shapes x (batch, in, *size) or (in, *size), down (R, in, *kernel_size), up "
-            f"(out, R, 1, ...), bias (out) or None; got {got}"
-        )
     if x.dtype not in FLOATING or any(tensor.dtype != x.dtype for tensor in tensors):
         got = ", ".join(map(dtype_text, tensors))
         raise ValueError(f"low_rank_conv: expected one floating-point dtype for x, down, up, bias; got {got}")
@@ -66,12 +62,23 @@ def _check(x: Tensor, down: Tensor, up: Tensor, bias: Tensor | None) -> None:
         raise ValueError(f"low_rank_conv: expected one device for x, down, up, bias; got {got}")
 
 
-def _shapes_fit(x: Tensor, down: Tensor, up: Tensor, bias: Tensor | None) -> bool:
-    if up.dim() != down.dim() or any(size != 1 for size in up.shape[2:]) or min(*down.shape[:1], *up.shape[:1]) == 0:
+def _check_shapes(x: Tensor, down: Tensor, up: Tensor, bias: Tensor | None) -> None:
+    if not _shapes_fit(x.shape, down.shape, up.shape, None if bias is None else bias.shape):
+        got = ", ".join(shape_text(tensor) for tensor in (x, down, up, bias))
+        raise ValueError(
+            "low_rank_conv: expected the shapes x (batch, in, *size) or (in, *size), down (R, in, *kernel_size), up "
+            f"(out, R, 1, ...), bias (out) or None; got {got}"
+        )
+
+
+def _shapes_fit(x: Sizes, down: Sizes, up: Sizes, bias: Sizes | None) -> bool:
+    if len(up) != len(down) or len(x) + 1 < len(down) or any(size != 1 for size in up[2:]):
         return False
-    if bias is not None and bias.shape != up.shape[:1]:
+    if min(*down[:1], *up[:1]) == 0:
         return False
-    return x.shape[1 - down.dim()] == down.shape[1] and up.shape[1] == down.shape[0]
+    if bias is not None and tuple(bias) != tuple(up[:1]):
+        return False
+    return x[1 - len(down)] == down[1] and up[1] == down[0]
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -83,6 +90,8 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     """What is between the convolutions is computed again: the forward keeps nothing but its inputs."""
     x, down, up = ctx.saved_tensors
     wants_x, wants_down, wants_up, wants_bias = ctx.needs_input_grad[:4]
+    if not (wants_x or wants_down or wants_up):
+        return None, None, None, grad.transpose(0, 1 - up.dim()).flatten(1).sum(1), None, None, None
     inner = convolved(x, down, None, *ctx.geometry)
     single = _single_places(len(ctx.geometry[0]))
     wants = (wants_x or wants_down, wants_up, wants_bias)
@@ -151,32 +160,43 @@ def _instruction_set() -> str:
 
 @functools.lru_cache(1024)
 def _torch_is_faster(
-    x: torch.Size, down: torch.Size, up: torch.Size, stride: Sizes, padding: Sizes, dilation: Sizes, threads: int
+    x: Sizes,
+    down: Sizes,
+    up: Sizes,
+    bias: Sizes | None,
+    stride: Sizes,
+    padding: Sizes,
+    dilation: Sizes,
+    threads: int,
 ) -> bool:
     """Whether two of torch's own convolutions take less time than the op, on a CPU; no where shapes do not fit.
 
     Measured on Zen 3 with AVX2, one and two threads, batches of 1 and 8, ranks that keep a half and a quarter: the op
     is 1.0 to 1.9 times as fast as they for single places with two threads, 0.9 to 1.2 times with one where channels
     become more, and 1.0 to 5 times for small pictures, short lines and long kernels; 0.6 to 1.1 times elsewhere. With
-    AVX-512, whose rule for kernels of many places is that of csrc/conv.h, it was not measured.
+    AVX-512 it was not measured: the rule is that of csrc/conv.h for the first of the two.
     """
-    dims, channels, taps = len(stride), down[1], math.prod(down[2:])
-    fits = len(x) == dims + 2 and len(down) == len(up) == len(x) and x[1] == channels and up[1] == down[0]
-    if not fits or min(*x, *down, *up) == 0 or _instruction_set() not in ("avx2", "avx512"):
+    dims, taps = len(stride), math.prod(down[2:])
+    is_known = _instruction_set() in ("avx2", "avx512") and fit(x, down[2:], stride, padding, dilation)
+    if not is_known or not _shapes_fit(x, down, up, bias) or math.prod(x) == 0:
         return False
-    positions = flops(x, 1, down[2:], stride, padding, dilation) // (2 * x[0] * channels * taps)
-    if positions * x[0] <= _FEW_WINDOWS:
+    (rank, channels), samples = down[:2], x[0] if len(x) == dims + 2 else 1
+    windows = flops(x, 1, down[2:], stride, padding, dilation) // (2 * channels * taps)
+    if windows <= _FEW_WINDOWS:
         return False
-    if taps == 1:
-        return up[0] <= channels if threads == 1 else channels >= _MANY_CHANNELS and x[0] > 1
-    if dims > 1 and channels <= _IMAGE_CHANNELS:
+    if taps > 1 and dims > 1 and channels <= _IMAGE_CHANNELS:
         return True
     if _instruction_set() == "avx512":
-        is_even = channels % 16 == down[0] % 16 == 0
-        return is_even and taps < _LONG_KERNEL and positions * x[0] >= _LARGE_PICTURE
+        numbers = math.prod(x)
+        if taps == 1:
+            return min(channels, rank) < 24 or numbers + windows * rank > 1 << 22
+        is_own = channels % 16 != 0 or taps >= 32 or windows < 512
+        return not is_own and (rank % 16 == 0 or numbers > 1 << 20)
+    if taps == 1:
+        return up[0] <= channels if threads == 1 else channels >= _MANY_CHANNELS and samples > 1
     if channels % 8 != 0 or down[-1] >= _LONG_ROW:
         return False
-    return positions >= (_LARGE_PICTURE if dims > 1 else _LARGE_LINE)
+    return windows // samples >= (_LARGE_PICTURE if dims > 1 else _LARGE_LINE)
 
 
 def low_rank_conv(
@@ -202,15 +222,21 @@ def low_rank_conv(
     single = _single_places(len(stride))
     if is_exported() or x.dtype not in FLOATING:
         return convolved(convolved(x, down, None, stride, sides, dilation), up, bias, *single)
-    if torch.compiler.is_compiling():
-        compiled: Tensor = LOW_RANK_CONV(x, down, up, bias, list(stride), sides, list(dilation))
-        return compiled
-    if torch.is_grad_enabled() and (x.requires_grad or down.requires_grad):
-        # They keep what is between them for the backward, which the op computes again.
-        inner = conv(x, down, None, stride=stride, padding=sides, dilation=dilation)
-        return conv(inner, up, bias, stride=single[0], padding=single[1], dilation=single[2])
-    where = tuple(stride), tuple(sides), tuple(dilation)
-    if x.is_cpu and _torch_is_faster(x.shape, down.shape, up.shape, *where, torch.get_num_threads()):
-        return convolved(convolved(x, down, None, *where), up, bias, *single)
+    if not torch.compiler.is_compiling():
+        if torch.is_grad_enabled() and (x.requires_grad or down.requires_grad or up.requires_grad):
+            _check_shapes(x, down, up, bias)
+            # They keep what is between them for the backward, which the op computes again.
+            inner = conv(x, down, None, stride=stride, padding=sides, dilation=dilation)
+            return conv(inner, up, bias, stride=single[0], padding=single[1], dilation=single[2])
+        where = tuple(stride), tuple(sides), tuple(dilation)
+        offset = None if bias is None else bias.shape
+        is_plain = all(_is_plain(tensor) for tensor in (x, down, up)) and (bias is None or _is_plain(bias))
+        if is_plain and _torch_is_faster(x.shape, down.shape, up.shape, offset, *where, torch.get_num_threads()):
+            return convolved(convolved(x, down, None, *where), up, bias, *single)
     y: Tensor = LOW_RANK_CONV(x, down, up, bias, list(stride), sides, list(dilation))
     return y
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    """Of float32 on a CPU, and with numbers in it."""
+    return type(tensor) in (Tensor, torch.nn.Parameter) and tensor.dtype == torch.float32 and tensor.is_cpu

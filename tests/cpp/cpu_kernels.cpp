@@ -228,7 +228,7 @@ void check_chain(const Conv<Plain<float>>& first, int64_t out, int64_t at_once, 
   const Buffer<float> y(size * positions, is_aligned), again(size * positions, true), bias(out, is_aligned),
       windows(positions * depth, is_aligned);
   for (int64_t i = 0; i < out; ++i) bias.data()[i] = check::random_number();
-  LowRankConv<Plain<float>> chain{first, up.weights(), at_once};
+  LowRankConv chain{first, up.weights(), at_once};
   chain.down.bias = first.bias ? bias.data() : nullptr;
   chain.down.out = out;
   chain.down.y_sample = out * positions;
