@@ -2,8 +2,9 @@
 // there.
 //
 // Few windows are copied side by side for the kernel of core/thin_linear.h. More of them stay in a near cache from one
-// convolution to the next in core/conv.h; panther/ops/low_rank_conv.py knows where two of torch's own are faster. Other
-// types than float32 and other layouts run in two. Bytes moved: those of the weights for
+// convolution to the next in core/conv.h; panther/ops/low_rank_conv.py knows where two of torch's own are faster with
+// AVX2, and with AVX-512 it is where the first one would be torch's. Other types than float32 and other layouts run in
+// two. Bytes moved: those of the weights for
 // each few hundred windows, the input as often as windows overlap, and the output once.
 #include <torch/csrc/stable/library.h>
 
@@ -78,7 +79,8 @@ Tensor low_rank_conv(const Tensor& given, const Tensor& down, const Tensor& up, 
   check(given, x.size(1), down, up, bias);
   const bool is_plain = x.scalar_type() == ScalarType::Float && has_default_strides(x) && has_default_strides(down) &&
                         has_default_strides(up) && shape.has_numbers();
-  const bool is_one = is_plain && (has_own_conv() || shape.windows() <= few_windows());
+  const bool is_left_to_torch = uses(core::InstructionSet::avx512) && torch_is_fast_with_avx512(shape, down.size(0));
+  const bool is_one = is_plain && (shape.windows() <= few_windows() || (has_own_conv() && !is_left_to_torch));
   return like_given((is_one ? one_conv : two_convs)(shape, down, up, bias), given);
 }
 

@@ -169,31 +169,25 @@ def _torch_is_faster(
     dilation: Sizes,
     threads: int,
 ) -> bool:
-    """Whether two of torch's own convolutions take less time than the op, on a CPU; no where shapes do not fit.
+    """Whether two of torch's own convolutions take less time than the op, with AVX2; no where shapes do not fit.
 
-    Measured on Zen 3 with AVX2, one and two threads, batches of 1 and 8, ranks that keep a half and a quarter: the op
-    is 1.0 to 1.9 times as fast as they for single places with two threads, 0.9 to 1.2 times with one where channels
-    become more, and 1.0 to 5 times for small pictures, short lines and long kernels; 0.6 to 1.1 times elsewhere. With
-    AVX-512 it was not measured: the rule is that of csrc/conv.h for the first of the two.
+    Measured on Zen 3, one and two threads, batches of 1 and 8, ranks that keep a half and a quarter: the op is 1.0 to
+    1.9 times as fast as they for single places with two threads, 0.9 to 1.2 times with one where channels become more,
+    and 1.0 to 5 times for small pictures, short lines and long kernels; 0.6 to 1.1 times elsewhere. To be asked before
+    the op, whose visit takes as long as a small convolution; with AVX-512 it was not measured, and the op decides.
     """
     dims, taps = len(stride), math.prod(down[2:])
-    is_known = _instruction_set() in ("avx2", "avx512") and fit(x, down[2:], stride, padding, dilation)
+    is_known = _instruction_set() == "avx2" and fit(x, down[2:], stride, padding, dilation)
     if not is_known or not _shapes_fit(x, down, up, bias) or math.prod(x) == 0:
         return False
-    (rank, channels), samples = down[:2], x[0] if len(x) == dims + 2 else 1
+    channels, samples = down[1], x[0] if len(x) == dims + 2 else 1
     windows = flops(x, 1, down[2:], stride, padding, dilation) // (2 * channels * taps)
     if windows <= _FEW_WINDOWS:
         return False
-    if taps > 1 and dims > 1 and channels <= _IMAGE_CHANNELS:
-        return True
-    if _instruction_set() == "avx512":
-        numbers = math.prod(x)
-        if taps == 1:
-            return min(channels, rank) < 24 or numbers + windows * rank > 1 << 22
-        is_own = channels % 16 != 0 or taps >= 32 or windows < 512
-        return not is_own and (rank % 16 == 0 or numbers > 1 << 20)
     if taps == 1:
         return up[0] <= channels if threads == 1 else channels >= _MANY_CHANNELS and samples > 1
+    if dims > 1 and channels <= _IMAGE_CHANNELS:
+        return True
     if channels % 8 != 0 or down[-1] >= _LONG_ROW:
         return False
     return windows // samples >= (_LARGE_PICTURE if dims > 1 else _LARGE_LINE)
