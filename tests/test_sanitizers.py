@@ -56,7 +56,7 @@ def test_cpu_kernels_without_vector_instructions_compile_and_hold_the_same(tmp_p
 
 @pytest.mark.usefixtures("sanitizing_compiler")
 def test_arithmetic_of_the_cuda_kernel_stays_within_its_buffers_and_near_the_exact_sums(tmp_path):
-    run_driver("cuda_arithmetic", tmp_path, SANITIZERS, *(f"-I{path}" for path in include_paths()))
+    assert run_driver("cuda_arithmetic", tmp_path, SANITIZERS, *(f"-I{path}" for path in include_paths())) == []
 
 
 @pytest.mark.skipif(

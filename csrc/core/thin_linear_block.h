@@ -54,9 +54,10 @@ inline int64_t ahead_of(const W& w, int64_t columns) {
   return std::max(w.at(columns, 0), kAhead);
 }
 
-// The same for groups of 32 numbers, the smallest ones there are, whose scale is read once: where few rows of x leave
-// registers for it, or where a number takes longer to widen than to read x again. An address can add a step or two to a
-// pointer, so that a third of the pointers is enough. Gives how many numbers of each row that were: whole groups.
+// Adds the products of groups of 32 numbers, the smallest ones there are, whose scale is read once: where few rows
+// leave registers for it, or where a number takes longer to widen than to read x again. An address can add a step or
+// two to a pointer, so that a third of the pointers is enough. Gives how many numbers of each row that were: whole
+// groups.
 template <int Rows, int Columns, class T>
 PANTHER_VECTOR inline int64_t add_groups(const ThinLinear<Whole<T>>& p, const float* x, int64_t column,
                                          Vector (&sums)[Rows][Columns]) {

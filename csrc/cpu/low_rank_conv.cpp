@@ -4,8 +4,8 @@
 // Few windows are copied side by side for the kernel of core/thin_linear.h. More of them stay in a near cache from one
 // convolution to the next in core/conv.h; panther/ops/low_rank_conv.py knows where two of torch's own are faster with
 // AVX2, and with AVX-512 it is where the first one would be torch's. Other types than float32 and other layouts run in
-// two. Bytes moved: those of the weights for
-// each few hundred windows, the input as often as windows overlap, and the output once.
+// two. Bytes moved: those of the weights for each few hundred windows, the input as often as windows overlap, and the
+// output once.
 #include <torch/csrc/stable/library.h>
 
 #include <memory>
