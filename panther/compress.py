@@ -27,6 +27,7 @@ from panther.importance import CLOSER, SAMPLES, affordable_samples, reference
 from panther.measure import check_batches, measure, passes
 from panther.nn.surgery import copied, put_layers
 from panther.opening import Opened, opened
+from panther.padding import without_padding
 from panther.prepared import Dense, Prepared, timed
 from panther.progress import Progress
 from panther.replace import changed_layers
@@ -267,9 +268,10 @@ def prepared_for(request: Request) -> Prepared:
     target = _target(dense, found, dtype_bytes, request.budget)
     request.progress.say("target: " + (target.text if request.plan is None else "the given plan"))
     notes: list[str] = []
-    data = None if request.calib_data is None else calibration(request.calib_data, example, model)
-    if data is not None:
-        notes.extend([data.note] if data.note else [])
+    data = None
+    if request.calib_data is not None:
+        data, note = without_padding(calibration(request.calib_data, example, model))
+        notes.extend(said for said in (data.note, note) if said)
         check_batches(model, data.held_out, len(data))
     else:
         text = (

@@ -44,6 +44,7 @@ from panther.healers.losses import held_out_loss
 from panther.healers.terms import reorder
 from panther.healers.training import Progressed
 from panther.nn.surgery import copied
+from panther.padding import without_padding
 from panther.products import fast_linear
 from panther.progress import Progress
 from panther.request import parse_seed
@@ -102,12 +103,13 @@ def heal(
         )
     if is_for_inference(teacher):
         teacher = copied(teacher, {}, None)[0]
-    data = (
-        calib_data if isinstance(calib_data, Calibration) else calibration(calib_data, as_call(example_inputs), teacher)
-    )
+    data, note = calib_data, None
+    if not isinstance(data, Calibration):
+        data, note = without_padding(calibration(calib_data, as_call(example_inputs), teacher))
     shown = progress if isinstance(progress, Progress) else Progress(progress)
     with _without_caches(teacher), _without_caches(student), fast_linear():
         healer = _Healer(teacher, student, data, wanted, seed, shown)
+        healer.notes += [note] if note else []
         if checkpoint is not None:
             healer.checkpoint = Checkpoint(Path(checkpoint), {**healer.identity(), **(identity or {})})
         return healer.run(layers, sensitivities or {}, relu_after or {}, narrow or {})

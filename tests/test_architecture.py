@@ -38,6 +38,7 @@ HELPERS = {
     "selection",
     "request",
     "opening",
+    "padding",
 }
 
 # The registry in each family's __init__.py.
@@ -58,6 +59,7 @@ ALLOWED = {
     "progress": set(),
     "build_info": {"ops"},
     "batches": {"errors"},
+    "padding": {"batches"},
     "sizes": {"nn"},
     "ops": set(),
     "quantise": {*NOUNS, "sketches"},

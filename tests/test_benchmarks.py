@@ -25,6 +25,7 @@ from benchmarks import (
     minilm,
     onnx_speed,
     ops,
+    padding,
     sketches,
     whisper,
 )
@@ -461,14 +462,49 @@ def test_the_cost_of_statistics_is_printed_beside_the_forward_pass(
         assert all(share[0] in "+-" and math.isfinite(float(share.removesuffix(" %"))) for share in row[5:])
 
 
-@pytest.mark.parametrize("script", [minilm, crepe, whisper, onnx_speed, end_to_end, calibration])
+class Sentences(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.words, self.layer = nn.Embedding(9, 8), nn.Linear(8, 8)
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        out: Tensor = self.layer(self.words(input_ids))
+        return out
+
+
+def test_the_time_of_a_pass_is_printed_with_padding_and_without(
+    encoder: Recipe, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def tokenise(texts: list[str], longest: int) -> dict[str, Tensor]:
+        lengths = [min(int(text.split()[0]), longest) for text in texts]
+        mask = (torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]).long()
+        return {"input_ids": mask * 3, "attention_mask": mask}
+
+    torch.manual_seed(0)
+    model = Sentences().eval()
+    recipe = changed(encoder, model=model, example_inputs=tokenise(["4", "2"], 9))
+    documents = [[f"{1 + (7 * s) % 60} words of {d}" for s in range(64)] for d in range(8)]
+    monkeypatch.setattr(padding.minilm, "build", lambda *_, **__: recipe)
+    monkeypatch.setattr(padding.minilm, "load", lambda: (model, tokenise))
+    monkeypatch.setattr(padding.minilm, "SOURCES", {"brown": lambda: documents})
+    threads = str(torch.get_num_threads())
+    assert start(padding, monkeypatch, "--samples", "160", "--seconds", "0", "--threads", threads) == 0
+    columns, _, *rows = printed_table(capsys.readouterr().out)
+    assert tuple(columns) == padding.COLUMNS and len(rows) == 2
+    for row in rows:
+        given, left = (int(share.removesuffix(" %")) for share in row[1:3])
+        assert left < given
+        assert all(float(figure) > 0 for figure in row[3:])
+
+
+@pytest.mark.parametrize("script", [minilm, crepe, whisper, onnx_speed, end_to_end, calibration, padding])
 def test_missing_data_ends_a_script_with_what_to_type(
     script: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def missing(*_: object, **__: object) -> Recipe:
         raise MissingDataError("type: python -m benchmarks.fetch_data")
 
-    takes_threads = script in (onnx_speed, end_to_end, calibration)
+    takes_threads = script in (onnx_speed, end_to_end, calibration, padding)
     monkeypatch.setattr(script.minilm if takes_threads else script, "build", missing)
     threads = ["--threads", str(torch.get_num_threads())] if takes_threads else []
     assert start(script, monkeypatch, *threads) == 1
