@@ -40,10 +40,12 @@ inline void run(const core::Gemm& given) {
 
 // Whether torch's own product of so many rows is slower. Beside MKL with AVX2 the kernel with AVX-512 is twice as fast
 // at 16 rows of 384 to 4096 numbers and 2.1 to 2.5 times from 32 on, one thread. With AVX2, on Zen 3, it is 1.6 times
-// as fast at 16 rows, 1.3 times at 32 and 1.0 to 1.05 from 128 on. MKL on Intel's processors was not measured.
+// as fast at 16 rows, 1.3 times at 32, 1.0 to 1.2 at 128, and 0.85 to 1.05 from 193 on, by what else the processor
+// does. MKL on Intel's processors was not measured.
 inline bool runs_in_gemm(int64_t rows) {
-  const bool can = uses(core::InstructionSet::avx512) || uses(core::InstructionSet::avx2);
-  return can && rows > 0 && (!core::is_made_by_intel() || rows <= 32);
+  const bool has_avx2 = uses(core::InstructionSet::avx2);
+  if (rows < 1 || !(has_avx2 || uses(core::InstructionSet::avx512))) return false;
+  return rows <= 32 || (!core::is_made_by_intel() && (!has_avx2 || rows <= 192));
 }
 
 inline bool is_float(const Tensor& tensor) { return tensor.scalar_type() == ScalarType::Float; }

@@ -74,14 +74,6 @@ void with_weights(const Quantised& matrix, const Use& use) {
   use(weights<int8_t>(matrix));
 }
 
-// x (rows, columns) -> y (rows, out), contiguous.
-inline void few_rows(const float* x, const Quantised& matrix, const float* bias, float* y, int64_t rows) {
-  const int64_t in = matrix.columns, out = matrix.rows();
-  with_weights(matrix, [&](const auto& w) {
-    run(core::ThinLinear<std::decay_t<decltype(w)>>{x, w, bias, y, rows, in, out, in, out});
-  });
-}
-
 template <class T>
 void widen_bfloat16(const Quantised& matrix, int64_t first, int64_t last, T* wide) {
   const core::BFloat16* values = bfloat16_weights(matrix).numbers;
@@ -131,22 +123,44 @@ Tensor widened_tile(const Tensor& x, const Quantised& matrix, int64_t first, int
 }
 
 // x (rows, columns) -> y (rows, out), contiguous, in core/gemm.h: each thread widens some rows of the weight as it
-// reads them.
+// reads them. From kWeightsInLanes rows on these are in the lanes, so that each number is widened once.
+inline constexpr int64_t kWeightsInLanes = 192;
+
 template <class W>
 void run_widened(const float* x, const W& w, const float* bias, float* y, int64_t rows, int64_t out) {
   const core::Gemm p{{x, w.in, 1}, {nullptr, 0, 0}, bias, false, y, out, 1, rows, out, w.in};
-  const int64_t work = std::max<int64_t>(1, kColumns * rows * w.in);
-  torch::stable::parallel_for(0, (out + kColumns - 1) / kColumns, std::max<int64_t>(1, kGrain / work),
+  const bool in_lanes = rows >= kWeightsInLanes;
+  const int64_t unit = in_lanes ? kRows : kColumns, work = std::max<int64_t>(1, unit * rows * w.in);
+  torch::stable::parallel_for(0, (out + unit - 1) / unit, std::max<int64_t>(1, kGrain / work),
                               [&](int64_t first, int64_t last) {
-                                const int64_t begin = first * kColumns, end = std::min(out, last * kColumns);
-                                core::widened_gemm(p.columns(begin, end), w, begin);
+                                const int64_t begin = first * unit, end = std::min(out, last * unit);
+                                const core::Gemm part = p.columns(begin, end);
+                                core::widened_gemm(in_lanes ? part.transposed() : part, w, begin, in_lanes);
                               });
 }
 
-// Whether so many rows run there. With AVX-512 it was not measured beside a tile that is widened before; from 192 rows
-// on the lanes are for columns of y.
+// Whether that is faster than core/thin_linear.h, which widens numbers with scales once for every few rows. Measured on
+// Zen 3, one thread, 96 to 4096 numbers a row; with AVX-512 it was not.
+inline bool fills_widened_lanes(int64_t rows, int64_t in) {
+  if (!uses(core::InstructionSet::avx2) || !runs_in_gemm(rows)) return false;
+  return (rows >= 14 && rows <= 16) || rows >= (in >= 1024 ? 13 : 22);
+}
+
+// x (rows, columns) -> y (rows, out), contiguous.
+inline void few_rows(const float* x, const Quantised& matrix, const float* bias, float* y, int64_t rows) {
+  const int64_t in = matrix.columns, out = matrix.rows();
+  with_weights(matrix, [&](const auto& w) {
+    using W = std::decay_t<decltype(w)>;
+    if (W::kHasScales && fills_widened_lanes(rows, in)) return run_widened(x, w, bias, y, rows, out);
+    run(core::ThinLinear<W>{x, w, bias, y, rows, in, out, in, out});
+  });
+}
+
+// Whether more rows than few run there. With AVX2 a matrix of floats would leave those of 193 and more to torch, but a
+// product that has to be widened first is as fast here.
 inline bool widens_as_it_reads(const Tensor& x, int64_t rows) {
-  return is_float(x) && uses(core::InstructionSet::avx2) && rows < 192 && runs_in_gemm(rows);
+  const bool runs = runs_in_gemm(rows) || (uses(core::InstructionSet::avx2) && !core::is_made_by_intel());
+  return is_float(x) && runs;
 }
 
 inline Tensor widened_linear(const Tensor& given, const Quantised& weight, const std::optional<Tensor>& bias) {

@@ -236,27 +236,28 @@ PANTHER_AVX512 __attribute__((always_inline)) inline void add_panel(const float*
 void gemm(const Gemm& p) {
 #if PANTHER_HAS_AVX
   const InstructionSet set = instruction_set_in_use().load();
-  if (set == InstructionSet::avx512) return avx512::gemm(p, p.b, 0);
-  if (set == InstructionSet::avx2) return avx2::gemm(p, p.b, 0);
+  if (set == InstructionSet::avx512) return avx512::gemm(p);
+  if (set == InstructionSet::avx2) return avx2::gemm(p);
 #endif
   gemm_scalar(p);
 }
 
 template <class W>
-void widened_gemm(Gemm p, const W& w, int64_t from) {
+void widened_gemm(Gemm p, const W& w, int64_t from, bool is_a) {
 #if PANTHER_HAS_AVX
   const InstructionSet set = instruction_set_in_use().load();
-  if (set == InstructionSet::avx512) return avx512::gemm(p, w, from);
-  if (set == InstructionSet::avx2) return avx2::gemm(p, w, from);
+  if (set == InstructionSet::avx512) return avx512::widened_gemm(p, w, from, is_a);
+  if (set == InstructionSet::avx2) return avx2::widened_gemm(p, w, from, is_a);
 #endif
-  const std::unique_ptr<float[]> wide(new float[p.n * p.k]);
-  widen(w, from, from + p.n, wide.get());
-  p.b = {wide.get(), p.k, 1};
+  const int64_t rows = is_a ? p.m : p.n;
+  const std::unique_ptr<float[]> wide(new float[rows * p.k]);
+  widen(w, from, from + rows, wide.get());
+  (is_a ? p.a : p.b) = Strided{wide.get(), p.k, 1};
   gemm_scalar(p);
 }
 
-template void widened_gemm(Gemm, const Plain<BFloat16>&, int64_t);
-template void widened_gemm(Gemm, const Int8&, int64_t);
-template void widened_gemm(Gemm, const Int4&, int64_t);
+template void widened_gemm(Gemm, const Plain<BFloat16>&, int64_t, bool);
+template void widened_gemm(Gemm, const Int8&, int64_t, bool);
+template void widened_gemm(Gemm, const Int4&, int64_t, bool);
 
 }  // namespace panther::core

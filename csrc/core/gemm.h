@@ -54,8 +54,8 @@ struct Gemm {
 
 void gemm(const Gemm& p);
 
-// The same with rows of w from `from` on for B, a few of which are widened at a time.
+// The same with rows of w from `from` on for B, or for A, a few of which are widened at a time.
 template <class W>
-void widened_gemm(Gemm p, const W& w, int64_t from);
+void widened_gemm(Gemm p, const W& w, int64_t from, bool is_a);
 
 }  // namespace panther::core

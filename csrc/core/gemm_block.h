@@ -128,15 +128,22 @@ PANTHER_VECTOR void panels_times(const Panels& panels, const float* packed, cons
   }
 }
 
-// Rows [i, i + rows) of A and `depth` of their numbers, packed, times all of B, which begins with row `from` of w,
-// kTogether rows of it after the others.
+// Some rows of a matrix for an operand.
 template <class W>
-PANTHER_VECTOR inline void packed_rows(const Gemm& p, const W& w, int64_t from, int64_t i, int64_t rows, int64_t r,
-                                       int64_t depth, float* packed, float* wide) {
+struct Rows {
+  const W& matrix;
+  int64_t from;
+};
+
+// Rows [i, i + rows) of A and `depth` of their numbers, packed, times all of B, kTogether rows of it after the others.
+template <class A, class B>
+PANTHER_VECTOR inline void packed_rows(const Gemm& p, const Rows<A>& a, const Rows<B>& b, int64_t i, int64_t rows,
+                                       int64_t r, int64_t depth, float* packed, float* wide) {
   const Panels panels(rows);
   for (int64_t v = 0; v < panels.registers; ++v) {
-    const Strided some{p.a.at(i + v * kLanes, r), p.a.row, p.a.column};
-    pack_lanes(some, rows - v * kLanes, depth, panels.width_at(v), packed + panels.place(v, depth));
+    const int64_t first = i + v * kLanes, count = std::min(kLanes, rows - v * kLanes);
+    const Strided some = rows_of(a.matrix, a.from + first, a.from + first + count, r, depth, wide);
+    pack_lanes(some, count, depth, panels.width_at(v), packed + panels.place(v, depth));
   }
   const float* bias = r + depth == p.k ? p.bias : nullptr;
   for (int64_t j = 0; j < p.n; j += kTogether) {
@@ -148,20 +155,29 @@ PANTHER_VECTOR inline void packed_rows(const Gemm& p, const W& w, int64_t from, 
                    bias && p.bias_is_of_rows ? bias + i : nullptr,
                    bias && !p.bias_is_of_rows ? bias + j : nullptr,
                    r > 0};
-    panels_times(panels, packed, rows_of(w, from + j, from + last, r, depth, wide), depth, to, 0, last - j);
+    panels_times(panels, packed, rows_of(b.matrix, b.from + j, b.from + last, r, depth, wide), depth, to, 0, last - j);
   }
 }
 
-// With the rows of w from `from` on instead of p.b. Parts of the depth begin with a group of it.
-template <class W>
-PANTHER_VECTOR inline void gemm(const Gemm& p, const W& w, int64_t from) {
+// With a and b instead of p.a and p.b. Parts of the depth begin with a group of them.
+template <class A, class B>
+PANTHER_VECTOR inline void gemm(const Gemm& p, const Rows<A>& a, const Rows<B>& b) {
+  constexpr bool kWidens = !std::is_same_v<A, Strided> || !std::is_same_v<B, Strided>;
   const int64_t most_depth = std::min(p.k, kDepth);
   const std::unique_ptr<Line[]> packed = lines_of((std::min(p.m, kPackedRows) + kLanes) * most_depth);
-  const std::unique_ptr<Line[]> wide = lines_of(std::is_same_v<W, Strided> ? 0 : kTogether * most_depth);
+  const std::unique_ptr<Line[]> wide = lines_of(kWidens ? std::max(kTogether, kLanes) * most_depth : 0);
   for (int64_t r = 0; r < p.k || r == 0; r += kDepth) {
     const int64_t depth = std::min(kDepth, p.k - r);
     for (int64_t i = 0; i < p.m; i += kPackedRows) {
-      packed_rows(p, w, from, i, std::min(kPackedRows, p.m - i), r, depth, packed[0].numbers, wide[0].numbers);
+      packed_rows(p, a, b, i, std::min(kPackedRows, p.m - i), r, depth, packed[0].numbers, wide[0].numbers);
     }
   }
+}
+
+PANTHER_VECTOR inline void gemm(const Gemm& p) { gemm(p, Rows<Strided>{p.a, 0}, Rows<Strided>{p.b, 0}); }
+
+template <class W>
+PANTHER_VECTOR inline void widened_gemm(const Gemm& p, const W& w, int64_t from, bool is_a) {
+  if (is_a) return gemm(p, Rows<W>{w, from}, Rows<Strided>{p.b, 0});
+  gemm(p, Rows<Strided>{p.a, 0}, Rows<W>{w, from});
 }

@@ -125,10 +125,18 @@ void check_widened_gemms() {
         gemm({a, b, bias.data(), false, again.data(), out, 1, rows, out, in});
         const Gemm whole{a, {nullptr, 0, 0}, bias.data(), false, y.data(), out, 1, rows, out, in};
         for (int64_t first = 0; first < out; first += 30) {
-          widened_gemm(whole.columns(first, std::min(first + 30, out)), matrix.weights(), first);
+          widened_gemm(whole.columns(first, std::min(first + 30, out)), matrix.weights(), first, false);
+        }
+        const Buffer<float> turned(rows * out, true);
+        for (int64_t first = 0; first < out; first += 30) {
+          const Gemm part = whole.columns(first, std::min(first + 30, out)).transposed();
+          Gemm there = part;
+          there.c = turned.data() + first;
+          widened_gemm(there, matrix.weights(), first, true);
         }
         for (int64_t i = 0; i < rows * out; ++i) {
           require(y.data()[i] == again.data()[i], "a product that widens as it reads is that of the widened rows");
+          require(turned.data()[i] == again.data()[i], "the same where they are in the lanes");
         }
       }
     }
