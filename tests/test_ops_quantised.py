@@ -40,7 +40,7 @@ def assert_within_the_rounding_bound(got, inputs):
 @needs_kernels
 @every_width
 @pytest.mark.parametrize("group_size", GROUPS)
-@pytest.mark.parametrize("rows", [0, 1, 2, 3, 5, 6, 7, 20, 128, 129])
+@pytest.mark.parametrize("rows", [0, 1, 2, 3, 5, 6, 7, 20, 22, 128, 129, 193])
 @pytest.mark.parametrize("sizes", [(31, 13), (1, 3), (65, 37), (260, 66)], ids=str)
 @pytest.mark.usefixtures("instruction_set")
 def test_every_number_of_rows_is_within_the_rounding_bound(rows, sizes, group_size, bits):

@@ -15,16 +15,18 @@ WORDS, WIDTH = 50, 16
 class Reader(nn.Module):
     """Attention over what counts, (batch, length) -> (batch, length, width); `positions` as BERT has them, or none."""
 
-    def __init__(self, *, positions=0, honours=True, length=None):
+    def __init__(self, *, positions=0, honours=True, length=None, least=0):
         super().__init__()
         self.words = nn.Embedding(WORDS, WIDTH)
         self.places = nn.Embedding(positions, WIDTH) if positions else None
         self.first, self.second = nn.Linear(WIDTH, 4 * WIDTH), nn.Linear(4 * WIDTH, WIDTH)
-        self.honours, self.length = honours, length
+        self.honours, self.length, self.least = honours, length, least
 
     def forward(self, input_ids, attention_mask):
         if self.length not in (None, input_ids.shape[1]):
             raise ValueError(f"{input_ids.shape[1]} tokens: expected {self.length}")
+        if input_ids.shape[1] < self.least:
+            raise ValueError(f"{input_ids.shape[1]} tokens: expected {self.least} at least")
         x = self.words(input_ids)
         if self.places is not None:
             x = x + self.places(torch.arange(input_ids.shape[1]))
@@ -48,15 +50,17 @@ class Torch(nn.Module):
 
 
 class Translator(nn.Module):
-    """Two sequences, each with a mask of its own."""
+    """Two sequences, of which the second may have a mask, too."""
 
     def __init__(self):
         super().__init__()
         self.reader = Reader()
 
-    def forward(self, input_ids, attention_mask, decoder_input_ids, decoder_attention_mask):
+    def forward(self, input_ids, attention_mask, decoder_input_ids, decoder_attention_mask=None):
         weights = attention_mask.unsqueeze(-1).float()
         read = (self.reader(input_ids, attention_mask) * weights).sum(1) / weights.sum(1)
+        if decoder_attention_mask is None:
+            decoder_attention_mask = torch.ones_like(decoder_input_ids)
         return self.reader(decoder_input_ids, decoder_attention_mask) + read.unsqueeze(1)
 
 
@@ -192,21 +196,84 @@ def test_masks_of_torchs_kind_are_made_longer_by_what_masks(dtype):
     torch.testing.assert_close(found, before[places], rtol=1e-4, atol=1e-5)
 
 
-def test_two_sequences_are_cut_each_by_its_own_mask():
-    data = []
+def translations(**options):
+    """Texts, each with another of as many words for every sample."""
+    found = []
     for index, batch in enumerate(batches(width=40)):
-        lengths = batch["attention_mask"].sum(1).tolist()
-        other = texts([1 + n // 2 for n in lengths], width=30, seed=100 + index)
-        data.append({**batch, **{f"decoder_{name}": value for name, value in other.items()}})
-    after, note = without_padding(of(model_of(Translator), data))
+        other = texts([30] * 8, seed=100 + index)
+        other["input_ids"][:, 0] = batch["attention_mask"].sum(1)
+        kept = {name: value for name, value in other.items() if name in options.get("of", other)}
+        found.append({**batch, **{f"decoder_{name}": value for name, value in kept.items()}})
+    return found
+
+
+def test_a_second_sequence_without_a_mask_goes_with_its_text():
+    after, note = without_padding(of(model_of(Translator), translations(of=["input_ids"])))
     assert note is not None
     for call in after:
-        shapes = {name: tuple(value.shape) for name, value in call.kwargs.items()}
-        assert shapes["input_ids"] == shapes["attention_mask"]
-        assert shapes["decoder_input_ids"] == shapes["decoder_attention_mask"]
-        assert shapes["decoder_input_ids"][1] < shapes["input_ids"][1] <= 25
-    whole = sorted(int(n) for c in of(model_of(Translator), data) for n in c.kwargs["decoder_attention_mask"].sum(1))
-    assert sorted(int(n) for c in after for n in c.kwargs["decoder_attention_mask"].sum(1)) == whole
+        assert call.kwargs["input_ids"].shape[1] <= 25
+        assert call.kwargs["decoder_input_ids"].shape == (8, 30)
+        assert torch.equal(call.kwargs["attention_mask"].sum(1), call.kwargs["decoder_input_ids"][:, 0])
+
+
+class Seeing(Reader):
+    def forward(self, input_ids, attention_mask, picture):
+        return super().forward(input_ids, attention_mask) + picture.mean((1, 2))[:, None, None]
+
+
+def test_texts_beside_large_pictures_are_cut_off_where_they_are():
+    data = [{**batch, "picture": torch.randn(8, 64, 64)} for batch in batches(width=40)]
+    after, note = without_padding(of(model_of(Seeing), data))
+    assert note is not None
+    for call, given in zip(after, data, strict=False):
+        longest = int(given["attention_mask"].sum(1).max())
+        assert call.kwargs["picture"] is given["picture"]
+        assert torch.equal(call.kwargs["input_ids"], given["input_ids"][:, :longest])
+
+
+def test_batches_of_several_sizes_leave_no_more_positions_than_they_had():
+    data = [texts([20 + i % 5] * 4, seed=i) for i in range(4)] + [texts([3] * 40, width=16, seed=9)]
+    data += [texts([2, 4] * 4, width=30, seed=10)] * 2
+    before = of(model_of(), data)
+    after, note = without_padding(before)
+    assert note is not None
+    assert samples(after) == samples(before)
+    assert sorted(c.batch_size for c in after) == sorted(c.batch_size for c in before)
+    assert positions(after) < positions(before)
+
+
+def test_what_is_cut_off_can_be_viewed_as_the_batch_could():
+    data = batches(width=40)
+    data[0]["attention_mask"][0, 5] = 0  # of which no side can be told
+    data[0]["attention_mask"][1, 0] = 0
+    after, note = without_padding(of(model_of(), data))
+    assert note is not None
+    assert all(tensor.is_contiguous() for call in (*after, *after.held_out) for tensor in call.leaves())
+
+
+def test_the_first_batch_is_of_a_middle_length():
+    model, data = model_of(), batches(32, width=40)
+    after, _ = without_padding(of(model, data))
+    lengths = [call.kwargs["input_ids"].shape[1] for call in after]
+    assert sorted(lengths)[4] < lengths[0] < sorted(lengths)[-4]
+    assert lengths[:14] != lengths[16:30]
+
+
+def test_data_without_a_mask_are_read_no_further_than_their_first_batch():
+    read = []
+
+    class Rows(torch.utils.data.Dataset):
+        def __len__(self):
+            return 64
+
+        def __getitem__(self, index):
+            read.append(index)
+            return torch.ones(3)
+
+    before = of(nn.Linear(3, 2), DataLoader(Rows(), batch_size=4))
+    read.clear()
+    assert without_padding(before)[0] is before
+    assert read == [0, 1, 2, 3]
 
 
 # --- what stays ------------------------------------------------------------------------------------------------------
@@ -220,6 +287,8 @@ def test_two_sequences_are_cut_each_by_its_own_mask():
         pytest.param(model_of(length=40), batches(width=40), id="a model of one length"),
         pytest.param(model_of(), [texts([20] * 8, seed=i) for i in range(4)], id="no padding"),
         pytest.param(model_of(), [texts([20] * 7 + [19], seed=i) for i in range(4)], id="hardly any"),
+        pytest.param(model_of(Translator), translations(), id="masks of two lengths"),
+        pytest.param(model_of(least=8), batches(width=40), id="a model that takes no short texts"),
         pytest.param(nn.Linear(3, 2), [torch.randn(8, 3) for _ in range(4)], id="no mask"),
     ],
 )

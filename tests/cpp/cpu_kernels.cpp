@@ -114,7 +114,7 @@ template <class Matrix>
 void check_widened_gemms() {
   for (int64_t rows : {1, 17, 40}) {
     for (int64_t in : {1, 40, 700}) {
-      for (int64_t out : {1, 23, 50}) {
+      for (int64_t out : {1, 23, 50, 230}) {
         const Matrix matrix(out, in, out % 2 == 0);
         const Buffer<float> x(rows * in, true), y(rows * out, false), wide(out * in, true), again(rows * out, true),
             bias(out, true);
@@ -128,8 +128,8 @@ void check_widened_gemms() {
           widened_gemm(whole.columns(first, std::min(first + 30, out)), matrix.weights(), first, false);
         }
         const Buffer<float> turned(rows * out, true);
-        for (int64_t first = 0; first < out; first += 30) {
-          const Gemm part = whole.columns(first, std::min(first + 30, out)).transposed();
+        for (int64_t first = 0; first < out; first += 210) {
+          const Gemm part = whole.columns(first, std::min(first + 210, out)).transposed();
           Gemm there = part;
           there.c = turned.data() + first;
           widened_gemm(there, matrix.weights(), first, true);
