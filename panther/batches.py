@@ -25,6 +25,8 @@ CHUNK = 32  # rows a batch when the calibration data is one big tensor
 HELD_OUT_SHARE = 0.1  # of the calibration samples, kept aside to measure agreement
 HELD_OUT_SAMPLES = 256  # at most
 STORED_SAMPLES = 2048  # taken of an iterable that cannot be walked twice in one order: it might never end
+KEY_PADDING_MASK = "key_padding_mask"
+MASKS = (KEY_PADDING_MASK, "attention_mask")  # how the names of padding masks end
 _OPTIONS = (bool, int, float, str, type(None))
 _TARGETS = frozenset({"label", "labels", "target", "targets", "decoder_labels"})
 
@@ -49,14 +51,10 @@ class Call:
         """The padding masks of this call, (batch, length) bool, True where a token counts, by their shape."""
         found: dict[tuple[int, ...], Tensor] = {}
         for name, value in self.kwargs.items():
-            if not isinstance(value, Tensor) or value.dim() != 2:
+            if not isinstance(value, Tensor) or value.dim() != 2 or not name.endswith(MASKS):
                 continue
-            if name.endswith("key_padding_mask"):  # torch's own: True, or what is added to the scores, at padding
-                counts = value == 0
-            elif name.endswith("attention_mask"):
-                counts = value.bool()
-            else:
-                continue
+            # Torch's own is True, or what is added to the scores, at padding.
+            counts = value == 0 if name.endswith(KEY_PADDING_MASK) else value.bool()
             shape = tuple(value.shape)
             # Two masks of one shape (encoder's and decoder's) cannot be told apart: what either counts, counts.
             found[shape] = counts | found[shape] if shape in found else counts

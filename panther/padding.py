@@ -16,7 +16,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from panther.batches import Calibration, Call, batch_call, device_of, float_outputs, inference, run, runs, scale_of
+from panther.batches import (
+    MASKS,
+    Calibration,
+    Call,
+    batch_call,
+    device_of,
+    float_outputs,
+    inference,
+    run,
+    runs,
+    scale_of,
+)
 
 WINDOW = 16  # batches whose samples are put in order at a time: of sentences in Brown 8 leave 10 % of padding, 16 6 %
 WINDOW_BYTES = 64_000_000  # of their tensors, at most
@@ -28,7 +39,6 @@ EXTRA = 3  # positions of padding that are added to them
 
 Sample = tuple[int, int]  # the number of a batch, and of a row in it
 Padding = Mapping[str, Tensor]  # by keyword, what one position of padding holds
-MASKS = ("attention_mask", "key_padding_mask")  # how the names of masks end
 
 
 @dataclass(frozen=True)
@@ -65,10 +75,15 @@ def without_padding(data: Calibration) -> tuple[Calibration, str | None]:
     Nothing is changed where the first batch has no padding mask among its keywords, or several of different lengths,
     where less than LEAST_SHARE of the positions of the first batches would go, and where the model's answers depend on
     what is masked.
+
+    Cost: the first WINDOW batches are read, or one where that has no mask; three forward passes of PROBED samples and
+    one of a batch of the shortest.
     """
-    if not any(_span(call) for call in itertools.islice(data, 1)):
+    calls = iter(data)
+    first = list(itertools.islice(calls, 1))
+    if not any(map(_span, first)):
         return data, None
-    window = next(_windows(data))
+    window = next(_windows(itertools.chain(first, calls)))
     most = max(window, key=lambda call: _positions([call]) - _counted(call))
     padding = _padding(most)
     if not padding:
