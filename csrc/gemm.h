@@ -39,13 +39,13 @@ inline void run(const core::Gemm& given) {
 }
 
 // Whether torch's own product of so many rows is slower. Beside MKL with AVX2 the kernel with AVX-512 is twice as fast
-// at 16 rows of 384 to 4096 numbers and 2.1 to 2.5 times from 32 on, one thread. With AVX2, on Zen 3, it is 1.6 times
-// as fast at 16 rows, 1.3 times at 32, 1.0 to 1.2 at 128, and 0.85 to 1.05 from 193 on, by what else the processor
-// does. MKL on Intel's processors was not measured.
+// at 16 rows of 384 to 4096 numbers and 2.1 to 2.5 times from 32 on, one thread. With AVX2, on Zen 3, it is 1.3 times
+// as fast at 32 rows (1.6 where weights come from memory), 1.1 at 128, 1.01 at 256, 0.92 to 1.04 from 512 on; with two
+// threads 1.27 at 128 rows. MKL on Intel's processors was not measured.
 inline bool runs_in_gemm(int64_t rows) {
   const bool has_avx2 = uses(core::InstructionSet::avx2);
   if (rows < 1 || !(has_avx2 || uses(core::InstructionSet::avx512))) return false;
-  return rows <= 32 || (!core::is_made_by_intel() && (!has_avx2 || rows <= 192));
+  return rows <= 32 || (!core::is_made_by_intel() && (!has_avx2 || rows <= 512));
 }
 
 inline bool is_float(const Tensor& tensor) { return tensor.scalar_type() == ScalarType::Float; }
@@ -53,9 +53,11 @@ inline bool is_float(const Tensor& tensor) { return tensor.scalar_type() == Scal
 // Whether core/gemm.h is faster than core/thin_linear.h: where rows nearly fill a register and each number of y is the
 // sum of few products, since the latter has to add up the lanes of each. Measured on Zen 4, one thread, 384 and 1536
 // numbers of y a row, from caches and from memory; where AVX-512 is twice as fast, lanes weigh more. Registers of AVX2
-// take eight rows: measured on Zen 3, 48 to 3072 numbers of x a row and up to the most rows that few_rows_of gives.
+// take eight rows: measured on Zen 3 for 14 layers of 48 to 4096 numbers of x a row; from memory, which it reads
+// sooner, core/gemm.h is 1.1 to 1.5 times as fast from 12 rows on, from caches it is as fast there. For few numbers a
+// row it would be so from six rows on, but up to eleven no row's result depends on how many there are.
 inline bool fills_lanes(int64_t rows, int64_t in) {
-  if (uses(core::InstructionSet::avx2)) return rows == 15 || rows == 16 || (rows >= 12 && in <= 192);
+  if (uses(core::InstructionSet::avx2)) return rows >= 12;
   return rows <= 16 && ((rows >= 12 && in <= 192) || (rows >= 15 && in <= 320));
 }
 

@@ -140,10 +140,10 @@ void run_widened(const float* x, const W& w, const float* bias, float* y, int64_
 }
 
 // Whether that is faster than core/thin_linear.h, which widens numbers with scales once for every few rows. Measured on
-// Zen 3, one thread, 96 to 4096 numbers a row; with AVX-512 it was not.
-inline bool fills_widened_lanes(int64_t rows, int64_t in) {
+// Zen 3, one thread, 32 to 4096 numbers of x and 48 to 3072 of y a row; with AVX-512 it was not.
+inline bool fills_widened_lanes(int64_t rows, int64_t in, int64_t out) {
   if (!uses(core::InstructionSet::avx2) || !runs_in_gemm(rows)) return false;
-  return (rows >= 14 && rows <= 16) || rows >= (in >= 1024 ? 13 : 22);
+  return rows == 16 || rows >= (in <= 128 || out > 192 ? 14 : 20);
 }
 
 // x (rows, columns) -> y (rows, out), contiguous.
@@ -151,12 +151,12 @@ inline void few_rows(const float* x, const Quantised& matrix, const float* bias,
   const int64_t in = matrix.columns, out = matrix.rows();
   with_weights(matrix, [&](const auto& w) {
     using W = std::decay_t<decltype(w)>;
-    if (W::kHasScales && fills_widened_lanes(rows, in)) return run_widened(x, w, bias, y, rows, out);
+    if (W::kHasScales && fills_widened_lanes(rows, in, out)) return run_widened(x, w, bias, y, rows, out);
     run(core::ThinLinear<W>{x, w, bias, y, rows, in, out, in, out});
   });
 }
 
-// Whether more rows than few run there. With AVX2 a matrix of floats would leave those of 193 and more to torch, but a
+// Whether more rows than few run there. With AVX2 a matrix of floats would leave those of 513 and more to torch, but a
 // product that has to be widened first is as fast here.
 inline bool widens_as_it_reads(const Tensor& x, int64_t rows) {
   const bool runs = runs_in_gemm(rows) || (uses(core::InstructionSet::avx2) && !core::is_made_by_intel());

@@ -17,7 +17,11 @@ PANTHER_VECTOR inline void pack_lanes(const Strided& a, int64_t count, int64_t d
     }
     return;
   }
+  constexpr int64_t kLine = 16;
   for (int64_t r = 0; r < depth; r += kLanes) {
+    if (r % kLine == 0) {  // the next rows are asked for
+      for (int64_t lane = 0; lane < kLanes; ++lane) __builtin_prefetch(a.at(lane + kLanes, r));
+    }
     const Mask there = up_to(depth - r);
     Vector rows[kLanes];
     for (int64_t lane = 0; lane < kLanes; ++lane)
@@ -72,7 +76,7 @@ template <int Registers, int Columns, bool IsHalf>
 PANTHER_VECTOR __attribute__((noinline)) void panel_block(const float* panel, const Strided& b, int64_t depth,
                                                           const Block& to, int64_t j) {
   Vector sums[Registers][Columns];
-  add_panel<Registers, Columns, IsHalf>(panel, Strided{b.at(j, 0), b.row, b.column}, depth, sums);
+  add_panel<Registers, Columns, IsHalf>(panel, Strided{b.at(j, 0), b.row, b.column}, depth, to.is_first, sums);
   PANTHER_EACH for (int v = 0; v < Registers; ++v) {
     if (v * kLanes < to.count) store_block<Columns>(to.from(v * kLanes), sums[v], j);
   }
@@ -124,7 +128,9 @@ PANTHER_VECTOR void panels_times(const Panels& panels, const float* packed, cons
                                  const Block& to, int64_t first, int64_t last) {
   for (int64_t q = 0; q < panels.count; ++q) {
     const int64_t row = panels.starts[q] * kLanes, width = panels.starts[q + 1] - panels.starts[q];
-    panel_of_width<kMostRegisters>(width, packed + row * depth, b, depth, to.from(row), first, last);
+    Block part = to.from(row);
+    part.is_first = q == 0;
+    panel_of_width<kMostRegisters>(width, packed + row * depth, b, depth, part, first, last);
   }
 }
 

@@ -24,7 +24,8 @@ struct Block {
   bool adds;                // to what is in C
   int64_t gap = 0;          // numbers
   int64_t near = 0;
-  int64_t each = 0;  // at least a register of them
+  int64_t each = 0;       // at least a register of them
+  bool is_first = false;  // to read these rows of B, which may have to come from memory
 
   // From a later row on.
   Block from(int64_t later) const {
