@@ -1,6 +1,7 @@
 #include "core/thin_linear.h"
 
 #include <algorithm>
+#include <type_traits>
 
 #include "core/vectors.h"
 
@@ -38,6 +39,8 @@ template <class T>
 constexpr int most_rows_of_groups() {
   return kHeldShift<T> > 0 ? 4 : 2;
 }
+template <class T>
+inline constexpr int64_t kLongRow = kHeldShift<T> > 0 ? 1024 : 512;
 
 #define PANTHER_VECTOR PANTHER_AVX2
 #include "core/thin_linear_block.h"
@@ -55,6 +58,8 @@ template <class T>
 constexpr int most_rows_of_groups() {
   return 2;
 }
+template <class T>
+inline constexpr int64_t kLongRow = INT64_MAX;  // not measured
 
 #define PANTHER_VECTOR PANTHER_AVX512
 #include "core/thin_linear_block.h"
@@ -74,6 +79,8 @@ template <class T>
 constexpr int most_rows_of_groups() {
   return 2;
 }
+template <class T>
+inline constexpr int64_t kLongRow = INT64_MAX;  // not measured
 
 #define PANTHER_VECTOR
 #include "core/thin_linear_block.h"
@@ -83,16 +90,30 @@ constexpr int most_rows_of_groups() {
 
 #endif
 
+// In the instructions that are in use, if there are some.
+template <class W>
+static bool vector_thin_linear(const ThinLinear<W>& p, int64_t first, int64_t last) {
+  const InstructionSet set = instruction_set_in_use().load(std::memory_order_relaxed);
+#if PANTHER_HAS_AVX
+  if (set == InstructionSet::avx512) avx512::thin_linear(p, first, last);
+  if (set == InstructionSet::avx2) avx2::thin_linear(p, first, last);
+#elif PANTHER_HAS_NEON
+  if (set == InstructionSet::neon) neon::thin_linear(p, first, last);
+#endif
+  return set != InstructionSet::scalar;
+}
+
+// Whole numbers with one scale a row are multiplied by it once, when they are summed up.
+static bool vector_thin_linear(const ThinLinear<Int8>& p, int64_t first, int64_t last) {
+  if (p.w.groups != 1) return vector_thin_linear<Int8>(p, first, last);
+  const Plain<int8_t> numbers{p.w.numbers, p.w.in};
+  return vector_thin_linear<Plain<int8_t>>(
+      {p.x, numbers, p.bias, p.y, p.rows, p.in, p.out, p.x_stride, p.y_stride, p.w.scales}, first, last);
+}
+
 template <class W>
 void thin_linear(const ThinLinear<W>& p, int64_t first, int64_t last) {
-#if PANTHER_HAS_AVX
-  const InstructionSet set = instruction_set_in_use().load(std::memory_order_relaxed);
-  if (set == InstructionSet::avx512) return avx512::thin_linear(p, first, last);
-  if (set == InstructionSet::avx2) return avx2::thin_linear(p, first, last);
-#elif PANTHER_HAS_NEON
-  const InstructionSet set = instruction_set_in_use().load(std::memory_order_relaxed);
-  if (set == InstructionSet::neon) return neon::thin_linear(p, first, last);
-#endif
+  if (vector_thin_linear(p, first, last)) return;
   thin_linear_scalar(p, first, last);
 }
 

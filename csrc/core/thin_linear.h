@@ -2,6 +2,7 @@
 //
 // Notation: x (rows, in), w (out, in), bias (out) or null, y (rows, out); row-major, w and bias contiguous. How the
 // numbers of w are stored is in core/weights.h; they are widened when they are read, and everything else is float.
+// Where `factors` (out) are not null, sums are multiplied by them before the bias is added.
 // A call fills the columns [first, last) of y, so that threads share the columns.
 //
 // With one set of instructions each dot product is summed in the same order whatever the columns of a call, the rows
@@ -26,6 +27,7 @@ struct ThinLinear {
   int64_t out;
   int64_t x_stride;  // from a row to the next one
   int64_t y_stride;
+  const float* factors = nullptr;
 };
 
 template <class W>

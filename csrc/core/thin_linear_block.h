@@ -46,12 +46,31 @@ PANTHER_VECTOR inline void add_products(const ThinLinear<W>& p, const float* x, 
 // or what is to be read after as many bytes as memory is late by. Where four rows of 768 floats and more lie in the
 // caches already, it costs up to a tenth or two.
 template <class T>
-inline constexpr int64_t kLine = (64 << kHeldShift<T>) / sizeof(T);
+inline constexpr int64_t kLine = (64 << kHeldShift<T>) / sizeof(T);  // numbers
+
+// What is asked for while some rows of w are read: lines as they lie in memory where rows are short (row by row took up
+// to 1.5 times as long), else the same places of as many other rows (the other way took up to 1.3 times as long).
+template <class T>
+struct Ahead {
+  const T* numbers;
+  int64_t step;   // elements, for each element of a row that is read
+  int64_t apart;  // elements, from one line to the next one
+
+  template <int Columns>
+  PANTHER_VECTOR __attribute__((always_inline)) inline void fetch(int64_t k) const {
+    const T* lines = numbers + (k >> kHeldShift<T>)*step;
+    PANTHER_UNROLL for (int64_t j = 0; j < Columns; ++j) __builtin_prefetch(lines + j * apart);
+  }
+};
 
 template <class W>
-inline int64_t ahead_of(const W& w, int64_t columns) {
-  constexpr int64_t kAhead = (sizeof(typename W::Number) > 1 ? 6144 : 10240) / sizeof(typename W::Number);
-  return std::max(w.at(columns, 0), kAhead);
+PANTHER_VECTOR inline Ahead<typename W::Number> ahead_of(const W& w, int64_t column, int64_t columns) {
+  using Number = typename W::Number;
+  constexpr int64_t kAhead = (sizeof(Number) > 1 ? 6144 : 10240) / sizeof(Number), kShort = 2048 / sizeof(Number);
+  const Number* numbers = w.numbers + (w.at(column, 0) + std::max(w.at(columns, 0), kAhead));
+  const int64_t row = w.at(1, 0);
+  if (row < kShort) return {numbers, columns, static_cast<int64_t>(64 / sizeof(Number))};
+  return {numbers, 1, row};
 }
 
 // Adds the products of groups of 32 numbers, the smallest ones there are, whose scale is read once: where few rows
@@ -63,13 +82,12 @@ PANTHER_VECTOR inline int64_t add_groups(const ThinLinear<Whole<T>>& p, const fl
                                          Vector (&sums)[Rows][Columns]) {
   constexpr int64_t kGroup = 32;
   constexpr int kPointers = (Columns + 2) / 3;
-  const int64_t stride = p.w.at(1, 0), ahead = ahead_of(p.w, Columns), whole = p.in - p.in % kGroup;
+  const int64_t stride = p.w.at(1, 0), whole = p.in - p.in % kGroup;
+  const Ahead<T> ahead = ahead_of(p.w, column, Columns);
   const T* numbers[kPointers];
   for (int q = 0; q < kPointers; ++q) numbers[q] = p.w.numbers + (column + 3 * q) * stride;
   for (int64_t k = 0; k < whole; k += kGroup, x += kGroup) {
-    if (k % kLine<T> == 0) {
-      PANTHER_UNROLL for (int j = 0; j < Columns; ++j) __builtin_prefetch(numbers[j / 3] + (j % 3 * stride + ahead));
-    }
+    if (k % kLine<T> == 0) ahead.template fetch<Columns>(k);
     const float* scales = p.w.scales + (column * p.w.groups + (k >> p.w.shift));
     PANTHER_UNROLL for (int j = 0; j < Columns; ++j) {
       const Vector factor = factor_of(p.w.numbers, scales[j * p.w.groups]);
@@ -98,27 +116,26 @@ PANTHER_VECTOR __attribute__((noinline)) void block(const ThinLinear<W>& p, int6
   const float* x = p.x + row * p.x_stride;
   using Number = typename W::Number;
   constexpr bool kFetches = Rows > 2 || sizeof(Number) < sizeof(float);
-  constexpr int64_t kStep = kFetches && sizeof(Number) > 1 ? kLine<Number> : kLanes;
-  const int64_t ahead = ahead_of(p.w, Columns);
+  constexpr int64_t kStep = !kFetches ? kLanes : sizeof(Number) > 1 ? kLine<Number> : 32;
+  const Ahead<Number> ahead = ahead_of(p.w, column, Columns);
   int64_t k = 0;
   if constexpr (W::kHasScales) {
     if constexpr (Rows <= most_rows_of_groups<Number>()) k = add_groups(p, x, column, sums);
   }
   while (p.in - k >= kStep) {
-    if (kFetches && (kStep == kLine<Number> || k % kLine<Number> == 0)) {
-      for (int j = 0; j < Columns; ++j) __builtin_prefetch(p.w.numbers + p.w.at(column + j, k) + ahead);
-    }
+    if (kFetches && (kStep == kLine<Number> || k % kLine<Number> == 0)) ahead.template fetch<Columns>(k);
     for (int64_t s = 0; s < kStep / kLanes; ++s, k += kLanes) add_products(p, x, column, k, kLanes, sums);
   }
   for (; p.in - k >= kLanes; k += kLanes) add_products(p, x, column, k, kLanes, sums);
   if (k < p.in) add_products(p, x, column, k, p.in - k, sums);
   float* y = p.y + row * p.y_stride + column;
+  const float* factors = p.factors ? p.factors + column : nullptr;
   const float* bias = p.bias ? p.bias + column : nullptr;
   if constexpr (Columns % 4 == 0) {
     for (int i = 0; i < Rows; ++i) {
       for (int j = 0; j < Columns; j += 4) {
-        store_sums(sums[i][j], sums[i][j + 1], sums[i][j + 2], sums[i][j + 3], bias ? bias + j : nullptr,
-                   y + i * p.y_stride + j);
+        store_sums(sums[i][j], sums[i][j + 1], sums[i][j + 2], sums[i][j + 3], factors ? factors + j : nullptr,
+                   bias ? bias + j : nullptr, y + i * p.y_stride + j);
       }
     }
   } else {
@@ -126,8 +143,11 @@ PANTHER_VECTOR __attribute__((noinline)) void block(const ThinLinear<W>& p, int6
       for (int i = 0; i < Rows; i += 4) {
         float dots[4];
         store_sums(sums[i][j], sums[i + 1 < Rows ? i + 1 : i][j], sums[i + 2 < Rows ? i + 2 : i][j],
-                   sums[i + 3 < Rows ? i + 3 : i][j], nullptr, dots);
-        for (int s = 0; s < 4 && i + s < Rows; ++s) y[(i + s) * p.y_stride + j] = bias ? dots[s] + bias[j] : dots[s];
+                   sums[i + 3 < Rows ? i + 3 : i][j], nullptr, nullptr, dots);
+        for (int s = 0; s < 4 && i + s < Rows; ++s) {
+          const float sum = factors ? dots[s] * factors[j] : dots[s];
+          y[(i + s) * p.y_stride + j] = bias ? sum + bias[j] : sum;
+        }
       }
     }
   }
@@ -157,7 +177,8 @@ PANTHER_VECTOR inline void strip(const ThinLinear<W>& p, int64_t column) {
   }
 }
 
-// Strips of w that are widened once for all rows of x, and then read as floats. Gives the column after the last one.
+// Strips of w that are widened once for all rows of x, and then read as floats. From kLongRow numbers a row on they
+// leave the nearest cache, and widening them twice costs less. Gives the column after the last one.
 template <class W>
 PANTHER_VECTOR inline int64_t widened_strips(const ThinLinear<W>& p, int64_t first, int64_t last) {
   const std::unique_ptr<Line[]> lines = lines_of(kStrip * p.in);
@@ -177,13 +198,16 @@ PANTHER_VECTOR inline int64_t widened_strips(const ThinLinear<W>& p, int64_t fir
 // memory, as long ones do: eight streams are more than the processor follows.
 template <class W>
 PANTHER_VECTOR inline void thin_linear(const ThinLinear<W>& p, int64_t first, int64_t last) {
+  using Number = typename W::Number;
   int64_t column = first;
   if (p.rows == 1) {
-    const bool is_long = sizeof(typename W::Number) == sizeof(float) && p.in >= 3072;
+    const bool is_long =
+        sizeof(Number) == sizeof(float) ? p.in >= 3072 : std::is_same_v<W, Plain<int8_t>> && p.in >= 192;
     for (; last - column >= 8 && !is_long; column += 8) block<1, 8>(p, 0, column);
   }
   if constexpr (W::kHasScales) {
-    if (p.rows > most_rows(kStrip) && last - column >= kStrip) column = widened_strips(p, column, last);
+    const int64_t most = p.in < kLongRow<Number> ? most_rows(kStrip) : 2 * most_rows(kStrip);
+    if (p.rows > most && last - column >= kStrip) column = widened_strips(p, column, last);
   }
   if (p.rows > 1) {
     for (; last - column >= kStrip; column += kStrip) strip<kStrip>(p, column);

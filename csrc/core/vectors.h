@@ -1,7 +1,7 @@
 // Registers of each set of instructions that has some: how to fill kLanes floats from numbers as core/weights.h stores
-// them (all lanes, or the first `count` and zeros), how to store them, or the sums of the lanes of four registers plus
-// four numbers of the bias where there is one. What a whole number times its scale is may be found another way than by
-// multiplying, as long as it has the same bits.
+// them (all lanes, or the first `count` and zeros), how to store them, or the sums of the lanes of four registers,
+// times four factors and plus four numbers of the bias where there are some. What a whole number times its scale is may
+// be found another way than by multiplying, as long as it has the same bits.
 #pragma once
 
 #include <algorithm>
@@ -112,13 +112,13 @@ PANTHER_AVX2 inline void store(float* to, Vector a) { _mm256_storeu_ps(to, a); }
 
 PANTHER_AVX2 inline void store(float* to, Vector a, int64_t count) { store_masked(to, a, first_lanes(count)); }
 
-PANTHER_AVX2 inline void store(__m128 sums, const float* bias, float* to) {
-  _mm_storeu_ps(to, bias ? _mm_add_ps(sums, _mm_loadu_ps(bias)) : sums);
-}
-
-PANTHER_AVX2 inline void store_sums(Vector a, Vector b, Vector c, Vector d, const float* bias, float* to) {
+PANTHER_AVX2 inline void store_sums(Vector a, Vector b, Vector c, Vector d, const float* factors, const float* bias,
+                                    float* to) {
   const __m256 halves = _mm256_hadd_ps(_mm256_hadd_ps(a, b), _mm256_hadd_ps(c, d));
-  store(_mm_add_ps(_mm256_castps256_ps128(halves), _mm256_extractf128_ps(halves, 1)), bias, to);
+  __m128 sums = _mm_add_ps(_mm256_castps256_ps128(halves), _mm256_extractf128_ps(halves, 1));
+  if (factors) sums = _mm_mul_ps(sums, _mm_loadu_ps(factors));
+  if (bias) sums = _mm_add_ps(sums, _mm_loadu_ps(bias));
+  _mm_storeu_ps(to, sums);
 }
 
 #define PANTHER_VECTOR PANTHER_AVX2
@@ -206,8 +206,9 @@ PANTHER_AVX512 inline __m256 halved(Vector a) {
   return _mm256_add_ps(_mm512_castps512_ps256(a), _mm512_extractf32x8_ps(a, 1));
 }
 
-PANTHER_AVX512 inline void store_sums(Vector a, Vector b, Vector c, Vector d, const float* bias, float* to) {
-  avx2::store_sums(halved(a), halved(b), halved(c), halved(d), bias, to);
+PANTHER_AVX512 inline void store_sums(Vector a, Vector b, Vector c, Vector d, const float* factors, const float* bias,
+                                      float* to) {
+  avx2::store_sums(halved(a), halved(b), halved(c), halved(d), factors, bias, to);
 }
 
 #define PANTHER_VECTOR PANTHER_AVX512
@@ -261,8 +262,9 @@ inline Vector load(const T* numbers, int64_t count) {
   return vld1q_f32(some);
 }
 
-inline void store_sums(Vector a, Vector b, Vector c, Vector d, const float* bias, float* to) {
-  const Vector sums = vpaddq_f32(vpaddq_f32(a, b), vpaddq_f32(c, d));
+inline void store_sums(Vector a, Vector b, Vector c, Vector d, const float* factors, const float* bias, float* to) {
+  Vector sums = vpaddq_f32(vpaddq_f32(a, b), vpaddq_f32(c, d));
+  if (factors) sums = vmulq_f32(sums, vld1q_f32(factors));
   vst1q_f32(to, bias ? vaddq_f32(sums, vld1q_f32(bias)) : sums);
 }
 

@@ -31,7 +31,7 @@ inline BFloat16 to_bfloat16(float value) {
   return {static_cast<uint16_t>((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16)};
 }
 
-// float or BFloat16, as they are.
+// Numbers as they are: float, BFloat16, or whole ones.
 template <class T>
 struct Plain {
   static constexpr bool kHasScales = false;

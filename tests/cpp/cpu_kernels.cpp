@@ -63,6 +63,17 @@ class WholeMatrix {
   Buffer<float> scales_;
 };
 
+// What a number is worth; the product with its scale may be rounded in more places than one.
+template <class T>
+double exactly(const Plain<T>& w, int64_t column, int64_t k) {
+  return w.value(column, k);
+}
+
+template <class T>
+double exactly(const Whole<T>& w, int64_t column, int64_t k) {
+  return double{widened(w.numbers + w.at(column, 0), k)} * w.scale(column, k);
+}
+
 // x and y lie between other channels, as where pivots are beside them.
 template <class Matrix>
 void check_product(int64_t rows, int64_t in, int64_t out, bool is_aligned, bool has_bias) {
@@ -86,7 +97,7 @@ void check_product(int64_t rows, int64_t in, int64_t out, bool is_aligned, bool 
   for (int64_t i = 0; i < rows; ++i) {
     for (int64_t j = 0; j < out; ++j) {
       check::Exact exact;
-      for (int64_t k = 0; k < in; ++k) exact.add(double{x.data()[i * x_stride + k]} * w.value(j, k));
+      for (int64_t k = 0; k < in; ++k) exact.add(x.data()[i * x_stride + k] * exactly(w, j, k));
       if (has_bias) exact.add(bias.data()[j]);
       require(exact.is_near(y.data()[i * y_stride + j]), "a product is near the exact one");
     }
@@ -106,6 +117,9 @@ void check_products() {
         }
       }
     }
+  }
+  for (int64_t rows : {1, 5, 9, 13}) {  // long rows are read in another order
+    for (int64_t in : {197, 600, 1100, 3080}) check_product<Matrix>(rows, in, 25, false, true);
   }
 }
 
