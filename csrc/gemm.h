@@ -13,9 +13,11 @@
 
 namespace panther {
 
-inline constexpr int64_t kRows = 48, kColumns = 16;  // of C that a thread takes at a time
-
 inline bool uses(core::InstructionSet set) { return core::instruction_set_in_use().load() == set; }
+
+// Of how many rows or columns of C a thread takes a multiple: with AVX2 a register of them, so that two threads have
+// like shares of a small product.
+inline int64_t unit_of(bool of_rows) { return uses(core::InstructionSet::avx2) ? 8 : of_rows ? 48 : 16; }
 
 // Whether lanes are for columns of C, which are stored as they are, and not for rows: 1.02 to 1.1 times as fast for
 // many rows, 0.8 to 0.9 for 16 to 64. With AVX2, where packing weighs more, it is 1.0 to 1.2 times as fast (1.7 for 16
@@ -28,8 +30,8 @@ inline bool has_lanes_of_columns(const core::Gemm& p) {
 
 inline void run(const core::Gemm& given) {
   const core::Gemm p = has_lanes_of_columns(given) ? given.transposed() : given;
-  const bool shares_rows = p.m >= 4 * kRows && p.m >= p.n;
-  const int64_t unit = shares_rows ? kRows : kColumns, whole = shares_rows ? p.m : p.n;
+  const bool shares_rows = p.m >= 192 && p.m >= p.n;
+  const int64_t unit = unit_of(shares_rows), whole = shares_rows ? p.m : p.n;
   const int64_t work = std::max<int64_t>(1, unit * (shares_rows ? p.n : p.m) * p.k);
   torch::stable::parallel_for(0, (whole + unit - 1) / unit, std::max<int64_t>(1, kGrain / work),
                               [&](int64_t first, int64_t last) {
@@ -77,11 +79,12 @@ inline int64_t few_rows_of(int64_t rank, int64_t few) {
   return rank < 192 ? few : 32;
 }
 
-// The same for numbers that are widened as they are read: above, widening them once costs less. Measured the same way.
+// The same for numbers that are widened as they are read: above, widening them once costs less. Measured the same way;
+// with AVX2 quantised.h has more of it.
 // Other types than float32 would be rounded on the way to torch's own product.
 inline int64_t few_whole_rows(const Tensor& x, int64_t before_torch) {
-  constexpr int64_t kFewer = 28;
-  return is_float(x) && runs_in_gemm(before_torch + 1) ? kFewer : before_torch;
+  const int64_t fewer = uses(core::InstructionSet::avx2) ? 40 : 28;
+  return is_float(x) && runs_in_gemm(before_torch + 1) ? fewer : before_torch;
 }
 
 inline constexpr int64_t kFewDenseRows = 8;  // as for layers of small rank

@@ -130,7 +130,7 @@ template <class W>
 void run_widened(const float* x, const W& w, const float* bias, float* y, int64_t rows, int64_t out) {
   const core::Gemm p{{x, w.in, 1}, {nullptr, 0, 0}, bias, false, y, out, 1, rows, out, w.in};
   const bool in_lanes = rows >= kWeightsInLanes;
-  const int64_t unit = in_lanes ? kRows : kColumns, work = std::max<int64_t>(1, unit * rows * w.in);
+  const int64_t unit = unit_of(in_lanes), work = std::max<int64_t>(1, unit * rows * w.in);
   torch::stable::parallel_for(0, (out + unit - 1) / unit, std::max<int64_t>(1, kGrain / work),
                               [&](int64_t first, int64_t last) {
                                 const int64_t begin = first * unit, end = std::min(out, last * unit);
@@ -139,11 +139,19 @@ void run_widened(const float* x, const W& w, const float* bias, float* y, int64_
                               });
 }
 
-// Whether that is faster than core/thin_linear.h, which widens numbers with scales once for every few rows. Measured on
-// Zen 3, one thread, 32 to 4096 numbers of x and 48 to 3072 of y a row; with AVX-512 it was not.
-inline bool fills_widened_lanes(int64_t rows, int64_t in, int64_t out) {
+// Whether that is faster than core/thin_linear.h, which widens groups of numbers once for every few rows, and others as
+// it reads them. Measured on Zen 3, one thread, 32 to 4096 numbers of x and 48 to 3072 of y a row; with AVX-512 it was
+// not.
+template <class W>
+bool fills_widened_lanes(const W& w, int64_t rows, int64_t out) {
   if (!uses(core::InstructionSet::avx2) || !runs_in_gemm(rows)) return false;
-  return rows == 16 || rows >= (in <= 128 || out > 192 ? 14 : 20);
+  if constexpr (!W::kHasScales) {
+    return rows > 28 && w.in <= 512;
+  } else if (std::is_same_v<W, core::Int8> && w.groups == 1) {
+    return rows >= (w.in <= 192 ? 14 : w.in <= 512 ? 22 : w.in <= 1024 ? 30 : 41);
+  } else {
+    return rows == 16 || rows >= (w.in <= 128 || out > 192 ? 14 : 20);
+  }
 }
 
 // x (rows, columns) -> y (rows, out), contiguous.
@@ -151,7 +159,7 @@ inline void few_rows(const float* x, const Quantised& matrix, const float* bias,
   const int64_t in = matrix.columns, out = matrix.rows();
   with_weights(matrix, [&](const auto& w) {
     using W = std::decay_t<decltype(w)>;
-    if (W::kHasScales && fills_widened_lanes(rows, in, out)) return run_widened(x, w, bias, y, rows, out);
+    if (fills_widened_lanes(w, rows, out)) return run_widened(x, w, bias, y, rows, out);
     run(core::ThinLinear<W>{x, w, bias, y, rows, in, out, in, out});
   });
 }
