@@ -128,14 +128,10 @@ inline bool torch_is_fast_with_avx512(const ConvShape& p, int64_t out) {
 // places of many windows unless channels are many and become more. Measured on Zen 3, one and two threads, batches of 1
 // and 8.
 inline bool torch_is_fast_with_avx2(const ConvShape& p, int64_t out) {
-  constexpr int64_t kLongRow = 8, kLargeLine = 256, kLargePicture = 512, kManyChannels = 96, kManyWindows = 1024,
-                    kManyOfOneSample = 4096;
+  constexpr int64_t kLongRow = 8, kLargeLine = 256, kLargePicture = 512, kManyChannels = 96, kManyWindows = 1024;
   const int64_t taps = product(p.kernel_size), in = p.x.size(1);
   if (p.windows() <= kFewWindows) return false;
-  if (taps == 1) {
-    const bool shares_a_sample = p.x.size(0) == 1 && torch::stable::get_num_threads() > 1;  // slower in torch
-    return p.windows() > (shares_a_sample ? kManyOfOneSample : kManyWindows) && (in < kManyChannels || out <= in);
-  }
+  if (taps == 1) return p.windows() > kManyWindows && (in < kManyChannels || out <= in);
   if (p.dims() > 1 && in <= kImageChannels) return true;
   if (in % 8 != 0 || out % 8 != 0 || p.kernel_size.back() >= kLongRow) return false;
   return product(p.positions()) >= (p.dims() > 1 ? kLargePicture : kLargeLine);
