@@ -22,7 +22,7 @@ namespace panther {
 
 using Sizes = std::vector<int64_t>;
 
-// The most windows that are copied side by side for core/thin_linear.h: before torch's own convolution, before
+// The most windows that are copied side by side for the kernels of few rows: before torch's own convolution, before
 // core/conv.h, and without vector instructions.
 inline constexpr int64_t kFewWindows = 128, kFewBeforeOwn = 28, kFewScalarWindows = 1;
 

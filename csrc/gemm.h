@@ -58,21 +58,21 @@ inline bool is_float(const Tensor& tensor) { return tensor.scalar_type() == Scal
 // take eight rows: measured on Zen 3 for 14 layers of 48 to 4096 numbers of x a row; from memory, which it reads
 // sooner, core/gemm.h is 1.1 to 1.5 times as fast from 12 rows on, from caches it is as fast there. For few numbers a
 // row it would be so from six rows on, but up to eleven no row's result depends on how many there are.
-inline bool fills_lanes(int64_t rows, int64_t in) {
-  if (uses(core::InstructionSet::avx2)) return rows >= 12;
+inline bool fills_lanes(int64_t rows, int64_t in, int64_t out) {
+  if (uses(core::InstructionSet::avx2)) return rows >= 12 && out >= 8;
   return rows <= 16 && ((rows >= 12 && in <= 192) || (rows >= 15 && in <= 320));
 }
 
 // Few rows times a weight of float32, in the faster one of these.
 inline void run_few(const core::ThinLinear<core::Plain<float>>& p) {
-  if (!fills_lanes(p.rows, p.in) || !runs_in_gemm(p.rows)) return run(p);
+  if (!fills_lanes(p.rows, p.in, p.out) || !runs_in_gemm(p.rows)) return run(p);
   const core::Strided x{p.x, p.x_stride, 1}, w{p.w.numbers, p.w.in, 1};
   run(core::Gemm{x, w, p.bias, false, p.y, p.y_stride, 1, p.rows, p.out, p.in});
 }
 
-// The most rows of float32 for which that is. Before torch's own product: `few`, and more of them where the rank is
-// large. Before core/gemm.h: measured with one thread, ranks of 64 to 512 with AVX-512, weights of 96 to 3072 numbers a
-// row with AVX2.
+// The most rows of float32 for which both products of a layer run in these, one after the other in one room. Before
+// torch's own product: `few`, and more of them where the rank is large. Before core/gemm.h: measured with one thread,
+// ranks of 64 to 512 with AVX-512, weights of 96 to 3072 numbers a row with AVX2.
 inline int64_t few_rows_of(int64_t rank, int64_t few) {
   const int64_t fewer = uses(core::InstructionSet::avx2) ? 19 : 20;
   if (runs_in_gemm(fewer + 1)) return fewer;

@@ -18,8 +18,10 @@ PANTHER_VECTOR inline void pack_lanes(const Strided& a, int64_t count, int64_t d
     return;
   }
   constexpr int64_t kLine = 16;
+  const bool fetches =
+      kFetchesRows && a.row % 1024 != 0;  // the next rows, which would push these out of the first cache
   for (int64_t r = 0; r < depth; r += kLanes) {
-    if (r % kLine == 0) {  // the next rows are asked for
+    if (fetches && r % kLine == 0) {
       for (int64_t lane = 0; lane < kLanes; ++lane) __builtin_prefetch(a.at(lane + kLanes, r));
     }
     const Mask there = up_to(depth - r);

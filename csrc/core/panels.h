@@ -50,6 +50,7 @@ inline constexpr int64_t kPackedRows = 192;   // whose panels of that depth stay
 inline constexpr int64_t kMostPacked = 256;   // the most that `Panels` takes
 inline constexpr int64_t kTogether = 24;      // rows of B that stay in a near cache
 inline constexpr bool kHasHalves = false;
+inline constexpr bool kFetchesRows = true;  // of A while others are packed
 
 // Of how many panels so many registers are: of two each, and three where one is left.
 constexpr int64_t panels_of(int64_t registers) { return registers < 2 ? registers : registers / 2; }
@@ -68,6 +69,7 @@ inline constexpr int64_t kPackedRows = 192;
 inline constexpr int64_t kMostPacked = 256;
 inline constexpr int64_t kTogether = 16;
 inline constexpr bool kHasHalves = true;
+inline constexpr bool kFetchesRows = false;  // not measured
 
 constexpr int64_t panels_of(int64_t registers) { return (registers + 2) / 3; }
 

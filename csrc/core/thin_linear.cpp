@@ -22,6 +22,7 @@ void thin_linear_scalar(const ThinLinear<W>& p, int64_t first, int64_t last) {
       float sum = ((partial[0] + partial[1]) + (partial[2] + partial[3])) +
                   ((partial[4] + partial[5]) + (partial[6] + partial[7]));
       for (int64_t k = whole; k < p.in; ++k) sum += x[k] * p.w.value(column, k);
+      if (p.factors) sum *= p.factors[column];
       p.y[row * p.y_stride + column] = p.bias ? sum + p.bias[column] : sum;
     }
   }
@@ -39,8 +40,23 @@ template <class T>
 constexpr int most_rows_of_groups() {
   return kHeldShift<T> > 0 ? 4 : 2;
 }
-template <class T>
-inline constexpr int64_t kLongRow = kHeldShift<T> > 0 ? 1024 : 512;
+
+// The most rows of x for which whole numbers are widened where they are multiplied: above, a strip of w is widened
+// once. Where its rows are long it leaves the nearest cache, and widening it twice costs less; with no scales to read
+// it always does.
+template <class W>
+constexpr int64_t most_rows_read_as_stored(int64_t in) {
+  if (!W::kHasScales) return 40;
+  const int64_t long_row = kHeldShift<typename W::Number> > 0 ? 1024 : 512;
+  return (in < long_row ? 1 : 2) * most_rows(kStrip);
+}
+
+// From how many numbers a row on a single row of x takes four rows of w at a time, and not eight: so many streams from
+// memory are more than the processor follows. Bytes without scales are multiplied faster than they come.
+template <class W>
+constexpr int64_t long_row() {
+  return std::is_same_v<W, Plain<int8_t>> ? 192 : std::is_same_v<W, Plain<float>> ? 3072 : INT64_MAX;
+}
 
 #define PANTHER_VECTOR PANTHER_AVX2
 #include "core/thin_linear_block.h"
@@ -58,8 +74,14 @@ template <class T>
 constexpr int most_rows_of_groups() {
   return 2;
 }
-template <class T>
-inline constexpr int64_t kLongRow = INT64_MAX;  // not measured
+template <class W>
+constexpr int64_t most_rows_read_as_stored(int64_t) {
+  return most_rows(kStrip);
+}
+template <class W>
+constexpr int64_t long_row() {
+  return std::is_same_v<W, Plain<float>> ? 3072 : INT64_MAX;
+}
 
 #define PANTHER_VECTOR PANTHER_AVX512
 #include "core/thin_linear_block.h"
@@ -79,8 +101,14 @@ template <class T>
 constexpr int most_rows_of_groups() {
   return 2;
 }
-template <class T>
-inline constexpr int64_t kLongRow = INT64_MAX;  // not measured
+template <class W>
+constexpr int64_t most_rows_read_as_stored(int64_t) {
+  return most_rows(kStrip);
+}
+template <class W>
+constexpr int64_t long_row() {
+  return std::is_same_v<W, Plain<float>> ? 3072 : INT64_MAX;
+}
 
 #define PANTHER_VECTOR
 #include "core/thin_linear_block.h"
@@ -92,7 +120,8 @@ inline constexpr int64_t kLongRow = INT64_MAX;  // not measured
 
 // In the instructions that are in use, if there are some.
 template <class W>
-static bool vector_thin_linear(const ThinLinear<W>& p, int64_t first, int64_t last) {
+static bool vector_thin_linear([[maybe_unused]] const ThinLinear<W>& p, [[maybe_unused]] int64_t first,
+                               [[maybe_unused]] int64_t last) {
   const InstructionSet set = instruction_set_in_use().load(std::memory_order_relaxed);
 #if PANTHER_HAS_AVX
   if (set == InstructionSet::avx512) avx512::thin_linear(p, first, last);

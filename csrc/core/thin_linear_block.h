@@ -67,9 +67,9 @@ template <class W>
 PANTHER_VECTOR inline Ahead<typename W::Number> ahead_of(const W& w, int64_t column, int64_t columns) {
   using Number = typename W::Number;
   constexpr int64_t kAhead = (sizeof(Number) > 1 ? 6144 : 10240) / sizeof(Number), kShort = 2048 / sizeof(Number);
-  const Number* numbers = w.numbers + (w.at(column, 0) + std::max(w.at(columns, 0), kAhead));
   const int64_t row = w.at(1, 0);
-  if (row < kShort) return {numbers, columns, static_cast<int64_t>(64 / sizeof(Number))};
+  const Number* numbers = w.numbers + (row == 0 ? 0 : w.at(column, 0) + std::max(w.at(columns, 0), kAhead));
+  if (row < kShort) return {numbers, columns, 64 / sizeof(Number)};
   return {numbers, 1, row};
 }
 
@@ -177,8 +177,7 @@ PANTHER_VECTOR inline void strip(const ThinLinear<W>& p, int64_t column) {
   }
 }
 
-// Strips of w that are widened once for all rows of x, and then read as floats. From kLongRow numbers a row on they
-// leave the nearest cache, and widening them twice costs less. Gives the column after the last one.
+// Strips of w that are widened once for all rows of x, and then read as floats. Gives the column after the last one.
 template <class W>
 PANTHER_VECTOR inline int64_t widened_strips(const ThinLinear<W>& p, int64_t first, int64_t last) {
   const std::unique_ptr<Line[]> lines = lines_of(kStrip * p.in);
@@ -187,27 +186,25 @@ PANTHER_VECTOR inline int64_t widened_strips(const ThinLinear<W>& p, int64_t fir
   for (; last - column >= kStrip; column += kStrip) {
     widen_rows(p.w, column, column + kStrip, 0, p.in, wide);
     const float* bias = p.bias ? p.bias + column : nullptr;
+    const float* factors = p.factors ? p.factors + column : nullptr;
     const Plain<float> w{wide, p.in};
-    strip<kStrip>(ThinLinear<Plain<float>>{p.x, w, bias, p.y + column, p.rows, p.in, kStrip, p.x_stride, p.y_stride},
-                  0);
+    strip<kStrip>(
+        ThinLinear<Plain<float>>{p.x, w, bias, p.y + column, p.rows, p.in, kStrip, p.x_stride, p.y_stride, factors}, 0);
   }
   return column;
 }
 
-// A single row needs eight rows of w at a time to hide the latency of an addition. Four are enough where they come from
-// memory, as long ones do: eight streams are more than the processor follows.
+// A single row needs eight rows of w at a time to hide the latency of an addition, unless memory is slower.
 template <class W>
 PANTHER_VECTOR inline void thin_linear(const ThinLinear<W>& p, int64_t first, int64_t last) {
-  using Number = typename W::Number;
   int64_t column = first;
-  if (p.rows == 1) {
-    const bool is_long =
-        sizeof(Number) == sizeof(float) ? p.in >= 3072 : std::is_same_v<W, Plain<int8_t>> && p.in >= 192;
-    for (; last - column >= 8 && !is_long; column += 8) block<1, 8>(p, 0, column);
+  if (p.rows == 1 && p.in < long_row<W>()) {
+    for (; last - column >= 8; column += 8) block<1, 8>(p, 0, column);
   }
-  if constexpr (W::kHasScales) {
-    const int64_t most = p.in < kLongRow<Number> ? most_rows(kStrip) : 2 * most_rows(kStrip);
-    if (p.rows > most && last - column >= kStrip) column = widened_strips(p, column, last);
+  if constexpr (sizeof(typename W::Number) == 1) {
+    if (p.rows > most_rows_read_as_stored<W>(p.in) && last - column >= kStrip) {
+      column = widened_strips(p, column, last);
+    }
   }
   if (p.rows > 1) {
     for (; last - column >= kStrip; column += kStrip) strip<kStrip>(p, column);

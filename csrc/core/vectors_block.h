@@ -33,6 +33,10 @@ PANTHER_VECTOR inline void widen_rows(W w, int64_t first, int64_t last, int64_t 
         }
         for (; until - k >= kLanes; k += kLanes) store(wide + (k - begin), scaled(w.numbers + w.at(column, k), factor));
       } else {
+        for (; until - k >= 32; k += 32) {
+          const auto* numbers = w.numbers + w.at(column, k);
+          PANTHER_UNROLL for (int64_t s = 0; s < 32; s += kLanes) store(wide + (k - begin + s), load(numbers + s));
+        }
         for (; until - k >= kLanes; k += kLanes) store(wide + (k - begin), load(w.numbers + w.at(column, k)));
       }
       if (k < until) {  // the last ones lie before whatever comes after the row

@@ -1,7 +1,7 @@
 // panther::low_rank_conv on the CPU: a convolution without groups to a few channels, and one of single places from
 // there.
 //
-// Few windows are copied side by side for the kernel of core/thin_linear.h. More of them stay in a near cache from one
+// Few windows are copied side by side for the kernels of few rows. More of them stay in a near cache from one
 // convolution to the next in core/conv.h; panther/ops/low_rank_conv.py knows where two of torch's own are faster with
 // AVX2, and with AVX-512 it is where the first one would be torch's. Other types than float32 and other layouts run in
 // two. Bytes moved: those of the weights for each few hundred windows, the input as often as windows overlap, and the

@@ -118,8 +118,33 @@ void check_products() {
       }
     }
   }
-  for (int64_t rows : {1, 5, 9, 13}) {  // long rows are read in another order
-    for (int64_t in : {197, 600, 1100, 3080}) check_product<Matrix>(rows, in, 25, false, true);
+  for (int64_t rows : {1, 5, 9, 42}) {  // long rows are read in another order
+    for (int64_t in : {197, 600, 1100, 4300}) check_product<Matrix>(rows, in, 25, false, true);
+  }
+}
+
+// What sums are multiplied by before the bias is added: a power of two, which rounds nothing.
+void check_factors() {
+  constexpr int64_t kIn = 77, kOut = 25;
+  const PlainMatrix<float> matrix(kOut, kIn, false);
+  for (int64_t rows : {1, 3, 5, 13}) {
+    const Buffer<float> x(rows * kIn, false), y(rows * kOut, false), plain(rows * kOut, false), factors(kOut, false),
+        bias(kOut, false);
+    for (int64_t i = 0; i < rows * kIn; ++i) x.data()[i] = check::random_number();
+    for (int64_t j = 0; j < kOut; ++j) {
+      factors.data()[j] = std::ldexp(1.0f, static_cast<int>(j % 7) - 3);
+      bias.data()[j] = check::random_number();
+    }
+    ThinLinear<Plain<float>> p{x.data(), matrix.weights(), nullptr, plain.data(), rows, kIn, kOut, kIn, kOut};
+    thin_linear(p, 0, kOut);
+    p.y = y.data();
+    p.bias = bias.data();
+    p.factors = factors.data();
+    thin_linear(p, 0, kOut);
+    for (int64_t i = 0; i < rows * kOut; ++i) {
+      const int64_t j = i % kOut;
+      require(y.data()[i] == plain.data()[i] * factors.data()[j] + bias.data()[j], "factors come before the bias");
+    }
   }
 }
 
@@ -480,6 +505,7 @@ int main() {
     check_products<WholeMatrix<int8_t, 62>>();
     check_products<WholeMatrix<Nibbles, 5>>();
     check_products<WholeMatrix<Nibbles, 62>>();
+    check_factors();
     check_gemms();
     check_widened_gemms<PlainMatrix<BFloat16>>();
     check_widened_gemms<WholeMatrix<int8_t, 5>>();
