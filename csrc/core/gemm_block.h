@@ -18,8 +18,8 @@ PANTHER_VECTOR inline void pack_lanes(const Strided& a, int64_t count, int64_t d
     return;
   }
   constexpr int64_t kLine = 16;
-  const bool fetches =
-      kFetchesRows && a.row % 1024 != 0;  // the next rows, which would push these out of the first cache
+  // The next rows are asked for, unless they would push these out of the first cache.
+  const bool fetches = kFetchesRows && a.row % 1024 != 0;
   for (int64_t r = 0; r < depth; r += kLanes) {
     if (fetches && r % kLine == 0) {
       for (int64_t lane = 0; lane < kLanes; ++lane) __builtin_prefetch(a.at(lane + kLanes, r));

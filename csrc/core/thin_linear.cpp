@@ -28,6 +28,27 @@ void thin_linear_scalar(const ThinLinear<W>& p, int64_t first, int64_t last) {
   }
 }
 
+// What AVX-512 and NEON share: 24 sums, the weights of a block's columns and one value.
+namespace thirty_two_registers {
+
+constexpr int most_rows(int) { return 6; }
+constexpr int width(int rows, int columns) { return columns == 8 && rows > 3 ? 4 : columns; }
+inline constexpr int kStrip = 8;
+template <class T>
+constexpr int most_rows_of_groups() {
+  return 2;
+}
+template <class W>
+constexpr int64_t most_rows_read_as_stored(int64_t) {
+  return most_rows(kStrip);
+}
+template <class W>
+constexpr int64_t long_row() {
+  return std::is_same_v<W, Plain<float>> ? 3072 : INT64_MAX;
+}
+
+}  // namespace thirty_two_registers
+
 #if PANTHER_HAS_AVX
 
 namespace avx2 {
@@ -66,22 +87,7 @@ constexpr int64_t long_row() {
 
 namespace avx512 {
 
-// Thirty-two registers: 24 sums, the weights of a block's columns and one value.
-constexpr int most_rows(int) { return 6; }
-constexpr int width(int rows, int columns) { return columns == 8 && rows > 3 ? 4 : columns; }
-inline constexpr int kStrip = 8;
-template <class T>
-constexpr int most_rows_of_groups() {
-  return 2;
-}
-template <class W>
-constexpr int64_t most_rows_read_as_stored(int64_t) {
-  return most_rows(kStrip);
-}
-template <class W>
-constexpr int64_t long_row() {
-  return std::is_same_v<W, Plain<float>> ? 3072 : INT64_MAX;
-}
+using namespace thirty_two_registers;
 
 #define PANTHER_VECTOR PANTHER_AVX512
 #include "core/thin_linear_block.h"
@@ -93,22 +99,7 @@ constexpr int64_t long_row() {
 
 namespace neon {
 
-// Thirty-two registers, as above.
-constexpr int most_rows(int) { return 6; }
-constexpr int width(int rows, int columns) { return columns == 8 && rows > 3 ? 4 : columns; }
-inline constexpr int kStrip = 8;
-template <class T>
-constexpr int most_rows_of_groups() {
-  return 2;
-}
-template <class W>
-constexpr int64_t most_rows_read_as_stored(int64_t) {
-  return most_rows(kStrip);
-}
-template <class W>
-constexpr int64_t long_row() {
-  return std::is_same_v<W, Plain<float>> ? 3072 : INT64_MAX;
-}
+using namespace thirty_two_registers;
 
 #define PANTHER_VECTOR
 #include "core/thin_linear_block.h"
