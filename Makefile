@@ -12,7 +12,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 PINS := $(VENV)/pins.txt
 KERNELS := $(wildcard csrc/*.* csrc/*/*)
 CPP := $(KERNELS) $(wildcard tests/cpp/*)
-BENCHMARKS := ops convolutions sketches calibration decomposition minilm crepe whisper healed bytes onnx_speed end_to_end fidelity
+BENCHMARKS := ops convolutions moments sketches calibration decomposition minilm crepe whisper healed bytes onnx_speed end_to_end fidelity
 
 # The CPU build of torch, where there is one, unless TORCH was set: from the configured index, or else from PyTorch's.
 ifeq ($(origin TORCH),file)

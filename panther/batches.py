@@ -616,14 +616,20 @@ def float_outputs(output: Any) -> list[Tensor]:
     return []
 
 
-def masked_rows(tensor: Tensor, masks: Mapping[tuple[int, ...], Tensor]) -> Tensor:
-    """A (..., features) tensor as (rows, features), padded positions left out where a mask fits its shape."""
+def rows_that_count(tensor: Tensor, masks: Mapping[tuple[int, ...], Tensor]) -> tuple[Tensor, Tensor | None]:
+    """A (..., features) tensor as (rows, features), and which of them count where a mask leaves some out."""
     rows = tensor.reshape(-1, tensor.shape[-1])
     for shape, mask in masks.items():
         fits = tuple(tensor.shape[:-1]) == shape or (tensor.dim() == 2 and tensor.shape[0] == mask.numel())
         if fits and not bool(mask.all()):
-            return rows[mask.reshape(-1)]
-    return rows
+            return rows, mask.reshape(-1)
+    return rows, None
+
+
+def masked_rows(tensor: Tensor, masks: Mapping[tuple[int, ...], Tensor]) -> Tensor:
+    """A (..., features) tensor as (rows, features), padded positions left out where a mask fits its shape."""
+    rows, counts = rows_that_count(tensor, masks)
+    return rows if counts is None else rows[counts]
 
 
 def scale_of(output: Tensor) -> float:

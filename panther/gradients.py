@@ -17,7 +17,7 @@ from torch.utils.hooks import RemovableHandle
 from panther.answers import answers_of
 from panther.batches import Call, device_of, run, scale_of
 from panther.factors import dense_weight
-from panther.products import gram, product
+from panther.products import add_gram, mirrored, product
 from panther.spec import LayerSpec
 
 CHUNK = 8  # samples a backward pass, at most: its activations are held, unlike those of a forward pass
@@ -34,7 +34,7 @@ class _Sum:
     spec: LayerSpec
     weight: Tensor
     generator: torch.Generator  # its own, so that which layers are watched together changes nothing
-    products: Tensor | None = None
+    products: Tensor | None = None  # on and below the diagonal
     energy: float = 0.0  # sum of |g|^2
 
     def add(self, gradient: Tensor) -> None:
@@ -45,8 +45,9 @@ class _Sum:
         self.energy += float(rows.square().sum())
         if self.spec.kind == "linear" and self.spec.out_features > self.spec.in_features:
             rows = product(rows, self.weight.float())
-        products = gram(rows)
-        self.products = products if self.products is None else self.products.add_(products)
+        if self.products is None:
+            self.products = rows.new_zeros(rows.shape[1], rows.shape[1])
+        add_gram(self.products, rows)
 
     def _rows(self, gradient: Tensor) -> Tensor:
         if self.spec.kind == "linear":
@@ -62,7 +63,7 @@ class _Sum:
         """The mean, scaled so that G has a mean diagonal of one; None when the output does not react at all."""
         if self.products is None or self.energy <= 0 or not bool(torch.isfinite(self.products).all()):
             return None
-        return self.products.double().cpu() * (self.spec.out_features / self.energy)
+        return mirrored(self.products.double().cpu()).mul_(self.spec.out_features / self.energy)
 
 
 class Reactions:

@@ -18,12 +18,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from panther.batches import Call, device_of, inference, masked_rows, parts_of, run
+from panther.batches import Call, device_of, inference, masked_rows, parts_of, rows_that_count, run
 from panther.errors import CalibrationError
 from panther.factors import Profile
 from panther.gradients import CHUNK, Reactions
 from panther.ops import sparse_sign_sketch
-from panther.products import add_gram, fast_linear, mirrored
+from panther.products import add_gram, add_sums, fast_linear, has_moments_kernel, mirrored
 from panther.progress import Progress
 from panther.quantise import MOST_FEATURES
 from panther.sketches import Moments, Seen
@@ -45,8 +45,10 @@ STATISTICS_BYTES = 1_000_000_000  # more than this at once, and the layers are m
 SKETCHED_FROM = 2048  # features
 SKETCH_PER_FEATURE = 12  # rows of all sketches together
 FEWEST_SKETCHED = 64  # rows of one
-# Rows that wait until a product of all is taken, at least, and a feature: few rows at a time take half as long again.
-PENDING_ROWS, PENDING_PER_FEATURE = 2048, 0.5
+# Rows that wait until a product of all is taken, at least, and a feature: where torch takes it, few rows at a time take
+# half as long again.
+PENDING_ROWS = 128
+PENDING_ROWS_OF_TORCH, PENDING_PER_FEATURE = 2048, 0.5
 
 
 def shrinkage(features: int, rows: int) -> int:
@@ -65,7 +67,9 @@ def shrunk(rows: Tensor, times: int, *, first_row: int, seed: int = 0) -> Tensor
 
 
 def enough_pending(features: int) -> int:
-    return max(PENDING_ROWS, math.ceil(PENDING_PER_FEATURE * features))
+    if has_moments_kernel():
+        return PENDING_ROWS
+    return max(PENDING_ROWS_OF_TORCH, math.ceil(PENDING_PER_FEATURE * features))
 
 
 class Accumulator:
@@ -83,33 +87,44 @@ class Accumulator:
         self.total: Tensor | None = None
         self.products: Tensor | None = None  # in float64, on and below the diagonal
 
-    def add(self, rows: Tensor, samples: int = 0) -> None:
-        """Take (count, features) rows, of so many samples; products of some batches in float32, sums in float64."""
-        if rows.shape[0] == 0:
+    def add(self, rows: Tensor, samples: int = 0, counts: Tensor | None = None) -> None:
+        """Take those of (count, features) rows that count, of so many samples; sums of some in float32, then float64.
+
+        counts: (count,) bool; None where all do.
+        """
+        count = rows.shape[0] if counts is None else int(counts.count_nonzero())
+        if count == 0:
             return
         with torch.autocast(rows.device.type, enabled=False):  # hooks run inside the model's own autocast
-            self._add(rows.float(), shrinkage(rows.shape[1], self.samples * len(rows) // max(1, samples)))
+            self._add(rows.float(), counts, count, shrinkage(rows.shape[1], self.samples * count // max(1, samples)))
 
-    def _add(self, rows: Tensor, times: int) -> None:
+    def _add(self, rows: Tensor, counts: Tensor | None, count: int, times: int) -> None:
         if self.shift is None or self.total is None:
-            self.shift = rows.mean(0)
             self.total = torch.zeros(rows.shape[1], dtype=torch.float64, device=rows.device)
-        self.rows += rows.shape[0]
+            add_sums(self.total, None, rows, counts=counts)
+            self.shift = (self.total / count).float()
+            self.total.zero_()
+        seen, self.rows = self.rows, self.rows + count
         if not self.wants_products:
-            self.total += rows.sum(0) - rows.shape[0] * self.shift
-            return
-        rows = rows - self.shift
-        self.total += rows.sum(0)
-        self.pending.append(shrunk(rows, times, first_row=self.rows))
-        if sum(map(len, self.pending)) >= enough_pending(rows.shape[1]):
-            self._take_products()
+            add_sums(self.total, None, rows, counts=counts, shift=self.shift)
+        elif times == 1 and not self.pending and count >= enough_pending(rows.shape[1]):
+            add_sums(self.total, self._products(rows), rows, counts=counts, shift=self.shift)
+        else:
+            rows = (rows if counts is None else rows[counts]) - self.shift
+            self.total += rows.sum(0)
+            self.pending.append(shrunk(rows, times, first_row=seen))
+            if sum(map(len, self.pending)) >= enough_pending(rows.shape[1]):
+                self._take_products()
+
+    def _products(self, rows: Tensor) -> Tensor:
+        if self.products is None:
+            self.products = rows.new_zeros(rows.shape[1], rows.shape[1], dtype=torch.float64)
+        return self.products
 
     def _take_products(self) -> None:
         rows = torch.cat(self.pending) if len(self.pending) > 1 else self.pending[0]
         self.pending = []
-        if self.products is None:
-            self.products = rows.new_zeros(rows.shape[1], rows.shape[1], dtype=torch.float64)
-        add_gram(self.products, rows)
+        add_gram(self._products(rows), rows)
 
     def mean(self) -> Tensor | None:
         if self.shift is None or self.total is None:
@@ -144,12 +159,16 @@ class _Watch:
     samples: list[Tensor] = field(default_factory=list)
     picks: dict[tuple[str, int], Tensor] = field(default_factory=dict)
 
-    def some(self, rows: Tensor, samples: int) -> Tensor:
-        """A random part of a linear layer's rows where there are far more than its covariance needs."""
-        enough = self.positions * samples
+    def some(self, tensor: Tensor, masks: dict[tuple[int, ...], Tensor]) -> tuple[Tensor, Tensor | None]:
+        """A linear layer's rows and which count: a random part where there are far more than its covariance needs."""
+        rows, counts = rows_that_count(tensor, masks)
+        enough = self.positions * tensor.shape[0]
         if rows.shape[0] <= enough:
-            return rows
-        return rows[torch.randperm(rows.shape[0], generator=self.generator)[:enough].to(rows.device)]
+            return rows, counts
+        rows = rows if counts is None else rows[counts]
+        if rows.shape[0] > enough:
+            rows = rows[torch.randperm(rows.shape[0], generator=self.generator)[:enough].to(rows.device)]
+        return rows, None
 
     def pick(self, side: str, count: int) -> Tensor | slice:
         """The same random positions for every batch of one size."""
@@ -373,9 +392,11 @@ def _see_linear(
     watch: _Watch, given: Tensor, output: Tensor, masks: dict[tuple[int, ...], Tensor], samples: int
 ) -> None:
     if watch.owns_inputs:  # `mean` is the accumulator of the inputs where there is one
-        watch.mean.add(watch.some(masked_rows(given, masks), given.shape[0]), samples)
+        rows, counts = watch.some(given, masks)
+        watch.mean.add(rows, samples, counts)
     if watch.outputs is not None:
-        watch.outputs.add(watch.some(masked_rows(output, masks), output.shape[0]), samples)
+        rows, counts = watch.some(output, masks)
+        watch.outputs.add(rows, samples, counts)
 
 
 def _see_conv(watch: _Watch, given: Tensor, output: Tensor) -> None:

@@ -1,13 +1,14 @@
 """Products of float32 matrices by the faster kernel, and half of one where a matrix meets itself.
 
 On x86 processors torch multiplies with MKL, which keeps to AVX2 unless Intel made the processor. Where there is
-AVX-512 all the same, panther.ops.linear takes less than half of the time, to the same precision.
+AVX-512 all the same, panther.ops.linear takes less than half of the time, to the same precision. Products of rows with
+themselves are panther.ops.add_moments' where that has instructions for vectors, and some of torch's elsewhere.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -16,9 +17,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
-from panther.ops import _kernels, linear
+from panther.ops import _kernels, add_moments, linear
 
-BLOCK = 192  # columns that are multiplied at once, with all columns before them
+BLOCK = 192  # columns that torch multiplies at once, with all columns before them
 FEWEST_ROWS, LEAST_MULTIPLICATIONS = 16, 1 << 20  # below, the visit to the op costs what it gains
 _PLAIN = (Tensor, nn.Parameter)
 
@@ -82,38 +83,51 @@ def fast_linear() -> AbstractContextManager[Any]:
     return _FastLinear() if has_faster_kernel() else nullcontext()
 
 
+@functools.cache
+def has_moments_kernel() -> bool:
+    """Whether panther.ops.add_moments has more than a plain loop here."""
+    kernels, _ = _kernels.load()
+    return kernels is not None and kernels.build_info()["instruction_set"] in ("avx2", "avx512")
+
+
+def runs_in_moments_kernel(rows: Tensor) -> bool:
+    return type(rows) in _PLAIN and rows.is_cpu and rows.dtype == torch.float32 and has_moments_kernel()
+
+
 def gram(rows: Tensor) -> Tensor:
-    """rows^T rows: with many features little more than half of the multiplications of the plain product.
+    """rows^T rows in half of the multiplications of the plain product.
 
     Shapes: rows (count, n) -> (n, n).
     """
-    n = rows.shape[1]
-    if n < 2 * BLOCK:
-        return product(rows.T, rows)
-    result = rows.new_empty(n, n)
-    for first, last, block in _blocks(rows):
-        result[first:last, :last] = block
-    return mirrored(result)
+    total = rows.new_zeros(rows.shape[1], rows.shape[1])
+    add_gram(total, rows)
+    return mirrored(total)
 
 
 def add_gram(total: Tensor, rows: Tensor) -> None:
     """Add rows^T rows to what is on and below the diagonal of `total`, and anything above it: see `mirrored`.
 
-    Shapes: total (n, n), of any precision; rows (count, n).
+    Shapes: total (n, n), float32 or float64; rows (count, n).
     """
-    if rows.shape[1] < 2 * BLOCK:
-        total += product(rows.T, rows)
+    add_sums(rows.new_zeros(rows.shape[1], dtype=torch.float64), total, rows)
+
+
+def add_sums(
+    sums: Tensor, products: Tensor | None, rows: Tensor, *, counts: Tensor | None = None, shift: Tensor | None = None
+) -> None:
+    """As panther.ops.add_moments, but that anything may be added to `products` above the diagonal: see `mirrored`."""
+    if runs_in_moments_kernel(rows):
+        add_moments(sums, products, rows, counts=counts, shift=shift)
         return
-    for first, last, block in _blocks(rows):
-        total[first:last, :last] += block
-
-
-def _blocks(rows: Tensor) -> Iterator[tuple[int, int, Tensor]]:
-    """Rows `first` to `last` of rows^T rows, up to the last one's column."""
+    rows = rows if counts is None else rows[counts]
+    rows = rows if shift is None else rows - shift
+    sums += rows.sum(0)
+    if products is None:
+        return
     n = rows.shape[1]
     for first in range(0, n, BLOCK):
         last = min(first + BLOCK, n)
-        yield first, last, product(rows[:, first:last].T, rows[:, :last])
+        products[first:last, :last] += product(rows[:, first:last].T, rows[:, :last])
 
 
 def mirrored(matrix: Tensor) -> Tensor:
@@ -121,5 +135,7 @@ def mirrored(matrix: Tensor) -> Tensor:
     n = len(matrix)
     for first in range(0, n, BLOCK):
         last = min(first + BLOCK, n)
+        block = matrix[first:last, first:last]
+        block.copy_(block.tril() + block.tril(-1).T)
         matrix[:first, first:last] = matrix[first:last, :first].T
     return matrix

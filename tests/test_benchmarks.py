@@ -23,6 +23,7 @@ from benchmarks import (
     end_to_end,
     healed,
     minilm,
+    moments,
     onnx_speed,
     ops,
     padding,
@@ -387,6 +388,18 @@ def test_the_sketch_script_prints_every_way_and_the_exact_one_loses_nothing(
     assert all(lost == ([0.0] * 3 if index % 6 < 2 else lost) and min(lost) >= 0 for index, lost in enumerate(excess))
     assert all(sum(excess[first + 4]) < sum(excess[first + 2]) for first in range(0, 24, 6))  # more rows lose less
     assert [row[0] for row in rows[28:]] == ["64 x 16", "16 x 64"]
+
+
+def test_the_script_of_moments_prints_a_row_for_each_size(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    threads = str(torch.get_num_threads())
+    arguments = ["--widths", "24", "200", "--rows", "30", "--threads", threads, "--seconds", "0"]
+    assert start(moments, monkeypatch, *arguments) == 0
+    columns, _, *rows = printed_table(capsys.readouterr().out)
+    assert tuple(columns) == moments.COLUMNS
+    assert [row[:3] for row in rows] == [["24", "30", threads], ["200", "30", threads]]
+    assert all(float(figure) >= 0 for row in rows for figure in row[3:])
 
 
 def test_the_end_to_end_script_prints_both_runtimes_and_what_the_report_says(

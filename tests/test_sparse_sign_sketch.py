@@ -96,6 +96,15 @@ def test_scalar_kernel_gives_the_same_bits(n, dtype):
     assert torch.equal(sketched(x, 20), scalar)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+def test_it_adds_what_its_reference_adds_bit_for_bit(dtype):
+    for sketch, *others in OPS["sparse_sign_sketch"].samples(dtype):
+        own, known = sketch.clone(), sketch.clone()
+        OPS["sparse_sign_sketch"](own, *others)
+        REFERENCE(known, *others)
+        assert torch.equal(own, known)
+
+
 @pytest.mark.parametrize("step", [1, 2, 17, 64, 200])
 def test_batching_of_the_rows_changes_no_bit(step):
     x = torch.randn(201, 19)

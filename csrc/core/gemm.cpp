@@ -85,13 +85,6 @@ PANTHER_AVX2 __attribute__((always_inline)) inline void store_rows(const Block& 
   if constexpr (Columns > 4) store_rows<Columns - 4>(to, sums + 4, j + 4);
 }
 
-// sum += a * b, in the register that the sum is in. What a compiler makes of the intrinsic may give it to another one,
-// and sums that are carried from one step of a loop to the next are moved about and stored then: that took 1.06 times
-// as long as the same loop rolled up, and this takes 0.85 to 1 times as long.
-PANTHER_AVX2 __attribute__((always_inline)) inline void accumulate(__m256& sum, __m256 a, __m256 b) {
-  asm("vfmadd231ps %2, %1, %0" : "+x"(sum) : "x"(a), "x"(b));
-}
-
 // Adds the products of the next 8 * Registers numbers of a panel with one number each of `Columns` rows of B: those at
 // `at` of rows that are `row` apart, of which every third one has a pointer.
 template <int Registers, int Columns, class Pointers>

@@ -45,6 +45,13 @@ inline constexpr int64_t kLanes = 8;
 PANTHER_AVX2 inline Vector zeros() { return _mm256_setzero_ps(); }
 PANTHER_AVX2 inline Vector multiply_add(Vector a, Vector b, Vector c) { return _mm256_fmadd_ps(a, b, c); }
 
+// sum += a * b, in the register that the sum is in. What a compiler makes of the intrinsic may give it to another one,
+// and sums that are carried from one step of a loop to the next are moved about and stored then: that took 1.06 times
+// as long as the same loop rolled up, and this takes 0.85 to 1 times as long.
+PANTHER_AVX2 __attribute__((always_inline)) inline void accumulate(Vector& sum, Vector a, Vector b) {
+  asm("vfmadd231ps %2, %1, %0" : "+x"(sum) : "x"(a), "x"(b));
+}
+
 PANTHER_AVX2 inline Vector load(const float* numbers) { return _mm256_loadu_ps(numbers); }
 
 PANTHER_AVX2 inline Vector load(const BFloat16* numbers) {
@@ -81,6 +88,7 @@ PANTHER_AVX2 inline Vector load(const T* numbers, int64_t count) {
 
 PANTHER_AVX2 inline Vector all_lanes(float number) { return _mm256_set1_ps(number); }
 PANTHER_AVX2 inline Vector add(Vector a, Vector b) { return _mm256_add_ps(a, b); }
+PANTHER_AVX2 inline Vector subtract(Vector a, Vector b) { return _mm256_sub_ps(a, b); }
 PANTHER_AVX2 inline Vector multiply(Vector a, Vector b) { return _mm256_mul_ps(a, b); }
 // Each lane gets all of the four bytes and keeps its own four bits where they are, so that its number is 16^lane times
 // as large; its scale is as much smaller. The product is the same to the last bit unless a scale is below 2^-98.
@@ -110,6 +118,14 @@ PANTHER_AVX2 inline Vector scaled(const Nibbles* numbers, int64_t count, Vector 
 
 PANTHER_AVX2 inline void store(float* to, Vector a) { _mm256_storeu_ps(to, a); }
 
+PANTHER_AVX2 inline void add_to(float* to, Vector a) { store(to, add(load(to), a)); }
+
+PANTHER_AVX2 inline void add_to(double* to, Vector a) {
+  const __m256d low = _mm256_cvtps_pd(_mm256_castps256_ps128(a)), high = _mm256_cvtps_pd(_mm256_extractf128_ps(a, 1));
+  _mm256_storeu_pd(to, _mm256_add_pd(_mm256_loadu_pd(to), low));
+  _mm256_storeu_pd(to + 4, _mm256_add_pd(_mm256_loadu_pd(to + 4), high));
+}
+
 PANTHER_AVX2 inline void store(float* to, Vector a, int64_t count) { store_masked(to, a, first_lanes(count)); }
 
 PANTHER_AVX2 inline void store_sums(Vector a, Vector b, Vector c, Vector d, const float* factors, const float* bias,
@@ -134,6 +150,8 @@ inline constexpr int64_t kLanes = 16;
 
 PANTHER_AVX512 inline Vector zeros() { return _mm512_setzero_ps(); }
 PANTHER_AVX512 inline Vector multiply_add(Vector a, Vector b, Vector c) { return _mm512_fmadd_ps(a, b, c); }
+
+PANTHER_AVX512 inline void accumulate(Vector& sum, Vector a, Vector b) { sum = _mm512_fmadd_ps(a, b, sum); }
 
 using Mask = __mmask16;
 
@@ -175,8 +193,17 @@ PANTHER_AVX512 inline Vector load(const int8_t* numbers, int64_t count) {
 
 PANTHER_AVX512 inline Vector all_lanes(float number) { return _mm512_set1_ps(number); }
 PANTHER_AVX512 inline Vector add(Vector a, Vector b) { return _mm512_add_ps(a, b); }
+PANTHER_AVX512 inline Vector subtract(Vector a, Vector b) { return _mm512_sub_ps(a, b); }
 PANTHER_AVX512 inline Vector multiply(Vector a, Vector b) { return _mm512_mul_ps(a, b); }
 PANTHER_AVX512 inline void store(float* to, Vector a) { _mm512_storeu_ps(to, a); }
+
+PANTHER_AVX512 inline void add_to(float* to, Vector a) { store(to, add(load(to), a)); }
+
+PANTHER_AVX512 inline void add_to(double* to, Vector a) {
+  const __m512d low = _mm512_cvtps_pd(_mm512_castps512_ps256(a)), high = _mm512_cvtps_pd(_mm512_extractf32x8_ps(a, 1));
+  _mm512_storeu_pd(to, _mm512_add_pd(_mm512_loadu_pd(to), low));
+  _mm512_storeu_pd(to + 8, _mm512_add_pd(_mm512_loadu_pd(to + 8), high));
+}
 
 PANTHER_AVX512 inline void store(float* to, Vector a, int64_t count) { store_masked(to, a, first_lanes(count)); }
 

@@ -25,7 +25,7 @@ from panther.factors import dense_weight
 from panther.healers.lockstep import Arrival, LeftStepError, Lockstep, in_precision, stretches
 from panther.nn import SketchedLayer
 from panther.nn.narrow import sizes_of
-from panther.products import gram, product
+from panther.products import add_sums, gram, mirrored, product
 from panther.progress import Progress
 from panther.sketches import with_ridge
 from panther.spec import LayerSpec
@@ -60,7 +60,7 @@ class Products:
     rows: int = 0
     shift: tuple[Tensor, Tensor] = (torch.zeros(0), torch.zeros(0))
     totals: list[Tensor] = field(default_factory=list)
-    own: Tensor = field(default_factory=lambda: torch.zeros((), dtype=torch.float64))  # sum of h h^T
+    own: Tensor = field(default_factory=lambda: torch.zeros((), dtype=torch.float64))  # sum of h h^T, its lower half
     cross: Tensor = field(default_factory=lambda: torch.zeros((), dtype=torch.float64))  # sum of x h^T
 
     def add(self, x: Tensor, h: Tensor) -> None:
@@ -69,11 +69,12 @@ class Products:
         if not self.rows:
             self.shift = x.mean(0), h.mean(0)
             self.totals = [torch.zeros(t.shape[1], dtype=torch.float64) for t in (x, h)]
+            self.own, self.cross = (torch.zeros(t.shape[1], h.shape[1], dtype=torch.float64) for t in (h, x))
         x, h = x - self.shift[0], h - self.shift[1]
         self.rows += len(h)
-        self.totals = [total + rows.sum(0).double() for total, rows in zip(self.totals, (x, h), strict=True)]
-        self.own = self.own + gram(h).double()
-        self.cross = self.cross + product(x.T, h).double()
+        add_sums(self.totals[0], None, x)
+        add_sums(self.totals[1], self.own, h)
+        self.cross += product(x.T, h)
 
     def means(self) -> tuple[Tensor, Tensor]:
         mean_x, mean_h = (t / self.rows + s for t, s in zip(self.totals, self.shift, strict=True))
@@ -82,7 +83,8 @@ class Products:
     def covariances(self) -> tuple[Tensor, Tensor]:
         """E[h h^T] and E[x h^T] about the means."""
         x, h = (t / self.rows for t in self.totals)
-        return self.own / self.rows - torch.outer(h, h), self.cross / self.rows - torch.outer(x, h)
+        own = mirrored(self.own) / self.rows
+        return own - torch.outer(h, h), self.cross / self.rows - torch.outer(x, h)
 
     def about_zero(self) -> tuple[Tensor, Tensor]:
         """E[h h^T] and E[x h^T] as they are, for a layer that has no bias to set the means right with."""

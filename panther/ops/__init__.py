@@ -1,8 +1,8 @@
 """Operations of panther's own, by name.
 
 An op is one file: a schema, a plain PyTorch `reference` that is also its fallback, fake kernel and decomposition, and a
-backward (none where it adds to its first input). Compiled code only implements it for a device. To add one, write the
-file and add its line to `OPS`.
+backward (none where it adds to some of its inputs). Compiled code only implements it for a device. To add one, write
+the file and add its line to `OPS`.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 from panther.ops import _kernels
 from panther.ops._define import Op
 from panther.ops._quantised import dequantised, packed_int4, quantised, unpacked_int4
+from panther.ops.add_moments import ADD_MOMENTS, add_moments
 from panther.ops.conv import CONV, conv
 from panther.ops.hadamard import HADAMARD, hadamard
 from panther.ops.linear import LINEAR, linear
@@ -22,6 +23,7 @@ from panther.ops.quantised_linear import QUANTISED_LINEAR, quantised_linear
 from panther.ops.sparse_sign_sketch import SPARSE_SIGN_SKETCH, sparse_sign_sketch
 
 OPS: dict[str, Op] = {
+    "add_moments": ADD_MOMENTS,
     "conv": CONV,
     "linear": LINEAR,
     "low_rank_conv": LOW_RANK_CONV,
@@ -46,6 +48,7 @@ __all__ = [
     "OPS",
     "REFERENCES",
     "Op",
+    "add_moments",
     "conv",
     "dequantised",
     "hadamard",

@@ -13,5 +13,5 @@ def shape_text(tensor: Tensor | None) -> str:
 FLOATING = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
-def dtype_text(tensor: Tensor) -> str:
-    return str(tensor.dtype).removeprefix("torch.")
+def dtype_text(tensor: Tensor | None) -> str:
+    return "None" if tensor is None else str(tensor.dtype).removeprefix("torch.")

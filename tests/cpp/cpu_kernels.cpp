@@ -13,6 +13,7 @@
 #include "core/conv.h"
 #include "core/gemm.h"
 #include "core/hadamard.h"
+#include "core/moments.h"
 #include "core/sparse_sign_sketch.h"
 #include "core/thin_linear.h"
 
@@ -20,6 +21,7 @@ namespace {
 
 using namespace panther::core;
 using check::Buffer;
+using check::Exact;
 using check::require;
 
 float narrowed(float value, float) { return value; }
@@ -474,6 +476,52 @@ void check_sketch() {
   }
 }
 
+// Sums and products of the rows that are chosen, whatever pairs of panels a call multiplies; nothing above the
+// diagonal.
+template <class Sum>
+void check_moments() {
+  const MomentsShape shape = moments_shape();
+  for (int64_t n : {1, 7, 16, 23, 33, 70}) {
+    for (int64_t count : {int64_t{1}, int64_t{6}, shape.depth + 3}) {
+      const int64_t stride = n + 2, blocks = shape.blocks(count), size = shape.block_size(n), pairs = shape.pairs(n);
+      const Buffer<float> x(2 * count * stride, false), shift(n, true), packed(blocks * size, true), some(n, false);
+      const Buffer<Sum> products(n * n, true), parts(n * n, false);
+      const Buffer<double> sums(n, false), alone(n, true);
+      std::vector<int64_t> chosen(count);
+      for (int64_t i = 0; i < 2 * count * stride; ++i) x.data()[i] = check::random_number();
+      for (int64_t i = 0; i < n; ++i) shift.data()[i] = check::random_number();
+      for (int64_t r = 0; r < count; ++r) chosen[r] = 2 * r + r % 2;
+      std::fill_n(products.data(), n * n, Sum{0});
+      std::fill_n(parts.data(), n * n, Sum{0});
+      std::fill_n(sums.data(), n, 0.0);
+      std::fill_n(alone.data(), n, 0.0);
+      const Rows rows{x.data(), stride, chosen.data(), shift.data(), count, n};
+      for (int64_t b = 0; b < blocks; ++b) {
+        pack_block(rows, b * shape.depth, packed.data() + b * size, some.data());
+        for (int64_t i = 0; i < n; ++i) sums.data()[i] += some.data()[i];
+      }
+      add_products(packed.data(), count, n, 0, pairs, products.data());
+      for (int64_t pair = 0; pair < pairs; pair += 2) {
+        add_products(packed.data(), count, n, pair, std::min(pairs, pair + 2), parts.data());
+      }
+      add_sums(rows, 0, n, alone.data());
+      require(std::memcmp(products.data(), parts.data(), n * n * sizeof(Sum)) == 0, "sharing pairs changes no bit");
+      require(std::memcmp(sums.data(), alone.data(), n * sizeof(double)) == 0, "sums have the same bits alone");
+      for (int64_t i = 0; i < n; ++i) {
+        for (int64_t j = 0; j < n; ++j) {
+          Exact exact;
+          for (int64_t r = 0; i >= j && r < count; ++r) {
+            const auto z = [&](int64_t k) { return rows.at(r)[k] - shift.data()[k]; };
+            exact.add(static_cast<double>(z(i)) * z(j));
+          }
+          require(exact.is_near(static_cast<float>(products.data()[i * n + j]), 1e-7),
+                  "a product is the sum of its rows'");
+        }
+      }
+    }
+  }
+}
+
 void check_bfloat16() {
   for (uint32_t bits = 0; bits < 0x10000; ++bits) {
     const float wide = widened(BFloat16{static_cast<uint16_t>(bits)});
@@ -521,6 +569,8 @@ int main() {
     check_hadamard<double>();
     check_sketch<float>();
     check_sketch<double>();
+    check_moments<float>();
+    check_moments<double>();
     std::printf("%s\n", name_of(set).c_str());
   }
 }
