@@ -23,7 +23,14 @@ from panther.errors import CalibrationError
 from panther.factors import Profile
 from panther.gradients import CHUNK, Reactions
 from panther.ops import sparse_sign_sketch
-from panther.products import add_gram, add_sums, fast_linear, has_moments_kernel, mirrored
+from panther.products import (
+    add_gram,
+    add_sums,
+    fast_linear,
+    has_moments_kernel,
+    mirrored,
+    runs_in_moments_kernel,
+)
 from panther.progress import Progress
 from panther.quantise import MOST_FEATURES
 from panther.sketches import Moments, Seen
@@ -45,10 +52,10 @@ STATISTICS_BYTES = 1_000_000_000  # more than this at once, and the layers are m
 SKETCHED_FROM = 2048  # features
 SKETCH_PER_FEATURE = 12  # rows of all sketches together
 FEWEST_SKETCHED = 64  # rows of one
-# Rows that wait until a product of all is taken, at least, and a feature: where torch takes it, few rows at a time take
-# half as long again.
-PENDING_ROWS = 128
-PENDING_ROWS_OF_TORCH, PENDING_PER_FEATURE = 2048, 0.5
+# Rows that wait until a product of all is taken, at least, and a feature. In the kernel 64 rows of 384 numbers or 128
+# of 4,096 take 1.2 times as long each as many more do; where torch takes the product, few take half as long again.
+PENDING_ROWS, PENDING_PER_FEATURE = 128, 0.125
+PENDING_ROWS_OF_TORCH, PENDING_PER_FEATURE_OF_TORCH = 2048, 0.5
 
 
 def shrinkage(features: int, rows: int) -> int:
@@ -66,10 +73,10 @@ def shrunk(rows: Tensor, times: int, *, first_row: int, seed: int = 0) -> Tensor
     return sketch
 
 
-def enough_pending(features: int) -> int:
-    if has_moments_kernel():
-        return PENDING_ROWS
-    return max(PENDING_ROWS_OF_TORCH, math.ceil(PENDING_PER_FEATURE * features))
+def enough_pending(features: int, in_kernel: bool) -> int:
+    if in_kernel:
+        return max(PENDING_ROWS, math.ceil(PENDING_PER_FEATURE * features))
+    return max(PENDING_ROWS_OF_TORCH, math.ceil(PENDING_PER_FEATURE_OF_TORCH * features))
 
 
 class Accumulator:
@@ -88,7 +95,7 @@ class Accumulator:
         self.products: Tensor | None = None  # in float64, on and below the diagonal
 
     def add(self, rows: Tensor, samples: int = 0, counts: Tensor | None = None) -> None:
-        """Take those of (count, features) rows that count, of so many samples; sums of some in float32, then float64.
+        """Take those of (count, features) rows that count, of so many samples: float32 within a batch, float64 beyond.
 
         counts: (count,) bool; None where all do.
         """
@@ -105,15 +112,16 @@ class Accumulator:
             self.shift = (self.total / count).float()
             self.total.zero_()
         seen, self.rows = self.rows, self.rows + count
+        enough = enough_pending(rows.shape[1], runs_in_moments_kernel(rows))
         if not self.wants_products:
             add_sums(self.total, None, rows, counts=counts, shift=self.shift)
-        elif times == 1 and not self.pending and count >= enough_pending(rows.shape[1]):
+        elif times == 1 and not self.pending and count >= enough:
             add_sums(self.total, self._products(rows), rows, counts=counts, shift=self.shift)
         else:
             rows = (rows if counts is None else rows[counts]) - self.shift
             self.total += rows.sum(0)
             self.pending.append(shrunk(rows, times, first_row=seen))
-            if sum(map(len, self.pending)) >= enough_pending(rows.shape[1]):
+            if sum(map(len, self.pending)) >= enough:
                 self._take_products()
 
     def _products(self, rows: Tensor) -> Tensor:
@@ -224,7 +232,7 @@ def _statistics_bytes(group: Sequence[LayerSpec], *, for_rounding: bool) -> int:
 
 def _sums_bytes(features: int) -> int:
     """Of products in float64, and of rows that wait for theirs in float32."""
-    return 8 * features**2 + 4 * features * enough_pending(features)
+    return 8 * features**2 + 4 * features * enough_pending(features, has_moments_kernel())
 
 
 def _by_outputs(group: Sequence[LayerSpec], *, for_rounding: bool) -> bool:

@@ -109,25 +109,34 @@ def add_gram(total: Tensor, rows: Tensor) -> None:
 
     Shapes: total (n, n), float32 or float64; rows (count, n).
     """
-    add_sums(rows.new_zeros(rows.shape[1], dtype=torch.float64), total, rows)
+    if runs_in_moments_kernel(rows):
+        add_moments(rows.new_zeros(rows.shape[1], dtype=torch.float64), total, rows)
+    else:
+        _add_blocks(total, rows)
 
 
 def add_sums(
     sums: Tensor, products: Tensor | None, rows: Tensor, *, counts: Tensor | None = None, shift: Tensor | None = None
 ) -> None:
-    """As panther.ops.add_moments, but that anything may be added to `products` above the diagonal: see `mirrored`."""
+    """As panther.ops.add_moments, but that anything may be added to `products` above the diagonal: see `mirrored`.
+
+    Where it is not that op, gradients are recorded as for any operation of torch's.
+    """
     if runs_in_moments_kernel(rows):
         add_moments(sums, products, rows, counts=counts, shift=shift)
         return
     rows = rows if counts is None else rows[counts]
     rows = rows if shift is None else rows - shift
     sums += rows.sum(0)
-    if products is None:
-        return
+    if products is not None:
+        _add_blocks(products, rows)
+
+
+def _add_blocks(total: Tensor, rows: Tensor) -> None:
     n = rows.shape[1]
     for first in range(0, n, BLOCK):
         last = min(first + BLOCK, n)
-        products[first:last, :last] += product(rows[:, first:last].T, rows[:, :last])
+        total[first:last, :last] += product(rows[:, first:last].T, rows[:, :last])
 
 
 def mirrored(matrix: Tensor) -> Tensor:

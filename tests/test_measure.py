@@ -10,11 +10,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from panther import products
 from panther.batches import Call
 from panther.capture import capture
 from panther.errors import CalibrationError
 from panther.factors import Profile
-from panther.measure import Measured, check_batches, measure, passes
+from panther.measure import Accumulator, Measured, check_batches, measure, passes
 from panther.progress import Progress
 from panther.spec import LayerSpec
 
@@ -172,6 +173,25 @@ def test_products_of_wide_layers_are_sketched_where_enough_rows_come(
         return
     assert not torch.allclose(found.covariance, exact, rtol=1e-2, atol=1e-3)
     assert excess(exact, found.covariance, 8) < 0.05 and excess(exact, found.covariance, 16) < 0.07
+
+
+@pytest.mark.parametrize("in_kernel", [True, False])
+@pytest.mark.parametrize("sizes", [(300,), (5, 300, 7), (40, 40, 40, 40), (200, 3, 200)])
+def test_moments_of_small_and_large_padded_batches_are_those_of_all_rows(
+    sizes: tuple[int, ...], in_kernel: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not in_kernel:
+        monkeypatch.setattr(products, "has_moments_kernel", lambda: False)
+    rows, counts = torch.randn(sum(sizes), 20) + 5, torch.rand(sum(sizes)) > 0.2
+    rows[~counts] = torch.nan
+    accumulator = Accumulator()
+    for part, there in zip(rows.split(sizes), counts.split(sizes), strict=True):
+        accumulator.add(part, counts=there)
+    kept = rows[counts].double()
+    found = accumulator.moments()
+    assert found is not None and found.rows == len(kept)
+    torch.testing.assert_close(found.mean, kept.mean(0), rtol=0, atol=1e-5)
+    torch.testing.assert_close(found.covariance, kept.T.cov(correction=0), rtol=0, atol=1e-5)
 
 
 def test_padded_positions_are_left_out() -> None:

@@ -9,9 +9,17 @@ from torch.nn import functional
 
 from panther import products
 from panther.ops import LINEAR
-from panther.products import BLOCK, add_gram, fast_linear, gram, mirrored, product
+from panther.products import BLOCK, add_gram, add_sums, fast_linear, gram, mirrored, product
 
 
+@pytest.fixture(params=["as it is here", "by torch"])
+def either(request, monkeypatch):
+    """Products of rows with themselves in the op, where it has a kernel, and as on other processors."""
+    if request.param == "by torch":
+        monkeypatch.setattr(products, "has_moments_kernel", lambda: False)
+
+
+@pytest.mark.usefixtures("either")
 @pytest.mark.parametrize("features", [0, 1, BLOCK, 2 * BLOCK - 1, 2 * BLOCK, 2 * BLOCK + 1, 3 * BLOCK, 3 * BLOCK + 7])
 @pytest.mark.parametrize("count", [0, 1, 5, 300])
 def test_it_is_the_plain_product_within_rounding(count, features):
@@ -21,6 +29,7 @@ def test_it_is_the_plain_product_within_rounding(count, features):
     assert bool(((got - rows.double().T @ rows.double()).abs() <= bound).all())
 
 
+@pytest.mark.usefixtures("either")
 @pytest.mark.parametrize("features", [0, 1, BLOCK, 2 * BLOCK - 1, 2 * BLOCK + 1, 3 * BLOCK])
 def test_sums_of_products_are_the_product_of_all_rows(features):
     parts = torch.randn(3, 40, features, generator=torch.Generator().manual_seed(0))
@@ -31,6 +40,28 @@ def test_sums_of_products_are_the_product_of_all_rows(features):
     assert got is total and torch.equal(got, got.T)
     bound = len(whole) * torch.finfo(torch.float32).eps * (whole.abs().T @ whole.abs()).double()
     assert bool(((got - whole.double().T @ whole.double()).abs() <= bound).all())
+
+
+@pytest.mark.usefixtures("either")
+@pytest.mark.parametrize("features", [1, BLOCK, 2 * BLOCK + 1])
+@pytest.mark.parametrize("shifted", [False, True])
+@pytest.mark.parametrize("padded", [False, True])
+def test_sums_leave_out_what_is_padding_and_are_shifted(padded, shifted, features):
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randn(60, features, generator=generator)
+    counts = torch.rand(60, generator=generator) > 0.3 if padded else None
+    shift = torch.randn(features, generator=generator) if shifted else None
+    if counts is not None:
+        rows[~counts] = torch.nan
+    sums, total = torch.zeros(features, dtype=torch.float64), torch.zeros(features, features, dtype=torch.float64)
+    add_sums(sums, total, rows, counts=counts, shift=shift)
+    alone = torch.zeros_like(sums)
+    add_sums(alone, None, rows, counts=counts, shift=shift)
+    z = ((rows if counts is None else rows[counts]) - (0 if shift is None else shift)).double()
+    rounding = len(z) * torch.finfo(torch.float32).eps
+    for got in (sums, alone):
+        assert bool(((got - z.sum(0)).abs() <= rounding * z.abs().sum(0)).all())
+    assert bool(((mirrored(total) - z.T @ z).abs() <= rounding * (z.abs().T @ z.abs())).all())
 
 
 def test_rows_that_are_views():

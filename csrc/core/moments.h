@@ -1,9 +1,10 @@
 // Moments of rows: their sum, and the sum of their products with themselves, which is half of a product of matrices.
 //
-// Notation: z_r = x_r - shift for those of the rows of x that count, x (count, n). They are packed into panels of some
-// numbers of each row, a few rows at a time, which stay in the first cache while two panels are multiplied: a block of
-// four numbers of one by two registers of the other is in eight registers while it is summed up (of eight with
-// AVX-512). Sums of the rows that are packed at once are floats, and what they are added to may be doubles.
+// Notation: z_r = x_r - shift for those of the rows of x that count, x (rows, n). They are packed into panels of some
+// numbers of each row, a few rows at a time, which stay in the first cache while two panels are multiplied: four
+// numbers of one by two registers of the other are in eight registers while they are summed up (eight numbers in
+// sixteen with AVX-512). Sums of the rows that are packed at once are floats, and what they are added to may be
+// doubles.
 //
 // Each product is summed in the same order whatever pairs of panels a call multiplies, so that the number of threads
 // changes no bit.
@@ -37,7 +38,7 @@ struct MomentsShape {
 
 MomentsShape moments_shape();
 
-// Packs a block, the rows from `first` on, as many as are one; `sums` (n) are what they add up to.
+// Packs a block, at most `depth` rows from `first` on; `sums` (n) are what they add up to.
 void pack_block(const Rows& rows, int64_t first, float* packed, float* sums);
 
 // Adds the products of `count` packed rows, in one block after the other, to `products` (n, n), on and below the

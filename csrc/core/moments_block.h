@@ -14,7 +14,7 @@ PANTHER_VECTOR inline Vector shifted(const float* numbers, const float* shift, i
 
 PANTHER_VECTOR void pack_block(const Rows& rows, int64_t first, float* packed, float* sums) {
   const int64_t count = std::min(kDepth, rows.count - first), n = rows.n;
-  const int64_t there = (count + kRowsATurn - 1) / kRowsATurn * kRowsATurn;  // the last of them are zeros
+  const int64_t padded = (count + kRowsATurn - 1) / kRowsATurn * kRowsATurn;  // with rows of zeros
   for (int64_t r = 0; r < count; ++r) {
     const float* x = rows.at(first + r);
     float* to = packed + r * kWidth;
@@ -31,7 +31,7 @@ PANTHER_VECTOR void pack_block(const Rows& rows, int64_t first, float* packed, f
     }
   }
   for (int64_t i = 0; i < n; i += kWidth, packed += kWidth * kDepth) {
-    std::fill(packed + count * kWidth, packed + there * kWidth, 0.0f);
+    std::fill(packed + count * kWidth, packed + padded * kWidth, 0.0f);
     Vector low = zeros(), high = zeros();
     for (int64_t r = 0; r < count; ++r) {
       low = add(low, load(packed + r * kWidth));
@@ -42,7 +42,8 @@ PANTHER_VECTOR void pack_block(const Rows& rows, int64_t first, float* packed, f
   }
 }
 
-// The products of a panel with kColumns numbers of each row of another one: as many rows of a tile.
+// The products of a panel with kColumns numbers of each row of another one: as many rows of a tile. Inlined, its sums
+// would share their registers with the loops around it.
 PANTHER_VECTOR __attribute__((noinline)) inline void multiply_panel(const float* panel, const float* numbers,
                                                                     int64_t count, bool adds, float* tile) {
   Vector sums[kColumns][2];
@@ -91,12 +92,12 @@ PANTHER_VECTOR void add_products(const float* packed, int64_t count, int64_t n, 
     const int64_t pairs = std::min(kTiles, last - first);
     for (int64_t r = 0; r < count; r += kDepth) {
       const float* rows = packed + r / kDepth * block;
-      const int64_t there = (std::min(kDepth, count - r) + kRowsATurn - 1) / kRowsATurn * kRowsATurn;
+      const int64_t padded = (std::min(kDepth, count - r) + kRowsATurn - 1) / kRowsATurn * kRowsATurn;
       Pair pair = start;
       for (int64_t t = 0; t < pairs; ++t, pair.next()) {
         const float *panel = rows + pair.p * kWidth * kDepth, *others = rows + pair.q * kWidth * kDepth;
         for (int64_t s = 0; s < kWidth; s += kColumns) {
-          multiply_panel(panel, others + s, there, r > 0, tiles + t * kSize + s * kWidth);
+          multiply_panel(panel, others + s, padded, r > 0, tiles + t * kSize + s * kWidth);
         }
       }
     }

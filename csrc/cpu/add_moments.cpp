@@ -17,7 +17,8 @@ namespace {
 
 using namespace panther;
 
-constexpr int64_t kRoom = 1 << 20;  // numbers that are packed at once, at most, where a block is not more
+constexpr int64_t kRoom = 1 << 20;     // numbers that are packed at once, at most, where a block is not more
+constexpr int64_t kMostPacked = 1024;  // rows, since the sums of their products are floats
 
 // Refuses in the words of panther/ops/add_moments.py.
 void check(const Tensor& sums, const std::optional<Tensor>& products, const Tensor& x,
@@ -64,7 +65,8 @@ template <class Sum>
 void add_all(const core::Rows& rows, double* sums, Sum* products) {
   const core::MomentsShape shape = core::moments_shape();
   const int64_t n = rows.n, size = shape.block_size(n), pairs = shape.pairs(n);
-  const int64_t at_once = std::min(shape.blocks(rows.count), std::max<int64_t>(1, kRoom / size));
+  const int64_t at_once =
+      std::min({shape.blocks(rows.count), std::max<int64_t>(1, kRoom / size), kMostPacked / shape.depth});
   const auto room = core::lines_of(at_once * size);
   float* packed = room[0].numbers;
   std::vector<float> of_blocks(at_once * n);

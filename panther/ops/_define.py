@@ -39,12 +39,13 @@ class Op:
 
     def _in_standard_ops(self, *inputs: Any) -> Any:
         device_type = inputs[0].device.type
-        is_cast = autocasts(device_type) and not self.accumulates
-        return (_casting(self.reference, device_type) if is_cast else self.reference)(*inputs)
+        if not autocasts(device_type):
+            return self.reference(*inputs)
+        return _outside_autocast(self.reference, device_type, casts=not self.accumulates)(*inputs)
 
     @property
     def accumulates(self) -> bool:
-        """Whether it adds to its first input and returns nothing."""
+        """Whether it adds to some of its inputs and returns nothing."""
         return bool(self.overload._schema.is_mutable)
 
     def has_kernel(self, device_type: str) -> bool:
@@ -69,8 +70,8 @@ def define(
     forward-mode tangents see the reference.
     flops: what one run needs, from the shapes of tensors and from other inputs as they are; torch's FlopCounterMode
     counts it. What a backward needs is counted from the standard ops that it is made of.
-    An op that accumulates comes without backward, and then without autocast: its casts would be copies, not what is
-    added to.
+    An op that accumulates comes without backward, and autocast leaves its inputs alone: casts would be copies, not what
+    is added to.
     """
     name = schema.partition("(")[0]
     qualified = f"panther::{name}"
@@ -82,11 +83,11 @@ def define(
     # The key that every torch.func transform sets first: the transforms meet standard ops only. A backward from
     # register_autograd would raise inside them.
     _LIBRARY.impl(name, reference, "FuncTorchDynamicLayerFrontMode")
-    if backward is None:
-        return op
-    torch.library.register_autograd(qualified, backward, setup_context=setup_context, lib=_LIBRARY)
     for device_type in ("cpu", "cuda", "mps", "xpu"):
-        _LIBRARY.impl(name, _casting(op.overload, device_type), "Autocast" + device_type.upper())
+        kernel = _outside_autocast(op.overload, device_type, casts=not op.accumulates)
+        _LIBRARY.impl(name, kernel, "Autocast" + device_type.upper())
+    if backward is not None:
+        torch.library.register_autograd(qualified, backward, setup_context=setup_context, lib=_LIBRARY)
     return op
 
 
@@ -106,18 +107,17 @@ def _falling_back_to(reference: Callable[..., Any]) -> Callable[..., Any]:
     return kernel
 
 
-def _casting(function: Callable[..., Any], device_type: str) -> Callable[..., Tensor]:
-    """An op, or its reference, for inputs inside torch.autocast: casts, then calls it outside of that."""
+def _outside_autocast(function: Callable[..., Any], device_type: str, *, casts: bool) -> Callable[..., Any]:
+    """An op, or its reference, for inputs inside torch.autocast: they are cast, if at all, and it runs outside."""
 
     def cast(value: Any, dtype: torch.dtype) -> Any:
         # float64 stays what it is, which is the rule of torch's own autocast ops.
-        lower = isinstance(value, Tensor) and value.is_floating_point() and value.dtype != torch.float64
+        lower = casts and isinstance(value, Tensor) and value.is_floating_point() and value.dtype != torch.float64
         return value.to(dtype) if lower else value
 
-    def call(*inputs: Any) -> Tensor:
+    def call(*inputs: Any) -> Any:
         dtype = torch.get_autocast_dtype(device_type)
         with torch.autocast(device_type, enabled=False):
-            result: Tensor = function(*(cast(value, dtype) for value in inputs))
-        return result
+            return function(*(cast(value, dtype) for value in inputs))
 
     return call

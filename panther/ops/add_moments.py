@@ -20,7 +20,7 @@ def reference(sums: Tensor, products: Tensor | None, x: Tensor, counts: Tensor |
     _check(sums, products, x, counts, shift)
     z = x if shift is None else x - shift
     if counts is not None:  # whatever the others hold
-        z = torch.where(counts.unsqueeze(1), z, torch.zeros_like(z))
+        z = torch.where(counts.unsqueeze(1), z, 0.0)
     sums += z.sum(0, dtype=torch.float64)
     if products is not None:
         products += (z.T @ z).tril()
@@ -103,8 +103,8 @@ def add_moments(
 
     With z = x - shift for the rows of x that count (all of them without `counts`), sums += sum z and products +=
     sum z z^T. What is above the diagonal stays as it is. Rows that do not count may hold anything. Some rows at a time
-    are summed in float32, on the CPU at most 128, with the same bits for any number of threads. No gradient is
-    recorded.
+    are summed in float32: in the kernel of the CPU at most 1,024 for products and 128 for sums, with the same bits for
+    any number of threads. No gradient is recorded.
 
     Shapes: sums (n), products (n, n) or None, x (rows, n), counts (rows), shift (n).
     Cost:   rows*n*(n+1)/2 multiply-adds, half of those of x^T x.
