@@ -63,14 +63,15 @@ def shrinkage(features: int, rows: int) -> int:
     return max(1, rows // (SKETCH_PER_FEATURE * features)) if features >= SKETCHED_FROM else 1
 
 
-def shrunk(rows: Tensor, times: int, *, first_row: int, seed: int = 0) -> Tensor:
-    """A sketch of (count, n) rows in (count / times, n), whose product with itself is near theirs."""
+def shrunk(rows: Tensor, times: int, *, shift: Tensor, first_row: int, seed: int = 0) -> Tensor:
+    """A sketch of (count, n) rows less `shift` (n) in (count / times, n), whose product with itself is near theirs."""
     size = len(rows) // times
     if times == 1 or size < FEWEST_SKETCHED or rows.device.type != "cpu":
-        return rows
-    sketch = rows.new_zeros(size, rows.shape[1])
-    sparse_sign_sketch(rows, sketch, first_row=first_row, seed=seed)
-    return sketch
+        return rows - shift
+    sketch, of_ones = rows.new_zeros(size, rows.shape[1]), rows.new_zeros(size, 1)
+    for part, into in ((rows, sketch), (rows.new_ones(len(rows), 1), of_ones)):
+        sparse_sign_sketch(part, into, first_row=first_row, seed=seed)
+    return sketch.addmm_(of_ones, shift.unsqueeze(0), alpha=-1)
 
 
 def enough_pending(features: int, in_kernel: bool) -> int:
@@ -118,9 +119,9 @@ class Accumulator:
         elif times == 1 and not self.pending and count >= enough:
             add_sums(self.total, self._products(rows), rows, counts=counts, shift=self.shift)
         else:
-            rows = (rows if counts is None else rows[counts]) - self.shift
-            self.total += rows.sum(0)
-            self.pending.append(shrunk(rows, times, first_row=seen))
+            rows = rows if counts is None else rows[counts]
+            add_sums(self.total, None, rows, shift=self.shift)
+            self.pending.append(shrunk(rows, times, shift=self.shift, first_row=seen))
             if sum(map(len, self.pending)) >= enough:
                 self._take_products()
 
