@@ -265,7 +265,7 @@ def _layers(model: nn.Module, factors: Mapping[str, Factors], choice: Choice, se
         if bias is not None:
             module.bias.copy_(bias)
         whole = second.profile
-        taken_over = columns.kept.solve(torch.eye(second.spec.in_features, dtype=torch.float32), count)[1].double()
+        taken_over = columns.kept.taken_over(count).double()
         moments = Moments(whole.rows, torch.zeros(count, dtype=torch.float32), columns.covariance(count))
         seen = Seen(
             inputs=moments, sensitivity=_of_second(whole.seen.sensitivity, second.spec, module.weight, taken_over)

@@ -12,17 +12,20 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor
 
 from panther.chains import CHANNELS
 from panther.factors import Decomposed
+from panther.products import product
 from panther.sketches import SENSITIVITY_RIDGE, Moments, with_ridge
 
 # Of the mean variance of a channel, added to C: rarely active channels are not to be trusted to stand for others.
 RIDGE = 1e-3
 COUNTS = 96  # of channels that are offered, at most
+SHRUNK = 0.85  # of the channels in the matrices: with fewer to come, those that are left are copied into smaller ones
 STEP = 8  # counts of channels are multiples of this, as ranks are
 
 
@@ -53,9 +56,9 @@ class Columns(Decomposed):
 
     def covariance(self, count: int) -> Tensor:
         """Of the first so many channels, rising by their index; (count, count), float64."""
-        lower = self.kept.lower[:count, :count].double()
+        lower = self.kept.lower[:count, :count]
         places = self.kept.order[:count].argsort()
-        return (lower @ lower.T)[places][:, places]
+        return product(lower, lower.T)[places][:, places].double()
 
 
 @dataclass(frozen=True)
@@ -81,27 +84,48 @@ class _Kept:
         """
         size = len(covariance)
         ridge = RIDGE * (float(covariance.diagonal().mean()) or 1.0)
-        known = covariance + ridge * torch.eye(size, dtype=covariance.dtype)
+        known = covariance.clone()
+        known.diagonal().add_(ridge)
         gram = _seen_by_the_model(weight, sensitivity)
         energy = float((gram * covariance).sum()) or 1.0
         inverse = torch.cholesky_inverse(with_ridge(known, 0.0))
-        left, gone, lost = torch.ones(size, dtype=torch.bool), list[int](), 0.0
+        channels, left, gone, lost = torch.arange(size), torch.ones(size, dtype=torch.bool), list[int](), 0.0
         found = []
         for count in _counts(size):
-            lost += _leave_out(gram, inverse, left, gone, int(left.sum()) - count)
+            if count < SHRUNK * len(channels):  # what has left takes no more part in the products
+                stay = left.nonzero().flatten()
+                channels, gram, inverse = channels[stay], gram[stay[:, None], stay], inverse[stay[:, None], stay]
+                left = left[stay]
+            out, more = _leave_out(gram, inverse, left, int(left.sum()) - count)
+            gone += channels[out].tolist()
+            lost += more
             found.append((count, min(1.0, max(0.0, lost / energy))))
-        order = torch.tensor([*left.nonzero().flatten().tolist(), *reversed(gone)])
+        order = torch.tensor([*channels[left].tolist(), *reversed(gone)])
         lower = with_ridge(known[order][:, order], 0.0).float()
         counts, errors = zip(*reversed(found), strict=True)
         return cls(order, lower, counts, errors)
 
     def solve(self, weight: Tensor, count: int) -> tuple[Tensor, Tensor]:
         """Indices (count,) of the channels that stay, rising, and the matrix (m, count) for them, float32."""
-        lower = self.lower[:count]
-        cross = (weight.float()[:, self.order] @ self.lower) @ lower.T  # W C, of the channels that stay
-        solved = torch.cholesky_solve(cross.T, lower[:, :count]).T
-        index, places = self.order[:count].sort()
+        stay, gone = self.order[:count], self.order[count:]
+        solved = weight.float()[:, stay] + weight.float()[:, gone] @ self._stand_for(count)
+        index, places = stay.sort()
         return index, solved[:, places].contiguous()
+
+    def taken_over(self, count: int) -> Tensor:
+        """What each of the channels that stay stands for of all channels, (h, count) float32; both rising."""
+        found = torch.zeros(len(self.order), count, dtype=torch.float32)
+        found[self.order[:count], torch.arange(count)] = 1.0
+        found[self.order[count:]] = self._stand_for(count)
+        return found[:, self.order[:count].argsort()]
+
+    def _stand_for(self, count: int) -> Tensor:
+        """What each of the first so many channels stands for of the others, (h - count, count), both in this order.
+
+        Of C the block of the others with them, times the inverse of their own: (B A^T) (A A^T)^-1 = B A^-1.
+        """
+        lower = self.lower[:, :count]
+        return cast(Tensor, torch.linalg.solve_triangular(lower[:count], lower[count:], upper=False, left=False))
 
 
 def _counts(size: int) -> Iterator[int]:
@@ -121,29 +145,30 @@ def _seen_by_the_model(weight: Tensor, sensitivity: Tensor | None) -> Tensor:
     return (sensitivity.double().cpu() + SENSITIVITY_RIDGE * gram) / (1 + SENSITIVITY_RIDGE)
 
 
-def _leave_out(gram: Tensor, inverse: Tensor, left: Tensor, gone: list[int], count: int) -> float:
-    """Leave out so many channels, in place, and return what that loses.
+def _leave_out(gram: Tensor, inverse: Tensor, left: Tensor, count: int) -> tuple[list[int], float]:
+    """Leave out so many channels, in place, and return which in their order, and what that loses.
 
     gram: W^T G W of the W that is solved anew after each channel, of which w_i goes over to the others as
     w_i (C^-1)_i / (C^-1)_ii. inverse: C^-1 of the channels that are left. Both are brought up to date once for all
     channels that go; until then only their diagonals and the columns that are read.
     """
-    size, lost = len(left), 0.0
-    parts, shares, moved = (gram.new_zeros(size, count) for _ in range(3))
+    size, lost, gone = len(left), 0.0, list[int]()
+    # Of each channel that goes a row, in which a number of another stands in its column: they are read side by side.
+    parts, shares, moved = (gram.new_zeros(count, size) for _ in range(3))
     costs, diagonal = gram.diagonal().clone(), inverse.diagonal().clone()
     for done in range(count):
         index = int(torch.where(left, costs / diagonal.clamp_min(1e-300), math.inf).argmin())
-        column = inverse[:, index] - parts[:, :done] @ parts[index, :done]
-        read = gram[:, index] - moved[:, :done] @ shares[index, :done] - shares[:, :done] @ moved[index, :done]
+        column = inverse[index] - parts[:done, index] @ parts[:done]
+        read = gram[index] - shares[:done, index] @ moved[:done] - moved[:done, index] @ shares[:done]
         pivot = column[index].clamp_min(1e-300)
         lost += max(0.0, float(read[index] / pivot))
-        shares[:, done] = column / pivot
-        moved[:, done] = read - read[index] / 2 * shares[:, done]
-        parts[:, done] = column / pivot.sqrt()
-        costs -= 2 * moved[:, done] * shares[:, done]
-        diagonal -= parts[:, done].square()
+        shares[done] = column / pivot
+        moved[done] = read - read[index] / 2 * shares[done]
+        parts[done] = column / pivot.sqrt()
+        costs -= 2 * moved[done] * shares[done]
+        diagonal -= parts[done].square()
         left[index] = False
         gone.append(index)
-    inverse.addmm_(parts, parts.T, alpha=-1)
-    gram.addmm_(moved, shares.T, alpha=-1).addmm_(shares, moved.T, alpha=-1)
-    return lost
+    inverse.addmm_(parts.T, parts, alpha=-1)
+    gram.addmm_(moved.T, shares, alpha=-1).addmm_(shares.T, moved, alpha=-1)
+    return gone, lost

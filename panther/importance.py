@@ -20,6 +20,7 @@ from panther.batches import Call, inference, masked_rows, run, runs, squared_err
 from panther.factors import Factors
 from panther.products import fast_linear
 from panther.progress import Progress
+from panther.replay import HELD_BYTES, Record, record
 from panther.spec import Capture, Choice
 
 SAMPLES = 32  # at most
@@ -58,11 +59,20 @@ class Reference:
         """Whether the model answers with any number that could be compared."""
         return any(answers for answers in self.outputs)
 
-    def divergence(self, factors: Mapping[str, Factors], choices: Sequence[Choice]) -> float:
+    def records(self) -> list[Record]:
+        """What the dense model's modules answer to each call."""
+        with inference(self.model), fast_linear():
+            return [record(self.model, call, HELD_BYTES / len(self.calls)) for call in self.calls]
+
+    def divergence(
+        self, factors: Mapping[str, Factors], choices: Sequence[Choice], records: Sequence[Record] = ()
+    ) -> float:
         """Mean squared error of the model's outputs when these layers are what the choices say.
 
         In units of each output's variance; padded positions of (batch, length, ...) outputs are left out. What is named
         logits counts by the divergence of its probabilities, in units of that of a constant answer.
+
+        records: of each call, where what comes before the first of these layers is not to be computed again.
         """
         tensors: dict[str, Tensor] = {}
         gained: dict[nn.Module, Tensor] = {}
@@ -76,9 +86,11 @@ class Reference:
                 elif bias is not None:
                     gained[module] = bias.reshape(-1, *(1,) * len(factors[choice.layer].spec.kernel_size))
         lost, count = 0.0, 0
+        changed = [self.model.get_parameter(name) for name in tensors]
         with inference(self.model), fast_linear(), _with_biases(gained):
-            for call, answers in zip(self.calls, self.outputs, strict=True):
-                output = run(self.model, call, tensors=tensors)
+            for call, answers, known in itertools.zip_longest(self.calls, self.outputs, records):
+                with contextlib.nullcontext() if known is None else known.replayed(changed):
+                    output = run(self.model, call, tensors=tensors)
                 for place, (answer, got) in enumerate(
                     itertools.zip_longest(answers, answers_of(output)[: len(answers)])
                 ):
@@ -145,9 +157,10 @@ def importance(
 ) -> dict[str, Importance]:
     """D = a E^b for every layer, from at most two truncations and one run of the model each."""
     found = {}
+    records = against.records() if len(options) > 1 else []
     for name in (progress or Progress(False)).track(options, "importance", len(options)):
         probes = _probes(options[name])
-        found[name] = fit([(choice.error, against.divergence(factors, [choice])) for choice in probes])
+        found[name] = fit([(choice.error, against.divergence(factors, [choice], records)) for choice in probes])
     return found
 
 

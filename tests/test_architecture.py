@@ -39,6 +39,7 @@ HELPERS = {
     "request",
     "opening",
     "padding",
+    "replay",
 }
 
 # The registry in each family's __init__.py.
@@ -60,6 +61,7 @@ ALLOWED = {
     "build_info": {"ops"},
     "batches": {"errors"},
     "padding": {"batches"},
+    "replay": {"batches"},
     "sizes": {"nn"},
     "ops": set(),
     "quantise": {*NOUNS, "sketches"},
@@ -78,7 +80,7 @@ ALLOWED = {
     "opening": {"batches", "nn"},
     "request": {*NOUNS, "allocators", "batches", "nn", "opening", "progress"},
     "prepared": {*STAGES, *HELPERS, *NOUNS, "channels", "nn"},
-    "columns": {*NOUNS, "factors", "sketches"},
+    "columns": {*NOUNS, "factors", "products", "sketches"},
     "channels": {*STAGES, *HELPERS, *NOUNS, "allocators", "nn", "sketches"},
     "trials": {*STAGES, *HELPERS, *NOUNS, "prepared", "allocators", "tuner"},
     "solve": {*STAGES, *HELPERS, *NOUNS, "channels", "prepared", "trials", "allocators"},

@@ -223,6 +223,29 @@ def test_importance_predicts_the_divergence_where_it_was_measured() -> None:
             assert found[name].divergence(choice.error) == pytest.approx(measured, rel=0.3)
 
 
+@pytest.mark.parametrize("batches", [1, 3])
+def test_importance_is_the_same_whether_or_not_what_comes_before_a_layer_is_computed_again(
+    batches: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    layers = [nn.Sequential(nn.Linear(16, 16), nn.ReLU(inplace=True)) for _ in range(4)]
+    prepared = Prepared(nn.Sequential(*layers, nn.Linear(16, 16)), calls_for(batches))
+    runs: list[nn.Module] = []
+    forward = nn.Linear.forward
+
+    def counted(self: nn.Linear, x: Tensor) -> Tensor:
+        runs.append(self)
+        return forward(self, x)
+
+    monkeypatch.setattr(nn.Linear, "forward", counted)
+    found = importance(prepared.reference, prepared.factors, prepared.options)
+    # The run that is watched, one that finds that memory answers alike, and twice from each of the layers on.
+    assert len(found) == 5 and len(runs) == batches * (5 + 1 + 2 * (5 + 4 + 3 + 2 + 1))
+    monkeypatch.setattr(Reference, "records", lambda self: [])
+    runs.clear()
+    assert importance(prepared.reference, prepared.factors, prepared.options) == found
+    assert len(runs) == batches * 5 * 2 * 5
+
+
 def test_a_layer_that_matters_ten_times_as_much_is_found_to() -> None:
     class Weighted(nn.Module):
         def __init__(self) -> None:

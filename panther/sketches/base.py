@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol, cast
@@ -135,12 +136,14 @@ def with_ridge(matrix: Tensor, ridge: float) -> Tensor:
     Shapes: matrix (n, n), float64 -> (n, n), lower.
     Raises: torch.linalg.LinAlgError for a matrix that is not finite.
     """
-    if not bool(torch.isfinite(matrix).all()):
+    if not math.isfinite(float(matrix.sum())):
         raise LinAlgError("a matrix of products holds NaN or Inf")
     scale = float(matrix.diagonal().abs().mean()) or 1.0  # where all are rounding errors, some are negative
-    identity = torch.eye(matrix.shape[0], dtype=matrix.dtype)
     while True:  # a ridge of about the diagonal's size always ends this
-        factor, failed = torch.linalg.cholesky_ex(matrix + ridge * scale * identity)
+        raised = matrix.clone()
+        raised.diagonal().add_(ridge * scale)
+        factor, failed = torch.linalg.cholesky_ex(raised)
+        del raised
         if not int(failed):
             return cast(Tensor, factor)
         ridge = max(10 * ridge, 1e-15)
