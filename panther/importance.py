@@ -9,14 +9,15 @@ from __future__ import annotations
 import contextlib
 import itertools
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor, nn
 from torch.nn.functional import log_softmax
 
 from panther.answers import answers_of, class_divergence, named_logits
-from panther.batches import Call, inference, masked_rows, run, runs, squared_error
+from panther.batches import Call, inference, masked_rows, run, runs, squared_error, unchanged
 from panther.factors import Factors
 from panther.products import fast_linear
 from panther.progress import Progress
@@ -31,6 +32,7 @@ CLOSER = 4
 FLOPS = 2e12  # of all truncations together, which fewer samples keep to: 10 to 30 seconds on two cores
 KEPT = (0.5, 0.25)  # sizes at which a layer is truncated, as a share of its weights
 LEAST_ERROR = 1e-6  # of a truncation that tells anything: what is below is rounding, in the error and in the output
+CHECKED = 16  # of so many layers one's figure from memory is compared with that of a whole run
 B_RANGE = (0.5, 2.0)  # a slope outside of this comes from noise: divergence is about linear in the lost energy
 
 
@@ -89,14 +91,25 @@ class Reference:
         changed = [self.model.get_parameter(name) for name in tensors]
         with inference(self.model), fast_linear(), _with_biases(gained):
             for call, answers, known in itertools.zip_longest(self.calls, self.outputs, records):
-                with contextlib.nullcontext() if known is None else known.replayed(changed):
-                    output = run(self.model, call, tensors=tensors)
+                with unchanged(self.model):
+                    output = _answered(self.model, call, tensors, changed, known)
                 for place, (answer, got) in enumerate(
                     itertools.zip_longest(answers, answers_of(output)[: len(answers)])
                 ):
                     lost += (_class_error if place == self.scores else squared_error)(answer, got, call)
                     count += answer.numel()
         return lost / max(1, count)
+
+
+def _answered(
+    model: nn.Module, call: Call, tensors: Mapping[str, Tensor], changed: Collection[Tensor], known: Record | None
+) -> Any:
+    """What a model answers with other tensors; from a record of it as far as that goes."""
+    with contextlib.suppress(Exception):  # the whole run says what a model raises
+        if known is not None and known.answers:
+            with unchanged(model), known.replayed(changed):
+                return run(model, call, tensors=tensors)
+    return run(model, call, tensors=tensors)
 
 
 def _class_error(answer: Tensor, got: Tensor | None, call: Call) -> float:
@@ -140,8 +153,11 @@ def reference(model: nn.Module, calls: Sequence[Call], samples: int = SAMPLES) -
         left -= call.batch_size
     if left < 0 and runs(model, last := chosen[-1].rows(0, chosen[-1].batch_size + left)):
         chosen[-1] = last
+    found = []
     with inference(model), fast_linear():
-        found = [run(model, call) for call in chosen]
+        for call in chosen:
+            with unchanged(model):
+                found.append(run(model, call))
     outputs = tuple(tuple(answers_of(output)) for output in found)
     named = named_logits(found[0]) if found else None
     scores = next((place for place, answer in enumerate(outputs[0] if outputs else ()) if answer is named), None)
@@ -156,12 +172,19 @@ def importance(
     progress: Progress | None = None,
 ) -> dict[str, Importance]:
     """D = a E^b for every layer, from at most two truncations and one run of the model each."""
-    found = {}
     records = against.records() if len(options) > 1 else []
+    probes = {name: _probes(choices) for name, choices in options.items()}
+    lost: dict[str, list[float]] = {}
     for name in (progress or Progress(False)).track(options, "importance", len(options)):
-        probes = _probes(options[name])
-        found[name] = fit([(choice.error, against.divergence(factors, [choice], records)) for choice in probes])
-    return found
+        lost[name] = [against.divergence(factors, [choice], records) for choice in probes[name]]
+    # The last layer and some before it, where most comes from memory: what a record has missed shows there.
+    checked = [name for name in reversed(probes) if probes[name]][::CHECKED] if any(r.answers for r in records) else []
+    if any(against.divergence(factors, probes[name][:1]) != lost[name][0] for name in checked):
+        lost = {name: [against.divergence(factors, [choice]) for choice in found] for name, found in probes.items()}
+    return {
+        name: fit([(choice.error, d) for choice, d in zip(found, lost[name], strict=True)])
+        for name, found in probes.items()
+    }
 
 
 def _probes(options: Sequence[Choice]) -> list[Choice]:

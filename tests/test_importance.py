@@ -238,12 +238,70 @@ def test_importance_is_the_same_whether_or_not_what_comes_before_a_layer_is_comp
 
     monkeypatch.setattr(nn.Linear, "forward", counted)
     found = importance(prepared.reference, prepared.factors, prepared.options)
-    # The run that is watched, one that finds that memory answers alike, and twice from each of the layers on.
-    assert len(found) == 5 and len(runs) == batches * (5 + 1 + 2 * (5 + 4 + 3 + 2 + 1))
+    # The run that is watched, one that finds that memory answers alike, twice from each of the layers on, and a check.
+    assert len(found) == 5 and len(runs) == batches * (5 + 1 + 2 * (5 + 4 + 3 + 2 + 1) + 5)
     monkeypatch.setattr(Reference, "records", lambda self: [])
     runs.clear()
     assert importance(prepared.reference, prepared.factors, prepared.options) == found
     assert len(runs) == batches * 5 * 2 * 5
+
+
+@pytest.mark.parametrize("batches", [1, 3])
+def test_importance_is_the_same_where_modules_hide_what_they_do(batches: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Store:
+        held: Tensor
+
+    class Part(nn.Module):
+        """Leaves its input where neither it nor the model has it as an attribute."""
+
+        def __init__(self, store: Store) -> None:
+            super().__init__()
+            self.layer, self.store = nn.Linear(16, 16), store
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.store.held = x
+            answer: Tensor = self.layer(x)
+            return answer
+
+    class Hides(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.store = Store()
+            self.first, self.part, self.last = nn.Linear(16, 16), Part(self.store), nn.Linear(16, 16)
+
+        def forward(self, x: Tensor) -> Tensor:
+            answer: Tensor = self.last(self.part(self.first(x))) + self.store.held
+            return answer
+
+    prepared = Prepared(Hides(), calls_for(batches))
+    found = importance(prepared.reference, prepared.factors, prepared.options)
+    monkeypatch.setattr(Reference, "records", lambda self: [])
+    assert importance(prepared.reference, prepared.factors, prepared.options) == found
+
+
+def test_a_call_leaves_nothing_to_the_next() -> None:
+    class Recurrent(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.own, self.new, self.last = nn.Linear(16, 16), nn.Linear(16, 16), nn.Linear(16, 16)
+            self.state = torch.zeros(1, 16)
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.state = torch.tanh(self.own(self.state) + self.new(x))
+            answer: Tensor = self.last(self.state)
+            return answer
+
+    model, calls = Recurrent(), calls_for(3)
+    prepared = Prepared(model, calls)
+    with torch.no_grad():
+        alone = [prepared.model.last(torch.tanh(model.own(torch.zeros(1, 16)) + model.new(*c.args))) for c in calls]
+    assert all(torch.equal(a, b) for (a,), b in zip(prepared.reference.outputs, alone, strict=True))
+    found = importance(prepared.reference, prepared.factors, prepared.options)
+    choice = best_within(prepared.options["new"], 0.5)
+    assert choice is not None
+    assert found["new"].divergence(choice.error) == pytest.approx(
+        prepared.reference.divergence(prepared.factors, [choice]), rel=0.3
+    )
 
 
 def test_a_layer_that_matters_ten_times_as_much_is_found_to() -> None:
