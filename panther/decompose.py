@@ -23,6 +23,7 @@ from panther.columns import channels_of
 from panther.factors import Decomposed, Factors, Profile, Rounding, convolve, dense_weight, mean_patch, on_grid
 from panther.nn.factor import compose
 from panther.nn.pivoted import Pivots
+from panther.products import fast_layers
 from panther.quantise import MOST_FEATURES, RIDGE, Rounded, in_data_norm, incoherent, lost
 from panther.sketches import SENSITIVITY_RIDGE, SKETCHES, LowRank, Moments, Seen, with_ridge
 from panther.spec import BITS, DTYPES, Choice, Cost, Grid, LayerSpec, Pair
@@ -324,7 +325,8 @@ def _energy(factors: Factors, weight: Tensor) -> float:
     samples, sensitivity = factors.profile.samples, factors.profile.seen.sensitivity
     if samples is None:
         return 0.0
-    outputs = convolve(factors.spec, factors.module, samples, weight).transpose(0, 1).flatten(1)
+    with fast_layers():
+        outputs = convolve(factors.spec, factors.module, samples, weight).transpose(0, 1).flatten(1)
     centred = outputs - outputs.mean(1, keepdim=True)
     if sensitivity is not None:
         centred = with_ridge(sensitivity.double(), SENSITIVITY_RIDGE).float().T @ centred

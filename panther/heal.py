@@ -45,7 +45,7 @@ from panther.healers.terms import reorder
 from panther.healers.training import Progressed
 from panther.nn.surgery import copied
 from panther.padding import without_padding
-from panther.products import fast_linear
+from panther.products import fast_layers
 from panther.progress import Progress
 from panther.request import parse_seed
 from panther.spec import Heal, Healed, LayerSpec
@@ -107,7 +107,7 @@ def heal(
     if not isinstance(data, Calibration):
         data, note = without_padding(calibration(calib_data, as_call(example_inputs), teacher))
     shown = progress if isinstance(progress, Progress) else Progress(progress)
-    with _without_caches(teacher), _without_caches(student), fast_linear():
+    with _without_caches(teacher), _without_caches(student), fast_layers():
         healer = _Healer(teacher, student, data, wanted, seed, shown)
         healer.notes += [note] if note else []
         if checkpoint is not None:

@@ -19,7 +19,7 @@ from torch.nn.functional import log_softmax
 from panther.answers import answers_of, class_divergence, named_logits
 from panther.batches import Call, inference, masked_rows, run, runs, squared_error, unchanged
 from panther.factors import Factors
-from panther.products import fast_linear
+from panther.products import fast_layers
 from panther.progress import Progress
 from panther.replay import HELD_BYTES, Record, record
 from panther.spec import Capture, Choice
@@ -63,7 +63,7 @@ class Reference:
 
     def records(self) -> list[Record]:
         """What the dense model's modules answer to each call."""
-        with inference(self.model), fast_linear():
+        with inference(self.model), fast_layers():
             return [record(self.model, call, HELD_BYTES / len(self.calls)) for call in self.calls]
 
     def divergence(
@@ -89,10 +89,9 @@ class Reference:
                     gained[module] = bias.reshape(-1, *(1,) * len(factors[choice.layer].spec.kernel_size))
         lost, count = 0.0, 0
         changed = [self.model.get_parameter(name) for name in tensors]
-        with inference(self.model), fast_linear(), _with_biases(gained):
+        with inference(self.model), fast_layers(), _with_biases(gained):
             for call, answers, known in itertools.zip_longest(self.calls, self.outputs, records):
-                with unchanged(self.model):
-                    output = _answered(self.model, call, tensors, changed, known)
+                output = _answered(self.model, call, tensors, changed, known)
                 for place, (answer, got) in enumerate(
                     itertools.zip_longest(answers, answers_of(output)[: len(answers)])
                 ):
@@ -105,11 +104,11 @@ def _answered(
     model: nn.Module, call: Call, tensors: Mapping[str, Tensor], changed: Collection[Tensor], known: Record | None
 ) -> Any:
     """What a model answers with other tensors; from a record of it as far as that goes."""
-    with contextlib.suppress(Exception):  # the whole run says what a model raises
-        if known is not None and known.answers:
-            with unchanged(model), known.replayed(changed):
-                return run(model, call, tensors=tensors)
-    return run(model, call, tensors=tensors)
+    if known is not None and known.answers:
+        with contextlib.suppress(Exception), unchanged(model), known.replayed(changed):
+            return run(model, call, tensors=tensors)
+    with unchanged(model):  # which says what the model raises
+        return run(model, call, tensors=tensors)
 
 
 def _class_error(answer: Tensor, got: Tensor | None, call: Call) -> float:
@@ -154,7 +153,7 @@ def reference(model: nn.Module, calls: Sequence[Call], samples: int = SAMPLES) -
     if left < 0 and runs(model, last := chosen[-1].rows(0, chosen[-1].batch_size + left)):
         chosen[-1] = last
     found = []
-    with inference(model), fast_linear():
+    with inference(model), fast_layers():
         for call in chosen:
             with unchanged(model):
                 found.append(run(model, call))

@@ -26,7 +26,7 @@ from panther.ops import sparse_sign_sketch
 from panther.products import (
     add_gram,
     add_sums,
-    fast_linear,
+    fast_layers,
     has_moments_kernel,
     mirrored,
     runs_in_moments_kernel,
@@ -316,7 +316,7 @@ def _measure(
     ]
     try:
         reacting = Reactions(model, [watch.spec for watch in watches], seed, chunk)
-        with inference(model), fast_linear(), reacting as reactions:
+        with inference(model), fast_layers(), reacting as reactions:
             for index, call in enumerate(batches):
                 _refuse_non_finite(call, index)
                 if gradient_samples <= 0:

@@ -494,3 +494,18 @@ def test_a_model_that_breaks_is_walked_with_two_calls_and_is_left_without_hooks(
     found = stretches(model, [Call((torch.randn(2, 63, 8),))] * 3, STOPS, 1e9)
     assert found == [Stretch(("first",), 2)] or sum(len(walk.stops) for walk in found) == 3
     assert all(walk.calls <= 3 for walk in found) and hooks_of(model) == 0
+
+
+def test_calls_convolve_images_that_are_one_number_wide_as_sequences(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Modes of torch belong to a thread, and each call has one."""
+    shapes = []
+
+    def counted(x: Tensor, *others: Any) -> Tensor:
+        shapes.append(tuple(x.shape))
+        return torch.conv1d(x, *others)
+
+    monkeypatch.setattr(torch.nn.functional, "conv1d", counted)
+    model = nn.Sequential(nn.Conv2d(2, 3, (3, 1)), nn.ReLU(), nn.Conv2d(3, 2, (3, 1)))
+    given = [Call((torch.randn(size, 2, 9, 1),)) for size in (2, 4)]
+    assert [name for name, _ in walk(model, given, ["2"])] == ["2"]
+    assert shapes == [(2, 2, 9), (4, 2, 9), (2, 3, 7), (4, 3, 7)]

@@ -9,7 +9,7 @@ from torch.nn import functional
 
 from panther import products
 from panther.ops import LINEAR
-from panther.products import BLOCK, add_gram, add_sums, fast_linear, gram, mirrored, product
+from panther.products import BLOCK, add_gram, add_sums, fast_layers, gram, mirrored, product
 
 
 @pytest.fixture(params=["as it is here", "by torch"])
@@ -111,7 +111,7 @@ def test_layers_and_their_gradients_are_the_same_within(calls):
     layer = nn.Linear(200, 150)
     x = torch.randn(4, 10, 200, requires_grad=True)
     got = []
-    for context in (fast_linear(), torch.enable_grad()):
+    for context in (fast_layers(), torch.enable_grad()):
         layer.zero_grad()
         x.grad = None
         with context:
@@ -127,7 +127,7 @@ def test_layers_and_their_gradients_are_the_same_within(calls):
 def test_what_needs_standard_operations_gets_them(calls):
     x, weight = sides(*LARGE)
     layer = nn.Linear(200, 150)
-    with fast_linear():
+    with fast_layers():
         with torch.autocast("cpu", torch.bfloat16):
             assert functional.linear(x, weight).dtype == torch.bfloat16
         torch.func.vmap(functional.linear, (0, None))(torch.stack([x, x]), weight)
@@ -142,7 +142,7 @@ def test_what_needs_standard_operations_gets_them(calls):
 def test_without_a_faster_kernel_nothing_is_intercepted(monkeypatch, calls, count):
     monkeypatch.setattr(products, "has_faster_kernel", lambda: False)
     x, weight = sides(count, 200, 150)
-    with fast_linear():
+    with fast_layers():
         functional.linear(x, weight)
     product(x, weight.T)
     assert not calls
@@ -151,7 +151,7 @@ def test_without_a_faster_kernel_nothing_is_intercepted(monkeypatch, calls, coun
 @pytest.mark.usefixtures("faster")
 def test_a_bias_of_another_shape_is_spread_as_ever(calls):
     x, weight = sides(*LARGE)
-    with fast_linear():
+    with fast_layers():
         assert functional.linear(x, weight, torch.ones(1)).shape == (40, 150)
     assert not calls
 
@@ -160,9 +160,74 @@ def test_a_bias_of_another_shape_is_spread_as_ever(calls):
 def test_what_no_gradient_needs_may_be_changed_in_place(calls):
     x, weight = sides(*LARGE)
     h = x.requires_grad_() * 1
-    with fast_linear():
+    with fast_layers():
         y = functional.linear(h, weight)
     h += 1
     y.sum().backward()
     torch.testing.assert_close(x.grad, weight.sum(0).expand(40, 200), atol=1e-4, rtol=0)
     assert len(calls) == 1
+
+
+@pytest.fixture
+def sequences(monkeypatch):
+    """The shapes that functional.conv1d is called with."""
+    seen = []
+
+    def counted(x, *others):
+        seen.append(tuple(x.shape))
+        return torch.conv1d(x, *others)
+
+    monkeypatch.setattr(products.functional, "conv1d", counted)
+    return seen
+
+
+NARROW = [
+    {},
+    {"stride": (2, 1)},
+    {"stride": (1, 3), "dilation": (2, 2)},
+    {"padding": (3, 0)},
+    {"padding": "same"},
+    {"padding": "valid", "bias": False},
+    {"groups": 2},
+]
+
+
+@pytest.mark.parametrize("options", NARROW)
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_images_that_are_one_number_wide_are_convolved_as_sequences(sequences, options, channels_last):
+    layer = nn.Conv2d(4, 6, (5, 1), **options)
+    x = torch.randn(3, 4, 20, 1)
+    x = x.contiguous(memory_format=torch.channels_last) if channels_last else x
+    got = []
+    for context in (fast_layers(), torch.enable_grad()):
+        layer.zero_grad()
+        given = x.clone().requires_grad_()
+        with context:
+            y = layer(given)
+        y.square().sum().backward()
+        got.append([y, given.grad, *(p.grad for p in layer.parameters())])
+    assert sequences == [(3, 4, 20)]
+    torch.testing.assert_close(*got, atol=1e-4, rtol=1e-5)
+
+
+def test_other_images_are_convolved_as_ever(sequences):
+    wide, narrow = torch.randn(2, 4, 9, 5), torch.randn(2, 4, 9, 1)
+    with fast_layers():
+        assert nn.Conv2d(4, 6, (3, 1))(wide).shape == (2, 6, 7, 5)
+        assert nn.Conv2d(4, 6, 3, padding=1)(narrow).shape == (2, 6, 9, 1)
+        assert nn.Conv2d(4, 6, (3, 1), padding=(0, 1))(narrow).shape == (2, 6, 7, 3)
+        assert functional.conv2d(narrow, torch.randn(6, 4, 3, 1), None, 1, 1).shape == (2, 6, 9, 3)
+        assert nn.Conv2d(4, 6, (3, 1))(narrow[0]).shape == (6, 7, 1)
+        assert functional.conv2d(narrow, weight=torch.randn(6, 4, 3, 1)).shape == (2, 6, 7, 1)
+    nn.Conv2d(4, 6, (3, 1))(narrow)
+    assert not sequences
+
+
+def test_transforms_and_autocast_go_through_sequences(sequences):
+    x, weight = torch.randn(2, 4, 9, 1), torch.randn(6, 4, 3, 1)
+    with fast_layers():
+        with torch.autocast("cpu", torch.bfloat16):
+            assert functional.conv2d(x, weight).dtype == torch.bfloat16
+        mapped = torch.func.vmap(functional.conv2d, (0, None))(torch.stack([x, x]), weight)
+    assert sequences == [(2, 4, 9)] * 2
+    torch.testing.assert_close(mapped[1], functional.conv2d(x, weight))

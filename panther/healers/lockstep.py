@@ -25,6 +25,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.hooks import RemovableHandle
 
 from panther.batches import Call, drawing, float_outputs, inference, refill, run
+from panther.products import fast_layers
 
 GROWTH = 2  # times as many calls make another walk worth it; all walks together cost two of the longest at most
 
@@ -198,7 +199,7 @@ class _Runner:
         self._go.acquire()
         try:
             if not self._abandoned:
-                with torch.no_grad(), in_precision(self._precision):  # a thread has modes of its own
+                with torch.no_grad(), in_precision(self._precision), fast_layers():  # a thread has modes of its own
                     run(self.model, self.call, shares=True)
         except BaseException as error:
             self.error = error
