@@ -1,8 +1,9 @@
 """What the statistics of calibration cost beside the forward passes that they are taken in.
 
 `python -m benchmarks.calibration` on a machine that does nothing else, in a few minutes: the calibration data of MiniLM
-and CREPE through the dense model as it is, with the statistics of all its layers watched, and with channels and
-backward passes as well, as panther.compress has it; in turns.
+and CREPE through the dense model as it is, through the same in the kernels that panther takes for work of its own, with
+the statistics of all its layers watched, and with channels and backward passes as well, as panther.compress has it; in
+turns.
 """
 
 from __future__ import annotations
@@ -22,11 +23,16 @@ from panther.batches import inference, run
 from panther.channels import narrowable
 from panther.gradients import chunk_size
 from panther.measure import affordable_gradients, measure, passes
+from panther.products import fast_layers
 from panther.verify import medians_in_turn
 
-COLUMNS = ("model", "samples", "layers", "passes", "forward s", "statistics", "and channels", "and backward passes")
+COLUMNS = (
+    *("model", "samples", "layers", "passes", "as torch runs it, s", "forward s"),
+    *("statistics", "and channels", "and backward passes"),
+)
 LEGEND = (
-    "statistics, and channels, and backward passes: what each adds to all before it, as a share of the forward pass; "
+    "forward: in the kernels that panther takes; statistics, and channels, and backward passes: what each adds to all "
+    "before it, as a share of that; "
     "where statistics need several passes, the first of them"
 )
 
@@ -43,6 +49,10 @@ def line(recipe: Recipe, seconds: float, seed: int) -> list[str]:
             for call in of.calls:
                 run(of.model, call)
 
+    def in_fast_layers() -> None:
+        with fast_layers():
+            forward()
+
     def watched(channels_of: Sequence[str], gradients: int) -> Callable[[], object]:
         return lambda: measure(
             of.model,
@@ -57,13 +67,16 @@ def line(recipe: Recipe, seconds: float, seed: int) -> list[str]:
 
     kinds = [
         forward,
+        in_fast_layers,
         watched((), 0),
         watched(tuple(narrow), 0),
         watched(tuple(narrow), affordable_gradients(of.samples)),
     ]
     times = medians_in_turn(kinds, seconds=seconds)
+    plain, *times = times
     shares = [f"{100 * (after - before) / times[0]:+.0f} %" for before, after in itertools.pairwise(times)]
-    return [recipe.name, str(of.samples), str(len(parts[0])), str(len(parts)), f"{times[0]:.3g}", *shares]
+    counts = [str(of.samples), str(len(parts[0])), str(len(parts))]
+    return [recipe.name, *counts, f"{plain:.3g}", f"{times[0]:.3g}", *shares]
 
 
 def _chunk(of: Subject) -> int:
