@@ -97,6 +97,8 @@ class Reactions:
                 return None
             if not output.requires_grad:  # the first layers: nothing before them is differentiated
                 output = output + self._zero.to(output.dtype)
+            elif output._is_view():  # what changes one in place takes it out of the graph, with its hooks
+                output = output.clone()
             output.register_hook(total.add)
             return output
 

@@ -32,7 +32,7 @@ CLOSER = 4
 FLOPS = 2e12  # of all truncations together, which fewer samples keep to: 10 to 30 seconds on two cores
 KEPT = (0.5, 0.25)  # sizes at which a layer is truncated, as a share of its weights
 LEAST_ERROR = 1e-6  # of a truncation that tells anything: what is below is rounding, in the error and in the output
-CHECKED = 16  # of so many layers one's figure from memory is compared with that of a whole run
+CHECKED = 11  # of so many layers one's figure from memory is compared with that of a whole run; blocks have 4, 6, 7, ..
 B_RANGE = (0.5, 2.0)  # a slope outside of this comes from noise: divergence is about linear in the lost energy
 
 
@@ -176,14 +176,19 @@ def importance(
     lost: dict[str, list[float]] = {}
     for name in (progress or Progress(False)).track(options, "importance", len(options)):
         lost[name] = [against.divergence(factors, [choice], records) for choice in probes[name]]
-    # The last layer and some before it, where most comes from memory: what a record has missed shows there.
-    checked = [name for name in reversed(probes) if probes[name]][::CHECKED] if any(r.answers for r in records) else []
+    checked = _checked([name for name in probes if probes[name]]) if any(r.answers for r in records) else []
     if any(against.divergence(factors, probes[name][:1]) != lost[name][0] for name in checked):
         lost = {name: [against.divergence(factors, [choice]) for choice in found] for name, found in probes.items()}
     return {
         name: fit([(choice.error, d) for choice, d in zip(found, lost[name], strict=True)])
         for name, found in probes.items()
     }
+
+
+def _checked(names: Sequence[str]) -> list[str]:
+    """The last layer, one in the middle, and every so many: most comes from memory there, whole blocks or parts."""
+    places = {len(names) - 1, len(names) // 2, *range(len(names) - 1, -1, -CHECKED)}
+    return [names[place] for place in sorted(places) if 0 <= place < len(names)]
 
 
 def _probes(options: Sequence[Choice]) -> list[Choice]:

@@ -56,8 +56,8 @@ class _FastLayers(TorchFunctionMode):
     def __torch_function__(
         self, func: Callable[..., Any], types: Iterable[type], args: Any = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        if kwargs:
-            return func(*args, **kwargs)
+        if kwargs or torch.compiler.is_compiling():
+            return func(*args, **(kwargs or {}))
         if func is functional.linear and has_faster_kernel() and len(args) >= 2 and _is_eager() and _pays(*args[:2]):
             bias = args[2] if len(args) > 2 else None
             if bias is None or (type(bias) in _PLAIN and _is_offset(bias, args[1])):
@@ -73,15 +73,21 @@ def _of_sequences(
     """A convolution of images that are one number wide, as one of sequences; None for others.
 
     Torch's is 1.7 to 2.9 times as fast (CREPE's six layers, AVX2): its kernels work side by side along the last axis.
+    Only where no gradient is recorded: a view can lose its hooks, and checkpoints run their part outside of this mode.
     """
-    if not all(type(tensor) in _PLAIN and tensor.dim() == 4 and tensor.shape[3] == 1 for tensor in (x, weight)):
+    if torch.is_grad_enabled() or not all(map(_is_one_wide, (x, weight))) or x.shape[2] == 1:
         return None
-    along, across = zip(
-        *(size if type(size) is tuple else (size, size) for size in (stride, padding, dilation)), strict=True
-    )
-    if across[1] not in (0, "same", "valid"):
+    pairs = [tuple(s) if isinstance(s, tuple | list) else (s, s) for s in (stride, padding, dilation)]
+    if any(len(pair) != 2 for pair in pairs) or pairs[1][1] not in (0, "same", "valid"):
         return None
-    return functional.conv1d(x.squeeze(3), weight.squeeze(3), bias, along[0], along[1], along[2], groups).unsqueeze(3)
+    step, pad, apart = (pair[0] for pair in pairs)
+    return functional.conv1d(x.squeeze(3), weight.squeeze(3), bias, step, pad, apart, groups).unsqueeze(3)
+
+
+def _is_one_wide(tensor: Any) -> bool:
+    """Whether this is an image or a kernel of that shape, side by side in the memory of a CPU."""
+    is_plain = type(tensor) in _PLAIN and tensor.layout == torch.strided and tensor.is_cpu
+    return bool(is_plain and tensor.dim() == 4 and tensor.shape[3] == 1 and tensor.is_contiguous())
 
 
 def _is_offset(bias: Tensor, weight: Tensor) -> bool:

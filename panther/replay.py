@@ -132,7 +132,7 @@ class _Watch:
         states: list[list[Tensor]] = []
         device = device_of(self.model)
 
-        def drawing(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        def drawing(forward: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
             states.append(_generators(device))
             output = forward(*args, **kwargs)
             states.append(_generators(device))
@@ -159,7 +159,7 @@ class _Watch:
             if not is_pure or not hooked.isdisjoint(inside[1:]) or kept.stop > last:  # nobody asks for what is last
                 del self.answers[module]
 
-    def _watched(self, module: nn.Module, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    def _watched(self, module: nn.Module, forward: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
         self.calls[module] += 1
         self.clock += 1
         for parameter in module._parameters.values():
@@ -255,15 +255,18 @@ def _generators(device: torch.device) -> list[Tensor]:
 
 def _state(module: nn.Module) -> dict[str, list[tuple[Any, int]]]:
     """The attributes of a module and what is in those that are containers; tensors with how often they were changed."""
-    found = {}
-    for name, value in vars(module).items():
-        found[name] = [(value, _version(value))]
-        if type(value) in _CONTAINERS and len(value) > MOST_PARTS:
-            found[name].append((None, len(value)))
-        elif type(value) in _CONTAINERS:
-            inside = [part for item in value.items() for part in item] if isinstance(value, dict) else value
-            found[name] += [(part, _version(part)) for part in inside]
-    return found
+    return {name: list(_parts(value)) for name, value in vars(module).items()}
+
+
+def _parts(value: Any, levels: int = 3) -> Iterator[tuple[Any, int]]:
+    yield value, _version(value)
+    if type(value) not in _CONTAINERS or not levels:
+        return
+    if len(value) > MOST_PARTS:
+        yield None, len(value)
+        return
+    for part in [part for item in value.items() for part in item] if isinstance(value, dict) else value:
+        yield from _parts(part, levels - 1)
 
 
 def _is_same_state(before: dict[str, list[Any]], after: dict[str, list[Any]]) -> bool:

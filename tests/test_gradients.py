@@ -10,6 +10,7 @@ from panther import gradients
 from panther.batches import Call
 from panther.capture import capture
 from panther.gradients import CHUNK, Reactions
+from panther.products import fast_layers
 
 # G is the mean over N products of Gaussian noise: each entry is off by about sqrt(2 / N) of the diagonal.
 MANY = 4096
@@ -163,21 +164,28 @@ def test_which_layers_are_watched_together_changes_no_bit() -> None:
         assert torch.equal(reactions.found()[spec.name], together[spec.name])
 
 
-def test_an_in_place_activation_behind_a_layer_is_no_trouble() -> None:
+@pytest.mark.parametrize("shape", [(16, 6), (4, 4, 6), (16, 6, 1, 1)])
+def test_an_in_place_activation_behind_a_layer_is_no_trouble(shape: tuple[int, ...]) -> None:
+    """Of a linear layer of three dimensions torch gives a view."""
+
+    def layer(outputs: int) -> nn.Module:
+        return nn.Conv2d(6, outputs, 1) if len(shape) == 4 else nn.Linear(6, outputs)
+
     class Net(nn.Module):
         def __init__(self, *, inplace: bool) -> None:
             super().__init__()
-            self.layer, self.act, self.last = nn.Linear(6, 6), nn.ReLU(inplace=inplace), nn.Linear(6, 2)
+            self.first, self.layer, self.act, self.last = layer(6), layer(6), nn.ReLU(inplace=inplace), layer(2)
 
         def forward(self, x: Tensor) -> Tensor:
-            answer: Tensor = self.last(self.act(self.layer(x)))
+            answer: Tensor = self.last(self.act(self.layer(self.first(x))))
             return answer
 
-    call = Call((torch.randn(16, 6),))
+    call = Call((torch.randn(*shape),))
     found = []
     for inplace in (True, False):
         torch.manual_seed(3)
-        found.append(sensitivities(Net(inplace=inplace), [call])["layer"])
+        with fast_layers():
+            found.append(sensitivities(Net(inplace=inplace), [call])["layer"])
     assert torch.equal(*found)
 
 

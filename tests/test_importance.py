@@ -238,16 +238,15 @@ def test_importance_is_the_same_whether_or_not_what_comes_before_a_layer_is_comp
 
     monkeypatch.setattr(nn.Linear, "forward", counted)
     found = importance(prepared.reference, prepared.factors, prepared.options)
-    # The run that is watched, one that finds that memory answers alike, twice from each of the layers on, and a check.
-    assert len(found) == 5 and len(runs) == batches * (5 + 1 + 2 * (5 + 4 + 3 + 2 + 1) + 5)
+    # The run that is watched, one that finds that memory answers alike, twice from each layer on, and two checks.
+    assert len(found) == 5 and len(runs) == batches * (5 + 1 + 2 * (5 + 4 + 3 + 2 + 1) + 2 * 5)
     monkeypatch.setattr(Reference, "records", lambda self: [])
     runs.clear()
     assert importance(prepared.reference, prepared.factors, prepared.options) == found
     assert len(runs) == batches * 5 * 2 * 5
 
 
-@pytest.mark.parametrize("batches", [1, 3])
-def test_importance_is_the_same_where_modules_hide_what_they_do(batches: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_importance_is_the_same_where_modules_hide_what_they_do(monkeypatch: pytest.MonkeyPatch) -> None:
     class Store:
         held: Tensor
 
@@ -273,7 +272,7 @@ def test_importance_is_the_same_where_modules_hide_what_they_do(batches: int, mo
             answer: Tensor = self.last(self.part(self.first(x))) + self.store.held
             return answer
 
-    prepared = Prepared(Hides(), calls_for(batches))
+    prepared = Prepared(Hides(), calls_for(3))  # with one call what is left from the last run is right by chance
     found = importance(prepared.reference, prepared.factors, prepared.options)
     monkeypatch.setattr(Reference, "records", lambda self: [])
     assert importance(prepared.reference, prepared.factors, prepared.options) == found

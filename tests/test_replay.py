@@ -405,6 +405,7 @@ def test_a_run_with_another_weight_is_the_same_from_memory(name: str, held_bytes
     layers = [n for n, m in model.named_modules() if isinstance(m, nn.Linear | nn.Conv2d)]
     with inference(model):
         known = record(model, call, held_bytes)
+    assert held_bytes < 1e9 or bool(known.answers) == (name not in ("draws", "noise", "forces"))
     differ = 0
     for changed in [name for layer in layers for name in (f"{layer}.weight", f"{layer}.bias")]:
         if changed.endswith(".bias") and model.get_submodule(changed[:-5]).bias is None:
