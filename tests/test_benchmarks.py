@@ -471,8 +471,8 @@ def test_the_cost_of_statistics_is_printed_beside_the_forward_pass(
     columns, _, *rows = printed_table(capsys.readouterr().out)
     assert tuple(columns) == calibration.COLUMNS and [row[0] for row in rows] == [encoder.name, tracker.name]
     for row in rows:
-        assert int(row[2]) >= 2 and float(row[4]) > 0
-        assert all(share[0] in "+-" and math.isfinite(float(share.removesuffix(" %"))) for share in row[5:])
+        assert int(row[2]) >= 2 and float(row[4]) > 0 and float(row[5]) > 0
+        assert all(share[0] in "+-" and math.isfinite(float(share.removesuffix(" %"))) for share in row[6:])
 
 
 class Sentences(nn.Module):
