@@ -326,7 +326,7 @@ def _energy(factors: Factors, weight: Tensor) -> float:
     if samples is None:
         return 0.0
     with fast_layers():
-        outputs = convolve(factors.spec, factors.module, samples, weight).transpose(0, 1).flatten(1)
+        outputs = convolve(factors.spec, factors.module, samples, weight.contiguous()).transpose(0, 1).flatten(1)
     centred = outputs - outputs.mean(1, keepdim=True)
     if sensitivity is not None:
         centred = with_ridge(sensitivity.double(), SENSITIVITY_RIDGE).float().T @ centred

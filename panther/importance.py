@@ -81,7 +81,7 @@ class Reference:
         for choice in choices:
             if not choice.is_dense:
                 weight, bias = factors[choice.layer].dense_equivalent(choice)
-                tensors[f"{choice.layer}.weight"] = weight
+                tensors[f"{choice.layer}.weight"] = weight.contiguous()  # from which torch takes the layout of outputs
                 module = factors[choice.layer].module
                 if bias is not None and getattr(module, "bias", None) is not None:
                     tensors[f"{choice.layer}.bias"] = bias
