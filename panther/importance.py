@@ -32,7 +32,7 @@ CLOSER = 4
 FLOPS = 2e12  # of all truncations together, which fewer samples keep to: 10 to 30 seconds on two cores
 KEPT = (0.5, 0.25)  # sizes at which a layer is truncated, as a share of its weights
 LEAST_ERROR = 1e-6  # of a truncation that tells anything: what is below is rounding, in the error and in the output
-CHECKED = 11  # of so many layers one's figure from memory is compared with that of a whole run; blocks have 4, 6, 7, ..
+CHECKED = 11  # of so many layers one is measured in a whole run, too: a prime, so that each place in a block comes up
 B_RANGE = (0.5, 2.0)  # a slope outside of this comes from noise: divergence is about linear in the lost energy
 
 
@@ -170,7 +170,10 @@ def importance(
     *,
     progress: Progress | None = None,
 ) -> dict[str, Importance]:
-    """D = a E^b for every layer, from at most two truncations and one run of the model each."""
+    """D = a E^b for every layer, from at most two truncations.
+
+    Cost: for each a run of the model from that layer on, and for the layers of `_checked` a whole one.
+    """
     records = against.records() if len(options) > 1 else []
     probes = {name: _probes(choices) for name, choices in options.items()}
     lost: dict[str, list[float]] = {}

@@ -132,14 +132,14 @@ class _Watch:
         states: list[list[Tensor]] = []
         device = device_of(self.model)
 
-        def drawing(forward: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
+        def between_generators(forward: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
             states.append(_generators(device))
             output = forward(*args, **kwargs)
             states.append(_generators(device))
             return output
 
         forwards = {module: functools.partial(self._watched, module, module.forward) for module in watched}
-        forwards[self.model] = functools.partial(drawing, forwards[self.model])
+        forwards[self.model] = functools.partial(between_generators, forwards[self.model])
         with _forwards(forwards), _Reading(self):
             output = run(self.model, call)
         if len(states) == 2 and _are_same(*states):
@@ -151,11 +151,11 @@ class _Watch:
     def _leave_out_those_that_do_more(self, watched: Iterable[nn.Module]) -> None:
         hooked = {m for m in watched if m._forward_hooks or m._forward_pre_hooks}
         # What was changed may have been so by any module inside.
-        suspects = {inside for module in self.busy for inside in module.modules() if not _is_of_torch(inside)}
+        suspects = self.busy | {m for module in self.busy for m in module.modules() if not _is_of_torch(m)}
         last = max(self.read.values(), default=0)
         for module, kept in list(self.answers.items()):
             inside = list(module.modules())
-            is_pure = self.calls[module] == 1 and suspects.isdisjoint(inside) and self.busy.isdisjoint(inside)
+            is_pure = self.calls[module] == 1 and suspects.isdisjoint(inside)
             if not is_pure or not hooked.isdisjoint(inside[1:]) or kept.stop > last:  # nobody asks for what is last
                 del self.answers[module]
 
