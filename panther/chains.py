@@ -19,7 +19,7 @@ from __future__ import annotations
 import math
 from bisect import bisect_left
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 from panther.spec import Cost, Grid, LayerSpec
@@ -73,6 +73,11 @@ class Link:
     stride: tuple[int, ...] = ()
     padding: tuple[int, ...] | str = ()
     dilation: tuple[int, ...] = ()
+    sides: tuple[int, ...] = field(init=False, repr=False, compare=False)  # padded before all axes, then after all
+
+    def __post_init__(self) -> None:
+        amounts = pad_amounts(self)
+        object.__setattr__(self, "sides", (*amounts[-2::-2], *amounts[::-2]))
 
     @property
     def weight_shape(self) -> tuple[int, ...]:
@@ -81,6 +86,18 @@ class Link:
     @property
     def params(self) -> int:
         return math.prod(self.weight_shape)
+
+
+def pad_amounts(layer: Geometry | Link) -> tuple[int, ...]:
+    """What F.pad must add for a padding: before and after each axis, last axis first."""
+    if layer.padding == "valid":
+        pairs = [(0, 0)] * len(layer.kernel_size)
+    elif layer.padding == "same":
+        spans = [step * (size - 1) for step, size in zip(layer.dilation, layer.kernel_size, strict=True)]
+        pairs = [(span // 2, span - span // 2) for span in spans]
+    else:
+        pairs = [(int(amount), int(amount)) for amount in layer.padding]
+    return tuple(amount for pair in reversed(pairs) for amount in pair)
 
 
 def _pointwise(in_channels: int, out_channels: int, dims: int) -> Link:

@@ -113,11 +113,10 @@ class SketchedConv(SketchedLayer):
         self.kernel_size, self.stride, self.dilation = shape.kernel_size, shape.stride, shape.dilation
         self.padding = shape.padding
         # Modes other than zeros pad the input once, before the chain; its links then pad nothing.
-        self._padded_first = () if padding_mode == "zeros" else pad_amounts(shape)
+        self._padded_first = () if padding_mode == "zeros" else chains.pad_amounts(shape)
         inner = shape if padding_mode == "zeros" else replace(shape, padding=(0,) * self.DIMS)
         chain = self._chain(scheme, inner, ranks)
         self._allocate(shape, chain, low_rank=low_rank, bias=bias, device=device, dtype=dtype)
-        self._paddings = tuple(map(both_paddings, self._links))
         self._ends_in_points = _is_of_single_places(self._links[-1])
 
     @property
@@ -133,8 +132,8 @@ class SketchedConv(SketchedLayer):
 
     def forward(self, input: Tensor) -> Tensor:
         x, weights, last = self._padded(input), self.active_weights(), len(self._links) - 1
-        for index, (link, sides) in enumerate(zip(self._links, self._paddings, strict=True)):
-            where = {"stride": link.stride, "padding": sides, "dilation": link.dilation}
+        for index, link in enumerate(self._links):
+            where = {"stride": link.stride, "padding": link.sides, "dilation": link.dilation}
             if index == last - 1 and self._ends_in_points:
                 return low_rank_conv(x, weights[index], weights[last], self.bias, **where)
             x = conv(x, weights[index], self.bias if index == last else None, **where)
@@ -264,29 +263,11 @@ def _check_groups(owner: str, groups: int) -> None:
         raise ValueError(f"{owner}(groups={groups}): only groups=1 can be sketched; keep the dense layer for others")
 
 
-def pad_amounts(shape: Shape | Link) -> tuple[int, ...]:
-    """What F.pad must add for a padding: before and after each axis, last axis first."""
-    if shape.padding == "valid":
-        pairs = [(0, 0)] * len(shape.kernel_size)
-    elif shape.padding == "same":
-        spans = [step * (size - 1) for step, size in zip(shape.dilation, shape.kernel_size, strict=True)]
-        pairs = [(span // 2, span - span // 2) for span in spans]
-    else:
-        pairs = [(int(amount), int(amount)) for amount in shape.padding]
-    return tuple(amount for pair in reversed(pairs) for amount in pair)
-
-
 def _is_of_single_places(link: Link) -> bool:
     """Whether a link reads each place of its input alone, and each once."""
-    return all(size == 1 for size in link.kernel_size + link.stride) and not any(both_paddings(link))
-
-
-def both_paddings(link: Link) -> tuple[int, ...]:
-    """What a link pads before all of its axes, and then after all."""
-    amounts = pad_amounts(link)
-    return (*amounts[-2::-2], *amounts[::-2])
+    return all(size == 1 for size in link.kernel_size + link.stride) and not any(link.sides)
 
 
 def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, link: Link) -> Tensor:
     """One link of a chain, in the faster kernel."""
-    return conv(x, weight, bias, stride=link.stride, padding=both_paddings(link), dilation=link.dilation)
+    return conv(x, weight, bias, stride=link.stride, padding=link.sides, dilation=link.dilation)

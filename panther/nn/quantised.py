@@ -21,7 +21,7 @@ from panther import chains
 from panther.nn.arguments import MAX_SIZE, Config, one_of
 from panther.nn.base import COMMON_KEYS, Shape, SketchedLayer, _check_finite
 from panther.nn.conv import CONFIG_KEYS as CONV_KEYS
-from panther.nn.conv import SKConv1d, SKConv2d, SKConv3d, SketchedConv, both_paddings
+from panther.nn.conv import SKConv1d, SKConv2d, SKConv3d, SketchedConv
 from panther.nn.factor import compose
 from panther.nn.linear import SKLinear
 from panther.ops import dequantised, low_rank_linear_int8, packed_int4, quantised_conv, quantised_linear, unpacked_int4
@@ -61,6 +61,12 @@ class StoredWeight(nn.Module):
         held = -(-columns // 2) if kind == torch.uint8 else columns
         self.register_buffer("values", torch.zeros(rows, held, dtype=kind, device=device))
         self.register_buffer("scales", torch.ones(rows, grid.groups(columns), dtype=dtype, device=device))
+
+    @property
+    def held(self) -> tuple[Tensor, Tensor]:
+        """values and scales. As attributes of a module they take as long to find as a quarter of a small product."""
+        values, scales = self._buffers["values"], self._buffers["scales"]
+        return cast(Tensor, values), cast(Tensor, scales)
 
     @property
     def columns(self) -> int:
@@ -122,12 +128,13 @@ class StoredWeight(nn.Module):
 
     def forward(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """x (..., columns) -> (..., out), without a copy of the whole weight on a CPU."""
-        return quantised_linear(x, self.values, self.scales, bias)
+        return quantised_linear(x, *self.held, bias)
 
     def convolve(self, x: Tensor, bias: Tensor | None, link: chains.Link) -> Tensor:
         """x (batch, channels, *size) or (channels, *size) -> as a convolution of the link, without such a copy."""
-        geometry = {"stride": link.stride, "padding": both_paddings(link), "dilation": link.dilation}
-        return quantised_conv(x, self.values, self.scales, bias, kernel_size=link.kernel_size, **geometry)
+        values, scales = self.held
+        geometry = {"stride": link.stride, "padding": link.sides, "dilation": link.dilation}
+        return quantised_conv(x, values, scales, bias, kernel_size=link.kernel_size, **geometry)
 
     def extra_repr(self) -> str:
         group = "" if self.grid.group_size is None else f", group_size={self.grid.group_size}"
@@ -199,7 +206,7 @@ class QuantisedLayer(SketchedLayer):
     @property
     def stored(self) -> tuple[StoredWeight, ...]:
         """The weights as they are stored, in the order in which they are used."""
-        return tuple(getattr(self, name) for name in self._weight_names)
+        return tuple(cast(StoredWeight, self._modules[name]) for name in self._weight_names)
 
     def reset_parameters(self) -> None:
         """Refused: whole numbers are not drawn at random."""
@@ -367,15 +374,14 @@ class QuantisedLinear(QuantisedLayer):
     def forward(self, input: Tensor) -> Tensor:
         parts = self.stored
         if self.scheme == chains.WHOLE:
-            whole: Tensor = parts[0](input, self.bias)
-            return whole
+            return parts[0].forward(input, self.bias)
         down, up = parts[-2:]
         bias = self.bias if self.scheme == chains.LINEAR else None
         if down.grid.bits == 8:
-            y = low_rank_linear_int8(input, down.values, down.scales, up.values, up.scales, bias)
+            y = low_rank_linear_int8(input, *down.held, *up.held, bias)
         else:
-            y = up(down(input, None), bias)
-        return y if self.scheme == chains.LINEAR else y + parts[0](input, self.bias)
+            y = up.forward(down.forward(input, None), bias)
+        return y if self.scheme == chains.LINEAR else y + parts[0].forward(input, self.bias)
 
     def to_dense(self) -> nn.Linear:
         """The nn.Linear that computes the same, up to rounding."""

@@ -35,7 +35,7 @@ class Op:
             return self.overload(*inputs)
         # The visit costs as much as the rest of the call: 4 us beside 4 us for small inputs.
         with torch._C._AutoDispatchBelowAutograd():
-            return self.overload(*inputs)
+            return self.overload._op(*inputs)  # what calling the overload does, at less than its cost
 
     def _in_standard_ops(self, *inputs: Any) -> Any:
         device_type = inputs[0].device.type

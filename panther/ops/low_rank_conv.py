@@ -224,8 +224,11 @@ def low_rank_conv(
             return conv(inner, up, bias, stride=single[0], padding=single[1], dilation=single[2])
         where = tuple(stride), tuple(sides), tuple(dilation)
         offset = None if bias is None else bias.shape
-        is_plain = all(_is_plain(tensor) for tensor in (x, down, up)) and (bias is None or _is_plain(bias))
-        if is_plain and _torch_is_faster(x.shape, down.shape, up.shape, offset, *where, torch.get_num_threads()):
+        if (
+            _is_plain(x)  # whose sizes are numbers, and not symbols
+            and _torch_is_faster(x.shape, down.shape, up.shape, offset, *where, torch.get_num_threads())
+            and all(tensor is None or _is_plain(tensor) for tensor in (down, up, bias))
+        ):
             return convolved(convolved(x, down, None, *where), up, bias, *single)
     y: Tensor = LOW_RANK_CONV(x, down, up, bias, list(stride), sides, list(dilation))
     return y
