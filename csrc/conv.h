@@ -2,6 +2,7 @@
 // all of torch's threads.
 #pragma once
 
+#include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
@@ -45,8 +46,10 @@ inline std::string sizes_text(const Sizes& sizes) {
   return text + "]";
 }
 
-struct ConvShape {
-  const Tensor& x;
+// Of x with a batch: a tensor, or the sizes of one.
+template <class X>
+struct ConvOf {
+  const X& x;
   const Sizes& kernel_size;
   const Sizes& stride;
   const Sizes& padding;  // before all axes, then after all
@@ -108,13 +111,25 @@ struct ConvShape {
   }
 };
 
+using ConvShape = ConvOf<Tensor>;
+
+// The sizes of a tensor that is not there.
+struct TensorSizes {
+  const Sizes& sizes;
+
+  int64_t dim() const { return static_cast<int64_t>(sizes.size()); }
+  int64_t size(int64_t axis) const { return sizes[axis]; }
+  int64_t numel() const { return product(sizes); }
+};
+
 inline constexpr int64_t kImageChannels = 4;  // of pictures as they come in, which torch has kernels for
 
 // Whether torch's own convolution of many windows is as fast as core/conv.h with AVX-512, or faster. It takes channels
 // sixteen at a time, and slows down where these do not come out even, for long kernels and for few windows; of single
 // places it is slower while their numbers stay in the caches, and where there are enough channels for packing them to
 // pay. Measured on Zen 4, one and two threads, batches of 1 to 32.
-inline bool torch_is_fast_with_avx512(const ConvShape& p, int64_t out) {
+template <class X>
+bool torch_is_fast_with_avx512(const ConvOf<X>& p, int64_t out) {
   constexpr int64_t kInCaches = 1 << 22, kInNearCaches = 1 << 20, kLongKernel = 32, kManyWindows = 512,
                     kFewChannels = 24;
   const int64_t taps = product(p.kernel_size), in = p.x.size(1), windows = p.windows();
@@ -124,20 +139,31 @@ inline bool torch_is_fast_with_avx512(const ConvShape& p, int64_t out) {
   return out % 16 == 0 || p.x.numel() > kInNearCaches;
 }
 
+// Whether torch's convolution of single places is a plain product of its BLAS.
+template <class X>
+bool torch_multiplies(const ConvOf<X>& p) {
+  constexpr int64_t kManySamples = 16, kSmall = 20480;
+  if (p.dims() > 2 || product(p.kernel_size) > 1 || product(p.stride) > 1 || p.x.size(0) >= kManySamples) return false;
+  return torch::stable::get_num_threads() == 1 || (p.x.size(0) == 1 && p.x.numel() <= kSmall);
+}
+
 // The same with AVX2: eight channels at a time, kernels of up to seven places in a row, large samples, and single
 // places of many windows unless channels are many and become more. Measured on Zen 3, one and two threads, batches of 1
 // and 8.
-inline bool torch_is_fast_with_avx2(const ConvShape& p, int64_t out) {
+template <class X>
+bool torch_is_fast_with_avx2(const ConvOf<X>& p, int64_t out) {
   constexpr int64_t kLongRow = 8, kLargeLine = 256, kLargePicture = 512, kManyChannels = 96, kManyWindows = 1024;
   const int64_t taps = product(p.kernel_size), in = p.x.size(1);
   if (p.windows() <= kFewWindows) return false;
+  if (torch_multiplies(p)) return product(p.positions()) > kFewWindows;
   if (taps == 1) return p.windows() > kManyWindows && (in < kManyChannels || out <= in);
   if (p.dims() > 1 && in <= kImageChannels) return true;
   if (in % 8 != 0 || out % 8 != 0 || p.kernel_size.back() >= kLongRow) return false;
   return product(p.positions()) >= (p.dims() > 1 ? kLargePicture : kLargeLine);
 }
 
-inline bool torch_is_fast(const ConvShape& p, int64_t out) {
+template <class X>
+bool torch_is_fast(const ConvOf<X>& p, int64_t out) {
   return uses(core::InstructionSet::avx2) ? torch_is_fast_with_avx2(p, out) : torch_is_fast_with_avx512(p, out);
 }
 
@@ -158,6 +184,13 @@ inline int64_t few_windows() {
   if (has_own_conv()) return kFewBeforeOwn;
   const bool is_scalar = core::instruction_set_in_use().load() == core::InstructionSet::scalar;
   return is_scalar ? kFewScalarWindows : kFewWindows;
+}
+
+// Whether kernels of panther's own are faster than torch's convolution, for float32 numbers in the order of their axes.
+template <class X>
+bool runs_here(const ConvOf<X>& p, int64_t out) {
+  if (!p.has_numbers()) return false;
+  return p.windows() <= few_windows() || (has_own_conv() && !torch_is_fast(p, out));
 }
 
 // The windows of a contiguous sample, or of all samples where they are joined.
@@ -322,9 +355,9 @@ void conv_of_many(const ConvShape& p, const Tensor& x, const W& w, const float* 
   conv_of_many(p, x, w, bias, out, y, [](const core::Conv<W>& whole) { run(whole); });
 }
 
-// torch's own convolution pads both sides of an axis alike; the rest is padded before.
+// torch's own convolution pads both sides of an axis alike; the rest is padded before. Called by its C symbol: through
+// the dispatcher by name, lists of sizes take 25 us to get there, as long as a small convolution.
 inline Tensor torch_conv(const ConvShape& p, const Tensor& weight, const std::optional<Tensor>& bias) {
-  using torch::stable::detail::from;
   Sizes common, more;
   for (int64_t axis = p.dims() - 1; axis >= 0; --axis) {
     const int64_t before = p.padding[axis], after = p.padding[axis + p.dims()], both = std::min(before, after);
@@ -334,10 +367,11 @@ inline Tensor torch_conv(const ConvShape& p, const Tensor& weight, const std::op
   const bool has_more = std::any_of(more.begin(), more.end(), [](int64_t amount) { return amount > 0; });
   const Tensor x = has_more ? torch::stable::pad(p.x, more) : p.x;
   const Sizes zeros(p.kernel_size.size(), 0);
-  std::array<StableIValue, 9> stack{from(x),          from(weight), from(bias),  from(p.stride),  from(common),
-                                    from(p.dilation), from(false),  from(zeros), from(int64_t{1})};
-  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::convolution", "", stack.data(), TORCH_ABI_VERSION));
-  return torch::stable::detail::to<Tensor>(stack[0]);
+  AtenTensorHandle offset = bias ? bias->get() : nullptr, y = nullptr;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_convolution(x.get(), weight.get(), bias ? &offset : nullptr, p.stride.data(),
+                                                    p.dims(), common.data(), p.dims(), p.dilation.data(), p.dims(), 0,
+                                                    zeros.data(), p.dims(), 1, &y));
+  return Tensor(y);
 }
 
 // x with a batch, where it has none for so many axes, and the result without it.
@@ -355,15 +389,13 @@ inline Tensor fast_conv(const ConvShape& shape, const Tensor& weight, const std:
   const Tensor& x = shape.x;
   const int64_t out = weight.size(0);
   const bool is_plain = x.scalar_type() == ScalarType::Float && has_default_strides(x) && has_default_strides(weight);
-  const bool is_few = is_plain && shape.has_numbers() && shape.windows() <= few_windows();
-  const bool is_own = is_few || (is_plain && has_own_conv() && shape.has_numbers() && !torch_is_fast(shape, out));
-  if (!is_own) return torch_conv(shape, weight, bias);
+  if (!is_plain || !runs_here(shape, out)) return torch_conv(shape, weight, bias);
   const Tensor offset = bias ? packed(*bias) : Tensor();
   const core::Plain<float> w{numbers<float>(weight), shape.depth()};
   const float* added = bias ? numbers<float>(offset) : nullptr;
   const Tensor y = torch::stable::new_empty(x, shape.result_size(out));
   float* to = static_cast<float*>(y.mutable_data_ptr());
-  if (is_few) {
+  if (shape.windows() <= few_windows()) {
     conv_of_few(shape, x, out, to, [&](const float* rows, int64_t count, float* found) {
       run_few({rows, w, added, found, count, w.in, out, w.in, out});
     });

@@ -5,12 +5,14 @@
 #include <string>
 #include <vector>
 
+#include "conv.h"
 #include "core/instruction_set.h"
 
 namespace {
 
 namespace py = pybind11;
 using namespace panther::core;
+using panther::Sizes;
 
 py::dict build_info() {
   py::dict info;
@@ -31,6 +33,18 @@ std::string set_instruction_set(const std::string& name) {
   return name_of(instruction_set_in_use().exchange(instruction_set_named(name)));
 }
 
+bool torch_convolves(const Sizes& x, int64_t out, const Sizes& kernel_size, const Sizes& stride, const Sizes& padding,
+                     const Sizes& dilation) {
+  const panther::TensorSizes given{x};
+  const panther::ConvOf<panther::TensorSizes> shape{given, kernel_size, stride, padding, dilation};
+  if (!shape.fits()) return false;
+  // Of fewer multiplications the visit to an op takes more than its kernel gains: measured on Zen 3.
+  constexpr double kSmall = 1 << 21;
+  const double work =
+      static_cast<double>(shape.windows()) * static_cast<double>(shape.depth()) * static_cast<double>(out);
+  return (panther::torch_multiplies(shape) && work < kSmall) || !panther::runs_here(shape, out);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, module) {
@@ -39,4 +53,8 @@ PYBIND11_MODULE(_C, module) {
   module.def("set_instruction_set", &set_instruction_set, py::arg("name"),
              "Make the kernels use one of build_info()['instruction_sets']; gives the one used before.\n\n"
              "Raises: ValueError when this processor does not have it.");
+  module.def("torch_convolves", &torch_convolves, py::arg("x"), py::arg("out"), py::arg("kernel_size"),
+             py::arg("stride"), py::arg("padding"), py::arg("dilation"),
+             "Whether panther::conv leaves float32 inputs of these sizes, with a batch, to torch; no where windows do "
+             "not fit.");
 }

@@ -107,17 +107,18 @@ inline void widen(const Quantised& matrix, int64_t first, int64_t last, double* 
   (matrix.has_four_bits() ? widen_in_double<core::Nibbles> : widen_in_double<int8_t>)(matrix, first, last, wide);
 }
 
-// `count` rows of a contiguous matrix from `first` on, as torch's own product takes them beside x.
+// Rows of a contiguous matrix from `first` on, as torch's own product takes them beside x. size: how many, and a row's.
 template <class T>
-Tensor widened_tile(const Tensor& x, const Quantised& matrix, int64_t first, int64_t count, ScalarType dtype) {
-  const int64_t columns = matrix.columns;
-  Tensor tile = torch::stable::new_empty(x, {count, columns}, dtype);
+Tensor widened_tile(const Tensor& x, const Quantised& matrix, int64_t first, const std::vector<int64_t>& size,
+                    ScalarType dtype) {
+  const int64_t count = size[0], columns = matrix.columns;
+  Tensor tile = torch::stable::new_empty(x, size, dtype);
   T* wide = static_cast<T*>(tile.mutable_data_ptr());
   torch::stable::parallel_for(
       0, count, std::max<int64_t>(1, kGrain / std::max<int64_t>(1, columns)),
       [&](int64_t begin, int64_t end) { widen(matrix, first + begin, first + end, wide + begin * columns); });
   if (dtype == x.scalar_type()) return tile;
-  Tensor rounded = torch::stable::new_empty(x, {count, columns});
+  Tensor rounded = torch::stable::new_empty(x, size);
   torch::stable::copy_(rounded, tile);
   return rounded;
 }
@@ -194,8 +195,8 @@ inline Tensor tiled_linear(const Tensor& x, const Quantised& given, const std::o
   Tensor y;
   for (int64_t first = 0; first < out || first == 0; first += most) {
     const int64_t count = std::min(most, out - first);
-    const Tensor tile = is_double ? widened_tile<double>(x, matrix, first, count, ScalarType::Double)
-                                  : widened_tile<float>(x, matrix, first, count, ScalarType::Float);
+    const Tensor tile = is_double ? widened_tile<double>(x, matrix, first, {count, matrix.columns}, ScalarType::Double)
+                                  : widened_tile<float>(x, matrix, first, {count, matrix.columns}, ScalarType::Float);
     std::optional<Tensor> part;
     if (bias) part = torch::stable::narrow(const_cast<Tensor&>(*bias), 0, first, count);
     const Tensor found = fast_linear(x, tile, part);

@@ -22,7 +22,7 @@ from panther.ops import (
     quantised_conv,
 )
 from panther.ops._windows import SMALL
-from tests.kernels import needs_kernels
+from tests.kernels import COMPILED, needs_kernels
 
 CONVOLVE = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 KINDS = ("float", 8, 4, 16)  # 16: bfloat16
@@ -346,7 +346,7 @@ def test_chain_is_the_same_in_whatever_kernel(of, count, trains, threads):
 def test_kernels_are_chosen_by_shape_and_threads(monkeypatch):
     module = importlib.import_module("panther.ops.low_rank_conv")  # the function has its name
     monkeypatch.setattr(module, "_instruction_set", lambda: "avx2")
-    rule, chosen = module._torch_is_faster.__wrapped__, {}
+    rule, chosen = module._torch_is_faster, {}
     for name, of in CHAINS.items():
         where, dims = of.where(), len(of.kernel)
         sizes = of.size, (8, of.size[1], *of.kernel), (of.out, 8, *[1] * dims)
@@ -354,7 +354,7 @@ def test_kernels_are_chosen_by_shape_and_threads(monkeypatch):
         chosen[name] = [rule(*sizes, None, *geometry, count) for count in (1, 2)]
     assert chosen == {
         "fewer channels": [True, False],
-        "more channels": [False, False],
+        "more channels": [True, False],
         "large picture": [True, True],
         "small picture": [False, False],
         "three channels": [True, True],
@@ -362,6 +362,62 @@ def test_kernels_are_chosen_by_shape_and_threads(monkeypatch):
         "long line": [True, True],
         "long line, long kernel": [False, False],
     }
+
+
+# By input, weight and padding: where one thread and where two leave plain inputs to torch with AVX2.
+LEFT_TO_TORCH = {
+    "single places": ((1, 40, 28, 28), (240, 40, 1, 1), (0, 0), [True, False]),
+    "many single places": ((1, 24, 56, 56), (144, 24, 1, 1), (0, 0), [True, True]),
+    "few single places": ((1, 320, 7, 7), (1280, 320, 1, 1), (0, 0), [False, False]),
+    "little work": ((1, 16, 7, 7), (32, 16, 1, 1), (0, 0), [True, True]),
+    "large picture": ((1, 64, 56, 56), (64, 64, 3, 3), (1, 1), [True, True]),
+    "small picture": ((1, 64, 14, 14), (64, 64, 3, 3), (1, 1), [False, False]),
+    "without a batch": ((64, 56, 56), (64, 64, 3, 3), (1, 1), [True, True]),
+    "a long line": ((2, 16, 300), (8, 16, 3), (1,), [True, True]),
+    "padded on one side": ((1, 64, 56, 56), (64, 64, 2, 2), (0, 0, 1, 1), [False, False]),
+    "windows that do not fit": ((1, 64, 2, 2), (64, 64, 3, 3), (0, 0), [False, False]),
+    "other channels": ((1, 32, 56, 56), (64, 64, 3, 3), (1, 1), [False, False]),
+    "a line of pictures": ((1, 64, 56), (64, 64, 3, 3), (1, 1), [False, False]),
+}
+
+
+@needs_kernels
+@pytest.mark.parametrize(("x", "weight", "padding", "expected"), LEFT_TO_TORCH.values(), ids=LEFT_TO_TORCH)
+def test_dense_convolutions_are_left_to_torch_where_that_is_faster(x, weight, padding, expected, threads):
+    if COMPILED.build_info()["instruction_set"] != "avx2":
+        pytest.skip("the rule was measured with AVX2")
+    ones, got = (1,) * (len(weight) - 2), []
+    for count in (1, 2):
+        threads(count)
+        got.append(_windows.torch_serves(x, weight, weight[:1], ones, padding, ones, count) is not None)
+    assert got == expected
+
+
+@needs_kernels
+@pytest.mark.parametrize("of", [case for case in LEFT_TO_TORCH.values() if case[-1] == [True, True]])
+def test_what_is_left_to_torch_is_what_it_computes(of, monkeypatch):
+    size, weight_size, padding, _ = of
+    x, weight, bias = torch.randn(size), torch.randn(weight_size), torch.randn(weight_size[0])
+    ones = (1,) * len(padding)
+    module = importlib.import_module("panther.ops.conv")
+    monkeypatch.setattr(module, "CONV", lambda *_: pytest.fail("the op was asked"))
+    if COMPILED.build_info()["instruction_set"] == "avx2":
+        got = conv(x, weight, bias, stride=ones, padding=padding, dilation=ones)
+        assert torch.equal(got, _windows.CONVOLVE[len(padding)](x, weight, bias, 1, padding))
+
+
+@pytest.mark.parametrize(
+    ("stride", "sides", "dilation", "expected"),
+    [
+        ((1, 1), (0, 0, 0, 0), (1, 1), ()),
+        ((2, 2), (0, 0, 0, 0), (1, 1), (2,)),
+        ((1, 1), (1, 2, 1, 2), (1, 1), (1, (1, 2))),
+        ((2, 1), (0, 0, 0, 0), (3, 3), ((2, 1), 0, 3)),
+        ((1,), (1, 0), (1,), None),
+    ],
+)
+def test_torch_gets_no_arguments_that_are_its_defaults(stride, sides, dilation, expected):
+    assert _windows.arguments(stride, sides, dilation) == expected
 
 
 BAD_CHAINS = {  # of 16 channels in 24 x 24, for which torch's own would be taken
@@ -455,6 +511,7 @@ def test_compiled_layer_computes_the_same(name, x):
 @pytest.mark.parametrize("small", [0, SMALL])  # in the op, and in standard operations
 def test_gradients_of_a_sketched_convolution_are_those_of_its_dense_form(small, monkeypatch):
     monkeypatch.setattr(_windows, "SMALL", small)
+    monkeypatch.setattr(importlib.import_module("panther.ops.conv"), "torch_serves", lambda *_: None)
     layer, x = layers()["sketched"].train(), torch.randn(2, 6, 8, 9)
     assert ("panther" in type(layer(x).grad_fn).__name__) == (small == 0)
     ours, theirs = x.clone().requires_grad_(), x.clone().requires_grad_()

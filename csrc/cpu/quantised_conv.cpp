@@ -80,12 +80,12 @@ Tensor tiled_conv(const Inputs& p) {
   Tensor y;
   for (int64_t first = 0; first < out || first == 0; first += most) {
     tile_size[0] = std::min(most, out - first);
-    const Tensor tile = is_double ? widened_tile<double>(p.x, weight, first, tile_size[0], ScalarType::Double)
-                                  : widened_tile<float>(p.x, weight, first, tile_size[0], ScalarType::Float);
+    const Tensor tile = is_double ? widened_tile<double>(p.x, weight, first, tile_size, ScalarType::Double)
+                                  : widened_tile<float>(p.x, weight, first, tile_size, ScalarType::Float);
+    if (tile_size[0] == out) return torch_conv(p.shape, tile, p.bias);
     std::optional<Tensor> part;
     if (p.bias) part = torch::stable::narrow(const_cast<Tensor&>(*p.bias), 0, first, tile_size[0]);
-    const Tensor found = torch_conv(p.shape, torch::stable::view(tile, tile_size), part);
-    if (tile_size[0] == out) return found;
+    const Tensor found = torch_conv(p.shape, tile, part);
     if (first == 0) y = wider(found, p.shape.result_size(out));
     Tensor place = torch::stable::narrow(y, 1, first, tile_size[0]);
     torch::stable::copy_(place, found);
@@ -96,7 +96,7 @@ Tensor tiled_conv(const Inputs& p) {
 void many_windows(const ConvShape& shape, const Tensor& x, const Quantised& weight, const float* bias, float* y) {
   const int64_t out = weight.rows();
   if (out * weight.columns <= kTile && shape.windows() > core::most_windows()) {  // widened once for all parts
-    const Tensor tile = widened_tile<float>(x, weight, 0, out, ScalarType::Float);
+    const Tensor tile = widened_tile<float>(x, weight, 0, {out, weight.columns}, ScalarType::Float);
     conv_of_many(shape, x, core::Plain<float>{numbers<float>(tile), weight.columns}, bias, out, y);
   } else {
     with_weights(weight, [&](const auto& w) { conv_of_many(shape, x, w, bias, out, y); });

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from panther.ops import _kernels
 from panther.ops._text import shape_text
 
 CONVOLVE: dict[int, Callable[..., Tensor]] = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
@@ -49,16 +52,54 @@ def is_exported() -> bool:
     return bool(torch._C._get_tracing_state()) or torch.compiler.is_exporting()  # torch.onnx does one or the other
 
 
-def in_standard_operations(x: Tensor, weight: Tensor) -> bool:
-    """Whether torch's own convolution serves better than an op: in exported models, and in training where it is small.
+def trains_little(x: Tensor, weight: Tensor) -> bool:
+    """Whether torch's own convolution trains faster than an op, whose visit to a backward in Python takes 90 us.
 
-    The visit to a backward in Python takes 90 us, which a convolution of SMALL multiplications gains at best.
+    A convolution of SMALL multiplications gains so much at best.
     """
-    if is_exported():
-        return True
-    if not torch.is_grad_enabled() or torch.compiler.is_compiling() or not (x.requires_grad or weight.requires_grad):
+    if not torch.is_grad_enabled() or not (x.requires_grad or weight.requires_grad):
         return False
     return x.numel() * weight.shape[0] * math.prod(weight.shape[2:]) < SMALL
+
+
+def is_plain(tensor: Tensor) -> bool:
+    """Of float32 on a CPU, and with numbers in it."""
+    return type(tensor) in (Tensor, torch.nn.Parameter) and tensor.dtype == torch.float32 and tensor.is_cpu
+
+
+@functools.lru_cache(1024)
+def torch_serves(
+    x: Sizes, weight: Sizes, bias: Sizes | None, stride: Sizes, padding: Sizes, dilation: Sizes, _threads: int
+) -> tuple[Any, ...] | None:
+    """Arguments for torch's own convolution where it serves plain inputs of these sizes in less time than the op.
+
+    To be asked before the op, whose visit takes as long as a small convolution. None where the op serves them better,
+    refuses them, or pads the two sides of an axis differently.
+    """
+    kernels, _ = _kernels.load()
+    dims, sides = len(stride), tuple(padding if len(padding) != len(stride) else both_sides(padding))
+    if kernels is None or len(weight) != dims + 2:
+        return None
+    batched = tuple(x) if len(x) != dims + 1 else (1, *x)
+    fits = len(batched) == dims + 2 and batched[1] == weight[1] and weight[0] > 0
+    if not fits or (bias is not None and tuple(bias) != (weight[0],)):
+        return None
+    leaves = kernels.torch_convolves(batched, weight[0], tuple(weight[2:]), stride, sides, dilation)
+    return arguments(stride, sides, dilation) if leaves else None
+
+
+def arguments(stride: Sizes, sides: Sizes, dilation: Sizes) -> tuple[Any, ...] | None:
+    """Those of F.conv2d after the bias, up to the last that is not its default; None where sides differ.
+
+    Torch takes 2 us to read each list, and less for one number.
+    """
+    dims = len(stride)
+    if tuple(sides[:dims]) != tuple(sides[dims:]):
+        return None
+    sizes = [sizes[0] if len(set(sizes)) == 1 else tuple(sizes) for sizes in (stride, sides[:dims], dilation)]
+    while sizes and sizes[-1] == (1, 0, 1)[len(sizes) - 1]:
+        sizes.pop()
+    return tuple(sizes)
 
 
 def both_sides(padding: Sizes) -> list[int]:

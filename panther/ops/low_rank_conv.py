@@ -17,7 +17,9 @@ from panther.ops import _kernels
 from panther.ops._define import define
 from panther.ops._text import FLOATING, dtype_text, shape_text
 from panther.ops._windows import (
+    CONVOLVE,
     Sizes,
+    arguments,
     both_sides,
     check_windows,
     convolved,
@@ -25,6 +27,7 @@ from panther.ops._windows import (
     flops,
     gradients,
     is_exported,
+    is_plain,
 )
 from panther.ops.conv import conv
 
@@ -32,6 +35,7 @@ from panther.ops.conv import conv
 # own take a kernel's row at once where it is short, and windows that follow each other.
 _FEW_WINDOWS, _IMAGE_CHANNELS, _MANY_CHANNELS = 28, 4, 1024
 _LONG_ROW, _LARGE_PICTURE, _LARGE_LINE = 8, 512, 256
+_MANY_SAMPLES, _FEW_COLUMNS = 16, 128  # torch multiplies single places of fewer samples, slowly where columns are few
 
 _Geometry = tuple[Sizes, Sizes, Sizes]
 
@@ -159,6 +163,22 @@ def _instruction_set() -> str:
 
 
 @functools.lru_cache(1024)
+def _torch_serves(
+    x: Sizes,
+    down: Sizes,
+    up: Sizes,
+    bias: Sizes | None,
+    stride: Sizes,
+    padding: Sizes,
+    dilation: Sizes,
+    threads: int,
+) -> tuple[Any, ...] | None:
+    """Arguments for the first of two of torch's own convolutions, where they are faster; else None."""
+    sides = tuple(padding if len(padding) != len(stride) else both_sides(padding))
+    is_faster = _torch_is_faster(x, down, up, bias, stride, sides, dilation, threads)
+    return arguments(stride, sides, dilation) if is_faster else None
+
+
 def _torch_is_faster(
     x: Sizes,
     down: Sizes,
@@ -184,8 +204,10 @@ def _torch_is_faster(
     windows = flops(x, 1, down[2:], stride, padding, dilation) // (2 * channels * taps)
     if windows <= _FEW_WINDOWS:
         return False
+    if taps == 1 and threads == 1:  # torch multiplies: conv.h
+        return up[0] <= channels or (samples < _MANY_SAMPLES and windows // samples > _FEW_COLUMNS)
     if taps == 1:
-        return up[0] <= channels if threads == 1 else channels >= _MANY_CHANNELS and samples > 1
+        return channels >= _MANY_CHANNELS and samples > 1
     if dims > 1 and channels <= _IMAGE_CHANNELS:
         return True
     if channels % 8 != 0 or down[-1] >= _LONG_ROW:
@@ -212,28 +234,22 @@ def low_rank_conv(
     Cost:   2*batch*positions*R*(in*kernel + out) flops.
     Raises: ValueError when shapes, sizes of windows, dtypes or devices do not fit together.
     """
+    is_open = not is_exported() and not torch.compiler.is_compiling()
+    trains = torch.is_grad_enabled() and (x.requires_grad or down.requires_grad or up.requires_grad)
+    if is_open and not trains and is_plain(x):
+        offset, where = None if bias is None else bias.shape, (tuple(stride), tuple(padding), tuple(dilation))
+        given = _torch_serves(x.shape, down.shape, up.shape, offset, *where, torch.get_num_threads())
+        if given is not None and all(tensor is None or is_plain(tensor) for tensor in (down, up, bias)):
+            convolve = CONVOLVE[len(stride)]
+            return convolve(convolve(x, down, None, *given), up, bias)
     sides = both_sides(padding) if len(padding) == len(stride) else list(padding)
     single = _single_places(len(stride))
     if is_exported() or x.dtype not in FLOATING:
         return convolved(convolved(x, down, None, stride, sides, dilation), up, bias, *single)
-    if not torch.compiler.is_compiling():
-        if torch.is_grad_enabled() and (x.requires_grad or down.requires_grad or up.requires_grad):
-            _check_shapes(x, down, up, bias)
-            # They keep what is between them for the backward, which the op computes again.
-            inner = conv(x, down, None, stride=stride, padding=sides, dilation=dilation)
-            return conv(inner, up, bias, stride=single[0], padding=single[1], dilation=single[2])
-        where = tuple(stride), tuple(sides), tuple(dilation)
-        offset = None if bias is None else bias.shape
-        if (
-            _is_plain(x)  # whose sizes are numbers, and not symbols
-            and _torch_is_faster(x.shape, down.shape, up.shape, offset, *where, torch.get_num_threads())
-            and all(tensor is None or _is_plain(tensor) for tensor in (down, up, bias))
-        ):
-            return convolved(convolved(x, down, None, *where), up, bias, *single)
+    if is_open and trains:
+        _check_shapes(x, down, up, bias)
+        # They keep what is between them for the backward, which the op computes again.
+        inner = conv(x, down, None, stride=stride, padding=sides, dilation=dilation)
+        return conv(inner, up, bias, stride=single[0], padding=single[1], dilation=single[2])
     y: Tensor = LOW_RANK_CONV(x, down, up, bias, list(stride), sides, list(dilation))
     return y
-
-
-def _is_plain(tensor: Tensor) -> bool:
-    """Of float32 on a CPU, and with numbers in it."""
-    return type(tensor) in (Tensor, torch.nn.Parameter) and tensor.dtype == torch.float32 and tensor.is_cpu
