@@ -124,6 +124,14 @@ struct TensorSizes {
 
 inline constexpr int64_t kImageChannels = 4;  // of pictures as they come in, which torch has kernels for
 
+// Whether torch's convolution of single places is a plain product of its BLAS.
+template <class X>
+bool torch_multiplies(const ConvOf<X>& p) {
+  constexpr int64_t kManySamples = 16, kSmall = 20480;
+  if (p.dims() > 2 || product(p.kernel_size) > 1 || product(p.stride) > 1 || p.x.size(0) >= kManySamples) return false;
+  return torch::stable::get_num_threads() == 1 || (p.x.size(0) == 1 && p.x.numel() <= kSmall);
+}
+
 // Whether torch's own convolution of many windows is as fast as core/conv.h with AVX-512, or faster. It takes channels
 // sixteen at a time, and slows down where these do not come out even, for long kernels and for few windows; of single
 // places it is slower while their numbers stay in the caches, and where there are enough channels for packing them to
@@ -137,14 +145,6 @@ bool torch_is_fast_with_avx512(const ConvOf<X>& p, int64_t out) {
   if (p.dims() > 1 && in <= kImageChannels) return true;
   if (in % 16 != 0 || taps >= kLongKernel || windows < kManyWindows) return false;
   return out % 16 == 0 || p.x.numel() > kInNearCaches;
-}
-
-// Whether torch's convolution of single places is a plain product of its BLAS.
-template <class X>
-bool torch_multiplies(const ConvOf<X>& p) {
-  constexpr int64_t kManySamples = 16, kSmall = 20480;
-  if (p.dims() > 2 || product(p.kernel_size) > 1 || product(p.stride) > 1 || p.x.size(0) >= kManySamples) return false;
-  return torch::stable::get_num_threads() == 1 || (p.x.size(0) == 1 && p.x.numel() <= kSmall);
 }
 
 // The same with AVX2: eight channels at a time, kernels of up to seven places in a row, large samples, and single

@@ -2,6 +2,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
 #include <string>
 #include <vector>
 
@@ -37,12 +38,11 @@ bool torch_convolves(const Sizes& x, int64_t out, const Sizes& kernel_size, cons
                      const Sizes& dilation) {
   const panther::TensorSizes given{x};
   const panther::ConvOf<panther::TensorSizes> shape{given, kernel_size, stride, padding, dilation};
-  if (!shape.fits()) return false;
+  if (!shape.fits() || !panther::runs_here(shape, out)) return shape.fits();
   // Of fewer multiplications the visit to an op takes more than its kernel gains: measured on Zen 3.
-  constexpr double kSmall = 1 << 21;
-  const double work =
-      static_cast<double>(shape.windows()) * static_cast<double>(shape.depth()) * static_cast<double>(out);
-  return (panther::torch_multiplies(shape) && work < kSmall) || !panther::runs_here(shape, out);
+  constexpr int64_t kSmall = 1 << 21;
+  const bool is_small = shape.windows() * shape.depth() < kSmall / std::max<int64_t>(1, out);
+  return panther::uses(InstructionSet::avx2) && panther::torch_multiplies(shape) && is_small;
 }
 
 }  // namespace
@@ -55,6 +55,6 @@ PYBIND11_MODULE(_C, module) {
              "Raises: ValueError when this processor does not have it.");
   module.def("torch_convolves", &torch_convolves, py::arg("x"), py::arg("out"), py::arg("kernel_size"),
              py::arg("stride"), py::arg("padding"), py::arg("dilation"),
-             "Whether panther::conv leaves float32 inputs of these sizes, with a batch, to torch; no where windows do "
-             "not fit.");
+             "Whether float32 inputs of these sizes, with a batch, are torch's rather than panther::conv's, its call "
+             "included; no where windows do not fit.");
 }

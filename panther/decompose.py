@@ -24,7 +24,7 @@ from panther.factors import Decomposed, Factors, Profile, Rounding, convolve, de
 from panther.nn.factor import compose
 from panther.nn.pivoted import Pivots
 from panther.products import fast_layers
-from panther.quantise import MOST_FEATURES, RIDGE, Rounded, in_data_norm, incoherent, lost
+from panther.quantise import MOST_FEATURES, RIDGE, Rounded, in_data_norm, incoherent, losses_of
 from panther.sketches import SENSITIVITY_RIDGE, SKETCHES, LowRank, Moments, Seen, with_ridge
 from panther.spec import BITS, DTYPES, Choice, Cost, Grid, LayerSpec, Pair
 
@@ -457,17 +457,12 @@ def _is_coarse(grid: Grid) -> bool:
 def _lost_by(factors: Factors, weight: Tensor) -> Callable[[Tensor], float]:
     """How large a share of a layer's output energy a stand-in for its weight loses."""
     seen = factors.profile.seen
-    moment = _moment(factors)
-    of_outputs = seen.sensitivity if seen.sensitivity is not None and len(seen.sensitivity) == len(weight) else None
-    has_samples = factors.profile.samples is not None
-    energy = _energy(factors, weight) if has_samples else 0.0
-
-    def share(stand_in: Tensor) -> float:
-        if has_samples:
-            return _energy(factors, weight - stand_in) / energy if energy > 0 else 0.0
-        return lost(weight.flatten(1), stand_in.flatten(1), moment, of_outputs)
-
-    return share
+    if factors.profile.samples is None:
+        reacts = seen.sensitivity is not None and len(seen.sensitivity) == len(weight)
+        share = losses_of(weight.flatten(1), _moment(factors), seen.sensitivity if reacts else None)
+        return lambda stand_in: share(stand_in.flatten(1))
+    energy = _energy(factors, weight)
+    return lambda stand_in: _energy(factors, weight - stand_in) / energy if energy > 0 else 0.0
 
 
 def _corrected(factors: Factors, weight: Tensor, rounded: Tensor, whole: float) -> dict[int, float]:

@@ -85,6 +85,8 @@ class Prepared:
     closer_calls: tuple[Call, ...] = ()  # inputs of `closely`; none where the reference has as many
     # By the share of the weights that channels leave, and whether the options have their milliseconds.
     narrow: dict[tuple[float, bool], Narrow] = field(default_factory=dict)
+    # What plans were measured to do, by whether on more samples.
+    known: dict[tuple[bool, tuple[Choice, ...]], float] = field(default_factory=dict)
 
     @cached_property
     def importances(self) -> Mapping[str, Importance]:
@@ -189,17 +191,24 @@ class Prepared:
 
     def divergence(self, choices: Sequence[Choice]) -> float:
         """What a whole plan does to the model's output on the reference samples."""
-        return self.reference.divergence(self.factors, choices)
+        key = False, tuple(choices)
+        if key not in self.known:
+            self.known[key] = self.reference.divergence(self.factors, choices)
+        return self.known[key]
 
     @cached_property
     def _closer(self) -> Reference:
         """More samples, where few are all that every layer could be truncated on."""
-        samples = sum(call.batch_size for call in self.closer_calls)
-        return reference(self.request.model, self.closer_calls, samples) if self.closer_calls else self.reference
+        return reference(self.request.model, self.closer_calls, sum(call.batch_size for call in self.closer_calls))
 
     def closely(self, choices: Sequence[Choice]) -> float:
         """The same on more samples, for the few plans that one is chosen from."""
-        return self._closer.divergence(self.factors, choices)
+        if not self.closer_calls:
+            return self.divergence(choices)
+        key = True, tuple(choices)
+        if key not in self.known:
+            self.known[key] = self._closer.divergence(self.factors, choices)
+        return self.known[key]
 
     def layer(self, choice: Choice) -> nn.Module:
         """One layer as it runs in the end."""

@@ -6,6 +6,7 @@ a whole number times the scale of its group: all of its row, or so many neighbou
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -186,13 +187,24 @@ def lost(matrix: Tensor, stands_for_it: Tensor, moment: Tensor | None, sensitivi
 
     What is unknown is the identity: the share of the numbers' own energy without H.
     """
+    return losses_of(matrix, moment, sensitivity)(stands_for_it)
 
-    def energy(of: Tensor) -> Tensor:
+
+def losses_of(matrix: Tensor, moment: Tensor | None, sensitivity: Tensor | None = None) -> Callable[[Tensor], float]:
+    """`lost` of any stand-in for a matrix: what does not depend on that is computed once."""
+    moment = None if moment is None else moment.double()
+    sensitivity = None if sensitivity is None else sensitivity.double()
+
+    def energy(of: Tensor) -> float:
         wide = of.double()
-        through = wide if moment is None else wide @ moment.double()
+        through = wide if moment is None else wide @ moment
         if sensitivity is not None:
-            through = sensitivity.double() @ through
-        return (through * wide).sum()
+            through = sensitivity @ through
+        return float((through * wide).sum())
 
-    whole = float(energy(matrix))
-    return min(1.0, max(0.0, float(energy(matrix - stands_for_it)) / whole)) if whole > 0 else 0.0
+    whole = energy(matrix)
+
+    def share(stands_for_it: Tensor) -> float:
+        return min(1.0, max(0.0, energy(matrix - stands_for_it) / whole)) if whole > 0 else 0.0
+
+    return share

@@ -11,8 +11,7 @@ from importlib import import_module
 import pytest
 import torch
 
-from panther.ops._windows import torch_serves
-from tests.kernels import COMPILED, SETS
+from tests.kernels import COMPILED, SETS, forget_choices
 
 # pytest listens to every logger that keeps its records to itself. As soon as torch's one has a listener, whatever torch
 # compiles, exports or copies without data is traced: a record with the stack of the call for every tensor.
@@ -34,19 +33,19 @@ def _short_healing(monkeypatch):
 def instruction_set(request):
     """Each set that this processor has, in use; the best one is what the other tests run with."""
     before = COMPILED.set_instruction_set(request.param)
-    torch_serves.cache_clear()
+    forget_choices()
     yield request.param
     COMPILED.set_instruction_set(before)
-    torch_serves.cache_clear()
+    forget_choices()
 
 
 @pytest.fixture
 def scalar_kernels():
     before = COMPILED.set_instruction_set("scalar")
-    torch_serves.cache_clear()
+    forget_choices()
     yield
     COMPILED.set_instruction_set(before)
-    torch_serves.cache_clear()
+    forget_choices()
 
 
 @pytest.fixture

@@ -54,7 +54,7 @@ class Geometry:
 
 GEOMETRIES = {
     "few windows": Geometry((1, 5, 9), 7, (3,), padding=(1,)),
-    "points": Geometry((2, 101, 11, 13), 130, (1, 1)),
+    "points": Geometry((3, 101, 11, 11), 130, (1, 1)),
     "points of one sample, apart": Geometry((1, 9, 30, 31), 18, (1, 1), stride=(2, 2)),
     "points with an edge": Geometry((1, 9, 12, 13), 18, (1, 1), padding=(2, 1)),
     "long kernel": Geometry((3, 4, 50), 21, (33,), padding=(16,)),
@@ -96,7 +96,10 @@ def inputs_of(of, kind, dtype=torch.float32):
     weight = torch.randn(of.out, of.size[1], *of.kernel, generator=generator, dtype=torch.float64).to(dtype)
     bias = torch.randn(of.out, generator=generator, dtype=torch.float64).to(dtype)
     if kind == "float":
-        return x, weight.double(), bias, lambda x: conv(x, weight, bias, **of.where())
+        where = of.where()
+        sides = list(where["padding"]) * (1 if len(where["padding"]) > len(of.kernel) else 2)
+        lists = list(where["stride"]), sides, list(where["dilation"])
+        return x, weight.double(), bias, lambda x: OPS["conv"](x, weight, bias, *lists)  # which torch is not given
     values, scales = stored(weight, kind)
     meant = dequantised(values, scales.double(), weight[0].numel()).reshape(weight.shape)
     return x, meant, bias, lambda x: quantised_conv(x, values, scales, bias, kernel_size=of.kernel, **of.where())
@@ -124,6 +127,12 @@ def assert_within_the_rounding_bound(got, of, x, weight, bias):
 def test_every_geometry_is_within_the_rounding_bound(of, kind):
     x, weight, bias, run = inputs_of(of, kind)
     assert_within_the_rounding_bound(run(x), of, x, weight, bias)
+
+
+@every_geometry
+def test_whatever_runs_a_convolution_is_within_the_rounding_bound(of):
+    x, weight, bias, _ = inputs_of(of, "float")
+    assert_within_the_rounding_bound(conv(x, weight.float(), bias, **of.where()), of, x, weight, bias)
 
 
 @every_kind
@@ -374,10 +383,11 @@ LEFT_TO_TORCH = {
     "small picture": ((1, 64, 14, 14), (64, 64, 3, 3), (1, 1), [False, False]),
     "without a batch": ((64, 56, 56), (64, 64, 3, 3), (1, 1), [True, True]),
     "a long line": ((2, 16, 300), (8, 16, 3), (1,), [True, True]),
-    "padded on one side": ((1, 64, 56, 56), (64, 64, 2, 2), (0, 0, 1, 1), [False, False]),
+    "padded on one side": ((1, 64, 56, 56), (64, 64, 2, 2), (0, 0, 1, 1), [True, True]),
     "windows that do not fit": ((1, 64, 2, 2), (64, 64, 3, 3), (0, 0), [False, False]),
     "other channels": ((1, 32, 56, 56), (64, 64, 3, 3), (1, 1), [False, False]),
     "a line of pictures": ((1, 64, 56), (64, 64, 3, 3), (1, 1), [False, False]),
+    "padding that is no number": ((1, 64, 56, 56), (64, 64, 3, 3), "same", [False, False]),
 }
 
 
@@ -396,24 +406,36 @@ def test_dense_convolutions_are_left_to_torch_where_that_is_faster(x, weight, pa
 @needs_kernels
 @pytest.mark.parametrize("of", [case for case in LEFT_TO_TORCH.values() if case[-1] == [True, True]])
 def test_what_is_left_to_torch_is_what_it_computes(of, monkeypatch):
+    if COMPILED.build_info()["instruction_set"] != "avx2":
+        pytest.skip("the rule was measured with AVX2")
     size, weight_size, padding, _ = of
     x, weight, bias = torch.randn(size), torch.randn(weight_size), torch.randn(weight_size[0])
-    ones = (1,) * len(padding)
-    module = importlib.import_module("panther.ops.conv")
-    monkeypatch.setattr(module, "CONV", lambda *_: pytest.fail("the op was asked"))
-    if COMPILED.build_info()["instruction_set"] == "avx2":
-        got = conv(x, weight, bias, stride=ones, padding=padding, dilation=ones)
-        assert torch.equal(got, _windows.CONVOLVE[len(padding)](x, weight, bias, 1, padding))
+    ones, dims = (1,) * (len(weight_size) - 2), len(weight_size) - 2
+    monkeypatch.setattr(importlib.import_module("panther.ops.conv"), "CONV", lambda *_: pytest.fail("the op was asked"))
+    got = conv(x, weight, bias, stride=ones, padding=padding, dilation=ones)
+    sides = padding if len(padding) > dims else padding * 2
+    assert torch.equal(got, _windows.convolved(x, weight, bias, ones, sides, ones))
+
+
+@needs_kernels
+def test_sides_that_differ_are_padded_before_two_of_torchs_own(monkeypatch):
+    if COMPILED.build_info()["instruction_set"] != "avx2":
+        pytest.skip("the rule was measured with AVX2")
+    module = importlib.import_module("panther.ops.low_rank_conv")
+    monkeypatch.setattr(module, "LOW_RANK_CONV", lambda *_: pytest.fail("the op was asked"))
+    x, down, up = torch.randn(1, 16, 56, 56), torch.randn(8, 16, 4, 4), torch.randn(32, 8, 1, 1)
+    got = low_rank_conv(x, down, up, stride=(1, 1), padding=(1, 1, 2, 2), dilation=(1, 1))
+    assert torch.equal(got, F.conv2d(F.conv2d(F.pad(x, (1, 2, 1, 2)), down), up))
 
 
 @pytest.mark.parametrize(
     ("stride", "sides", "dilation", "expected"),
     [
-        ((1, 1), (0, 0, 0, 0), (1, 1), ()),
-        ((2, 2), (0, 0, 0, 0), (1, 1), (2,)),
-        ((1, 1), (1, 2, 1, 2), (1, 1), (1, (1, 2))),
-        ((2, 1), (0, 0, 0, 0), (3, 3), ((2, 1), 0, 3)),
-        ((1,), (1, 0), (1,), None),
+        ((1, 1), (0, 0, 0, 0), (1, 1), ((), ())),
+        ((2, 2), (0, 0, 0, 0), (1, 1), ((2,), ())),
+        ((1, 1), (1, 2, 1, 2), (1, 1), ((1, (1, 2)), ())),
+        ((2, 1), (0, 0, 0, 0), (3, 3), (((2, 1), 0, 3), ())),
+        ((1,), (1, 3), (1,), ((1, 1), (0, 2))),
     ],
 )
 def test_torch_gets_no_arguments_that_are_its_defaults(stride, sides, dilation, expected):

@@ -242,6 +242,24 @@ def test_gradients_reach_the_input_and_the_bias(name: str) -> None:
     assert bias is not None and bias.grad is not None and bool(bias.grad.any())
 
 
+@pytest.mark.parametrize("name", ["linear", "conv2d"])
+def test_scales_may_be_trained_or_computed(name: str) -> None:
+    _, layer, x = quantised(name)
+    before, part = layer(x), layer.stored[0]
+    part.scales = nn.Parameter(part.scales.detach())
+    layer(x).square().sum().backward()
+    assert part.scales.grad is not None and bool((part.scales.grad != 0).all())
+    torch.testing.assert_close(layer(x), before)
+
+    class Twice(nn.Module):
+        def forward(self, scales: Tensor) -> Tensor:
+            return 2 * scales
+
+    torch.nn.utils.parametrize.register_parametrization(part, "scales", Twice())
+    bias = layer(torch.zeros_like(x))
+    torch.testing.assert_close(layer(x) - bias, 2 * (before - bias), rtol=1e-4, atol=1e-5)
+
+
 def test_an_empty_batch_gives_an_empty_batch() -> None:
     for layer in some():
         size = (0, layer._shape.in_features, *(9,) * len(layer._shape.kernel_size))

@@ -46,6 +46,7 @@ class StoredWeight(nn.Module):
 
     values: int8 (out, columns), uint8 (out, ceil(columns / 2)), which hold 4 bits or 3, or int16 (out, columns), the
     bits of bfloat16. scales: (out, groups). In a file 3 bits are 3 bits, and scales bfloat16 where that is the same.
+    A quantised layer runs it without its hooks.
     """
 
     values: Tensor
@@ -65,8 +66,10 @@ class StoredWeight(nn.Module):
     @property
     def held(self) -> tuple[Tensor, Tensor]:
         """values and scales. As attributes of a module they take as long to find as a quarter of a small product."""
-        values, scales = self._buffers["values"], self._buffers["scales"]
-        return cast(Tensor, values), cast(Tensor, scales)
+        values, scales = self._buffers.get("values"), self._buffers.get("scales")
+        if values is None or scales is None:  # made parameters, or computed from some
+            return self.values, self.scales
+        return values, scales
 
     @property
     def columns(self) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +17,8 @@ from panther.ops._text import shape_text
 CONVOLVE: dict[int, Callable[..., Tensor]] = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 
 SMALL = 1 << 24
+
+_PLAIN = (Tensor, torch.nn.Parameter)
 
 Sizes = Sequence[int]
 
@@ -62,19 +64,17 @@ def trains_little(x: Tensor, weight: Tensor) -> bool:
     return x.numel() * weight.shape[0] * math.prod(weight.shape[2:]) < SMALL
 
 
-def is_plain(tensor: Tensor) -> bool:
-    """Of float32 on a CPU, and with numbers in it."""
-    return type(tensor) in (Tensor, torch.nn.Parameter) and tensor.dtype == torch.float32 and tensor.is_cpu
+Left: TypeAlias = tuple[tuple[Any, ...], tuple[int, ...]]  # arguments after the bias, and what F.pad adds before
 
 
 @functools.lru_cache(1024)
 def torch_serves(
     x: Sizes, weight: Sizes, bias: Sizes | None, stride: Sizes, padding: Sizes, dilation: Sizes, _threads: int
-) -> tuple[Any, ...] | None:
-    """Arguments for torch's own convolution where it serves plain inputs of these sizes in less time than the op.
+) -> Left | None:
+    """How torch's own convolution is called, where it serves plain inputs of these sizes in less time than the op.
 
     To be asked before the op, whose visit takes as long as a small convolution. None where the op serves them better,
-    refuses them, or pads the two sides of an axis differently.
+    or refuses them.
     """
     kernels, _ = _kernels.load()
     dims, sides = len(stride), tuple(padding if len(padding) != len(stride) else both_sides(padding))
@@ -84,22 +84,34 @@ def torch_serves(
     fits = len(batched) == dims + 2 and batched[1] == weight[1] and weight[0] > 0
     if not fits or (bias is not None and tuple(bias) != (weight[0],)):
         return None
-    leaves = kernels.torch_convolves(batched, weight[0], tuple(weight[2:]), stride, sides, dilation)
+    try:
+        leaves = kernels.torch_convolves(batched, weight[0], tuple(weight[2:]), stride, sides, dilation)
+    except TypeError:  # sizes that are no integers, which the op refuses
+        return None
     return arguments(stride, sides, dilation) if leaves else None
 
 
-def arguments(stride: Sizes, sides: Sizes, dilation: Sizes) -> tuple[Any, ...] | None:
-    """Those of F.conv2d after the bias, up to the last that is not its default; None where sides differ.
+def arguments(stride: Sizes, sides: Sizes, dilation: Sizes) -> Left:
+    """Those of F.conv2d after the bias, up to the last that is not its default, and what is to be padded before it.
 
     Torch takes 2 us to read each list, and less for one number.
     """
-    dims = len(stride)
-    if tuple(sides[:dims]) != tuple(sides[dims:]):
-        return None
-    sizes = [sizes[0] if len(set(sizes)) == 1 else tuple(sizes) for sizes in (stride, sides[:dims], dilation)]
+    common, more = _split(sides)
+    sizes = [sizes[0] if len(set(sizes)) == 1 else tuple(sizes) for sizes in (stride, common, dilation)]
     while sizes and sizes[-1] == (1, 0, 1)[len(sizes) - 1]:
         sizes.pop()
-    return tuple(sizes)
+    return tuple(sizes), tuple(more) if any(more) else ()
+
+
+def convolved_by_torch(x: Tensor, weight: Tensor, bias: Tensor | None, left: Left) -> Tensor:
+    given, more = left
+    result: Tensor = CONVOLVE[weight.dim() - 2](F.pad(x, more) if more else x, weight, bias, *given)
+    return result
+
+
+def are_plain(*tensors: Tensor | None) -> bool:
+    """Whether all that are there are float32 on a CPU, with numbers in them and sizes that are no symbols."""
+    return all(t is None or (type(t) in _PLAIN and t.dtype == torch.float32 and t.is_cpu) for t in tensors)
 
 
 def both_sides(padding: Sizes) -> list[int]:

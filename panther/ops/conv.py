@@ -13,15 +13,15 @@ from torch import Tensor
 from panther.ops._define import define
 from panther.ops._text import FLOATING, dtype_text, shape_text
 from panther.ops._windows import (
-    CONVOLVE,
     Sizes,
+    are_plain,
     both_sides,
     check_windows,
     convolved,
+    convolved_by_torch,
     flops,
     gradients,
     is_exported,
-    is_plain,
     torch_serves,
     trains_little,
 )
@@ -107,11 +107,11 @@ def conv(
     Raises: ValueError when shapes, sizes of windows, dtypes or devices do not fit together.
     """
     is_open = not is_exported() and not torch.compiler.is_compiling()
-    if is_open and is_plain(x):
+    if is_open and are_plain(x, weight, bias):
         offset, where = None if bias is None else bias.shape, (tuple(stride), tuple(padding), tuple(dilation))
-        given = torch_serves(x.shape, weight.shape, offset, *where, torch.get_num_threads())
-        if given is not None and is_plain(weight) and (bias is None or is_plain(bias)):
-            return CONVOLVE[len(stride)](x, weight, bias, *given)
+        left = torch_serves(x.shape, weight.shape, offset, *where, torch.get_num_threads())
+        if left is not None:
+            return convolved_by_torch(x, weight, bias, left)
     sides = both_sides(padding) if len(padding) == len(stride) else list(padding)
     if x.dtype not in FLOATING or (trains_little(x, weight) if is_open else is_exported()):
         return convolved(x, weight, bias, stride, sides, dilation)

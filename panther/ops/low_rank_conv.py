@@ -17,17 +17,18 @@ from panther.ops import _kernels
 from panther.ops._define import define
 from panther.ops._text import FLOATING, dtype_text, shape_text
 from panther.ops._windows import (
-    CONVOLVE,
+    Left,
     Sizes,
+    are_plain,
     arguments,
     both_sides,
     check_windows,
     convolved,
+    convolved_by_torch,
     fit,
     flops,
     gradients,
     is_exported,
-    is_plain,
 )
 from panther.ops.conv import conv
 
@@ -172,8 +173,8 @@ def _torch_serves(
     padding: Sizes,
     dilation: Sizes,
     threads: int,
-) -> tuple[Any, ...] | None:
-    """Arguments for the first of two of torch's own convolutions, where they are faster; else None."""
+) -> Left | None:
+    """How the first of two of torch's own convolutions is called, where they are faster; else None."""
     sides = tuple(padding if len(padding) != len(stride) else both_sides(padding))
     is_faster = _torch_is_faster(x, down, up, bias, stride, sides, dilation, threads)
     return arguments(stride, sides, dilation) if is_faster else None
@@ -204,8 +205,9 @@ def _torch_is_faster(
     windows = flops(x, 1, down[2:], stride, padding, dilation) // (2 * channels * taps)
     if windows <= _FEW_WINDOWS:
         return False
-    if taps == 1 and threads == 1:  # torch multiplies: conv.h
-        return up[0] <= channels or (samples < _MANY_SAMPLES and windows // samples > _FEW_COLUMNS)
+    if taps == 1 and threads == 1:
+        multiplies = samples < _MANY_SAMPLES and dims <= 2 and math.prod(stride) == 1  # torch does, as conv.h says
+        return up[0] <= channels or (multiplies and windows // samples > _FEW_COLUMNS)
     if taps == 1:
         return channels >= _MANY_CHANNELS and samples > 1
     if dims > 1 and channels <= _IMAGE_CHANNELS:
@@ -236,12 +238,11 @@ def low_rank_conv(
     """
     is_open = not is_exported() and not torch.compiler.is_compiling()
     trains = torch.is_grad_enabled() and (x.requires_grad or down.requires_grad or up.requires_grad)
-    if is_open and not trains and is_plain(x):
+    if is_open and not trains and are_plain(x, down, up, bias):
         offset, where = None if bias is None else bias.shape, (tuple(stride), tuple(padding), tuple(dilation))
-        given = _torch_serves(x.shape, down.shape, up.shape, offset, *where, torch.get_num_threads())
-        if given is not None and all(tensor is None or is_plain(tensor) for tensor in (down, up, bias)):
-            convolve = CONVOLVE[len(stride)]
-            return convolve(convolve(x, down, None, *given), up, bias)
+        left = _torch_serves(x.shape, down.shape, up.shape, offset, *where, torch.get_num_threads())
+        if left is not None:
+            return convolved_by_torch(convolved_by_torch(x, down, None, left), up, bias, ((), ()))
     sides = both_sides(padding) if len(padding) == len(stride) else list(padding)
     single = _single_places(len(stride))
     if is_exported() or x.dtype not in FLOATING:
