@@ -326,5 +326,5 @@ def test_caches_in_the_answers_are_neither_compared_nor_kept() -> None:
         gc.collect()
         seen.append(sum(type(o) is Decoder.Cache for o in gc.get_objects()))
 
-    run = distilled(teacher, sketched(teacher, "net.0", "net.2"), data(), show=show, steps=20)
+    run = distilled(teacher, sketched(teacher, "net.0", "net.2"), data(), show=show, steps=6)
     assert run.best <= run.first and max(seen) == 0

@@ -6,6 +6,7 @@
 #include <cstring>
 #include <limits>
 #include <stdexcept>
+#include <string>
 #include <type_traits>
 #include <vector>
 
@@ -542,11 +543,14 @@ void check_unknown_instruction_set() {
 
 }  // namespace
 
-int main() {
+// The instruction sets to check, by name; all of this processor where none is given.
+int main(int count, char** names) {
   check_bfloat16();
   check_nibbles();
   check_unknown_instruction_set();
+  const std::vector<std::string> asked(names + 1, names + count);
   for (InstructionSet set : instruction_sets()) {
+    if (!asked.empty() && std::find(asked.begin(), asked.end(), name_of(set)) == asked.end()) continue;
     instruction_set_in_use() = set;
     check_products<PlainMatrix<float>>();
     check_products<PlainMatrix<BFloat16>>();
