@@ -124,13 +124,18 @@ Tensor widened_tile(const Tensor& x, const Quantised& matrix, int64_t first, con
 }
 
 // x (rows, columns) -> y (rows, out), contiguous, in core/gemm.h: each thread widens some rows of the weight as it
-// reads them. From kWeightsInLanes rows on these are in the lanes, so that each number is widened once.
+// reads them. From kWeightsInLanes rows on these are in the lanes, so that each number is widened once; with AVX2 as
+// soon as they are fewer than those of x: 1.05 to 1.15 times as fast for 48 to 96 of them, measured on Zen 3.
 inline constexpr int64_t kWeightsInLanes = 192;
+
+inline bool has_lanes_of_weights(int64_t rows, int64_t out) {
+  return rows >= kWeightsInLanes || (uses(core::InstructionSet::avx2) && out % 8 == 0 && rows >= out);
+}
 
 template <class W>
 void run_widened(const float* x, const W& w, const float* bias, float* y, int64_t rows, int64_t out) {
   const core::Gemm p{{x, w.in, 1}, {nullptr, 0, 0}, bias, false, y, out, 1, rows, out, w.in};
-  const bool in_lanes = rows >= kWeightsInLanes;
+  const bool in_lanes = has_lanes_of_weights(rows, out);
   const int64_t unit = unit_of(in_lanes), work = std::max<int64_t>(1, unit * rows * w.in);
   torch::stable::parallel_for(0, (out + unit - 1) / unit, std::max<int64_t>(1, kGrain / work),
                               [&](int64_t first, int64_t last) {
@@ -149,7 +154,7 @@ bool fills_widened_lanes(const W& w, int64_t rows, int64_t out) {
   if constexpr (!W::kHasScales) {
     return rows > 28 && w.in <= 512;
   } else if (std::is_same_v<W, core::Int8> && w.groups == 1) {
-    return rows >= (w.in <= 192 ? 14 : w.in <= 512 ? 22 : w.in <= 1024 ? 30 : 41);
+    return rows >= (w.in <= 96 ? 12 : w.in <= 192 ? 14 : w.in <= 512 ? 22 : w.in <= 1024 ? 30 : 41);
   } else {
     return rows == 16 || rows >= (w.in <= 128 || out > 192 ? 14 : 20);
   }
