@@ -155,7 +155,6 @@ bool torch_is_fast_with_avx2(const ConvOf<X>& p, int64_t out) {
   constexpr int64_t kLongRow = 8, kLargeLine = 256, kLargePicture = 512, kManyChannels = 96, kManyWindows = 1024;
   const int64_t taps = product(p.kernel_size), in = p.x.size(1);
   if (p.windows() <= kFewWindows) return false;
-  if (torch_multiplies(p)) return product(p.positions()) > kFewWindows;
   if (taps == 1) return p.windows() > kManyWindows && (in < kManyChannels || out <= in);
   if (p.dims() > 1 && in <= kImageChannels) return true;
   if (in % 8 != 0 || out % 8 != 0 || p.kernel_size.back() >= kLongRow) return false;
@@ -187,10 +186,13 @@ inline int64_t few_windows() {
 }
 
 // Whether kernels of panther's own are faster than torch's convolution, for float32 numbers in the order of their axes.
+// With AVX2 its BLAS is the faster one for many columns; a weight that has to be widened first is faster here.
 template <class X>
 bool runs_here(const ConvOf<X>& p, int64_t out) {
   if (!p.has_numbers()) return false;
-  return p.windows() <= few_windows() || (has_own_conv() && !torch_is_fast(p, out));
+  if (p.windows() <= few_windows()) return true;
+  const bool is_product = torch_multiplies(p) && product(p.positions()) > kFewWindows;
+  return has_own_conv() && !torch_is_fast(p, out) && !(uses(core::InstructionSet::avx2) && is_product);
 }
 
 // The windows of a contiguous sample, or of all samples where they are joined.
