@@ -360,7 +360,7 @@ def test_kernels_are_chosen_by_shape_and_threads(monkeypatch):
         where, dims = of.where(), len(of.kernel)
         sizes = of.size, (8, of.size[1], *of.kernel), (of.out, 8, *[1] * dims)
         geometry = where["stride"], where["padding"] * 2, where["dilation"]
-        chosen[name] = [rule(*sizes, None, *geometry, count) for count in (1, 2)]
+        chosen[name] = [rule(*sizes, None, geometry, count) for count in (1, 2)]
     assert chosen == {
         "fewer channels": [True, False],
         "more channels": [True, False],

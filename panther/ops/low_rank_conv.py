@@ -164,32 +164,15 @@ def _instruction_set() -> str:
 
 
 @functools.lru_cache(1024)
-def _torch_serves(
-    x: Sizes,
-    down: Sizes,
-    up: Sizes,
-    bias: Sizes | None,
-    stride: Sizes,
-    padding: Sizes,
-    dilation: Sizes,
-    threads: int,
-) -> Left | None:
+def _torch_serves(x: Sizes, down: Sizes, up: Sizes, bias: Sizes | None, where: _Geometry, threads: int) -> Left | None:
     """How the first of two of torch's own convolutions is called, where they are faster; else None."""
+    stride, padding, dilation = where
     sides = tuple(padding if len(padding) != len(stride) else both_sides(padding))
-    is_faster = _torch_is_faster(x, down, up, bias, stride, sides, dilation, threads)
+    is_faster = _torch_is_faster(x, down, up, bias, (stride, sides, dilation), threads)
     return arguments(stride, sides, dilation) if is_faster else None
 
 
-def _torch_is_faster(
-    x: Sizes,
-    down: Sizes,
-    up: Sizes,
-    bias: Sizes | None,
-    stride: Sizes,
-    padding: Sizes,
-    dilation: Sizes,
-    threads: int,
-) -> bool:
+def _torch_is_faster(x: Sizes, down: Sizes, up: Sizes, bias: Sizes | None, where: _Geometry, threads: int) -> bool:
     """Whether two of torch's own convolutions take less time than the op, with AVX2; no where shapes do not fit.
 
     Measured on Zen 3, one and two threads, batches of 1 and 8, ranks that keep a half and a quarter: the op is 1.0 to
@@ -197,6 +180,7 @@ def _torch_is_faster(
     and 1.0 to 5 times for small pictures, short lines and long kernels; 0.6 to 1.1 times elsewhere. To be asked before
     the op, whose visit takes as long as a small convolution; with AVX-512 it was not measured, and the op decides.
     """
+    stride, padding, dilation = where
     dims, taps = len(stride), math.prod(down[2:])
     is_known = _instruction_set() == "avx2" and fit(x, down[2:], stride, padding, dilation)
     if not is_known or not _shapes_fit(x, down, up, bias) or math.prod(x) == 0:
@@ -240,7 +224,7 @@ def low_rank_conv(
     trains = torch.is_grad_enabled() and (x.requires_grad or down.requires_grad or up.requires_grad)
     if is_open and not trains and are_plain(x, down, up, bias):
         offset, where = None if bias is None else bias.shape, (tuple(stride), tuple(padding), tuple(dilation))
-        left = _torch_serves(x.shape, down.shape, up.shape, offset, *where, torch.get_num_threads())
+        left = _torch_serves(x.shape, down.shape, up.shape, offset, where, torch.get_num_threads())
         if left is not None:
             return convolved_by_torch(convolved_by_torch(x, down, None, left), up, bias, ((), ()))
     sides = both_sides(padding) if len(padding) == len(stride) else list(padding)
