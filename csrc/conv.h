@@ -2,7 +2,6 @@
 // all of torch's threads.
 #pragma once
 
-#include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
@@ -357,9 +356,9 @@ void conv_of_many(const ConvShape& p, const Tensor& x, const W& w, const float* 
   conv_of_many(p, x, w, bias, out, y, [](const core::Conv<W>& whole) { run(whole); });
 }
 
-// torch's own convolution pads both sides of an axis alike; the rest is padded before. Called by its C symbol: through
-// the dispatcher by name, lists of sizes take 25 us to get there, as long as a small convolution.
+// torch's own convolution pads both sides of an axis alike; the rest is padded before.
 inline Tensor torch_conv(const ConvShape& p, const Tensor& weight, const std::optional<Tensor>& bias) {
+  using torch::stable::detail::from;
   Sizes common, more;
   for (int64_t axis = p.dims() - 1; axis >= 0; --axis) {
     const int64_t before = p.padding[axis], after = p.padding[axis + p.dims()], both = std::min(before, after);
@@ -369,11 +368,10 @@ inline Tensor torch_conv(const ConvShape& p, const Tensor& weight, const std::op
   const bool has_more = std::any_of(more.begin(), more.end(), [](int64_t amount) { return amount > 0; });
   const Tensor x = has_more ? torch::stable::pad(p.x, more) : p.x;
   const Sizes zeros(p.kernel_size.size(), 0);
-  AtenTensorHandle offset = bias ? bias->get() : nullptr, y = nullptr;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_convolution(x.get(), weight.get(), bias ? &offset : nullptr, p.stride.data(),
-                                                    p.dims(), common.data(), p.dims(), p.dilation.data(), p.dims(), 0,
-                                                    zeros.data(), p.dims(), 1, &y));
-  return Tensor(y);
+  std::array<StableIValue, 9> stack{from(x),          from(weight), from(bias),  from(p.stride),  from(common),
+                                    from(p.dilation), from(false),  from(zeros), from(int64_t{1})};
+  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::convolution", "", stack.data(), TORCH_ABI_VERSION));
+  return torch::stable::detail::to<Tensor>(stack[0]);
 }
 
 // x with a batch, where it has none for so many axes, and the result without it.

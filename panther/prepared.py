@@ -191,10 +191,7 @@ class Prepared:
 
     def divergence(self, choices: Sequence[Choice]) -> float:
         """What a whole plan does to the model's output on the reference samples."""
-        key = False, tuple(choices)
-        if key not in self.known:
-            self.known[key] = self.reference.divergence(self.factors, choices)
-        return self.known[key]
+        return self._divergence(choices, closer=False)
 
     @cached_property
     def _closer(self) -> Reference:
@@ -203,11 +200,12 @@ class Prepared:
 
     def closely(self, choices: Sequence[Choice]) -> float:
         """The same on more samples, for the few plans that one is chosen from."""
-        if not self.closer_calls:
-            return self.divergence(choices)
-        key = True, tuple(choices)
+        return self._divergence(choices, closer=bool(self.closer_calls))
+
+    def _divergence(self, choices: Sequence[Choice], *, closer: bool) -> float:
+        key = closer, tuple(choices)
         if key not in self.known:
-            self.known[key] = self._closer.divergence(self.factors, choices)
+            self.known[key] = (self._closer if closer else self.reference).divergence(self.factors, choices)
         return self.known[key]
 
     def layer(self, choice: Choice) -> nn.Module:

@@ -109,10 +109,10 @@ def conv(
     is_open = not is_exported() and not torch.compiler.is_compiling()
     if is_open and are_plain(x, weight, bias):
         offset, where = None if bias is None else bias.shape, (tuple(stride), tuple(padding), tuple(dilation))
-        left = torch_serves(x.shape, weight.shape, offset, *where, torch.get_num_threads())
-        if left is not None:
-            return convolved_by_torch(x, weight, bias, left)
-    sides = both_sides(padding) if len(padding) == len(stride) else list(padding)
+        call = torch_serves(x.shape, weight.shape, offset, *where, torch.get_num_threads())
+        if call is not None:
+            return convolved_by_torch(x, weight, bias, call)
+    sides = both_sides(padding, stride)
     if x.dtype not in FLOATING or (trains_little(x, weight) if is_open else is_exported()):
         return convolved(x, weight, bias, stride, sides, dilation)
     y: Tensor = CONV(x, weight, bias, list(stride), sides, list(dilation))

@@ -17,8 +17,8 @@ from panther.ops import _kernels
 from panther.ops._define import define
 from panther.ops._text import FLOATING, dtype_text, shape_text
 from panther.ops._windows import (
-    Left,
     Sizes,
+    TorchCall,
     are_plain,
     arguments,
     both_sides,
@@ -164,10 +164,12 @@ def _instruction_set() -> str:
 
 
 @functools.lru_cache(1024)
-def _torch_serves(x: Sizes, down: Sizes, up: Sizes, bias: Sizes | None, where: _Geometry, threads: int) -> Left | None:
+def _torch_serves(
+    x: Sizes, down: Sizes, up: Sizes, bias: Sizes | None, where: _Geometry, threads: int
+) -> TorchCall | None:
     """How the first of two of torch's own convolutions is called, where they are faster; else None."""
     stride, padding, dilation = where
-    sides = tuple(padding if len(padding) != len(stride) else both_sides(padding))
+    sides = both_sides(padding, stride)
     is_faster = _torch_is_faster(x, down, up, bias, (stride, sides, dilation), threads)
     return arguments(stride, sides, dilation) if is_faster else None
 
@@ -224,10 +226,10 @@ def low_rank_conv(
     trains = torch.is_grad_enabled() and (x.requires_grad or down.requires_grad or up.requires_grad)
     if is_open and not trains and are_plain(x, down, up, bias):
         offset, where = None if bias is None else bias.shape, (tuple(stride), tuple(padding), tuple(dilation))
-        left = _torch_serves(x.shape, down.shape, up.shape, offset, where, torch.get_num_threads())
-        if left is not None:
-            return convolved_by_torch(convolved_by_torch(x, down, None, left), up, bias, ((), ()))
-    sides = both_sides(padding) if len(padding) == len(stride) else list(padding)
+        call = _torch_serves(x.shape, down.shape, up.shape, offset, where, torch.get_num_threads())
+        if call is not None:
+            return convolved_by_torch(convolved_by_torch(x, down, None, call), up, bias, ((), ()))
+    sides = both_sides(padding, stride)
     single = _single_places(len(stride))
     if is_exported() or x.dtype not in FLOATING:
         return convolved(convolved(x, down, None, stride, sides, dilation), up, bias, *single)

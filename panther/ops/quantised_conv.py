@@ -139,7 +139,7 @@ def quantised_conv(
     Cost:   2*batch*positions*in*out flops; on a CPU the weight is never widened as a whole.
     Raises: ValueError when shapes, sizes of windows, dtypes or devices do not fit together.
     """
-    sides = both_sides(padding) if len(padding) == len(stride) else list(padding)
+    sides = both_sides(padding, stride)
     if is_exported():
         return convolved(x, _weight(x, values, scales, kernel_size), bias, stride, sides, dilation)
     y: Tensor = QUANTISED_CONV(x, values, scales, bias, list(kernel_size), list(stride), sides, list(dilation))
