@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from panther.batches import Call, device_of, inference, masked_rows, parts_of, rows_that_count, run
+from panther.batches import Call, device_of, inference, parts_of, rows_that_count, run
 from panther.errors import CalibrationError
 from panther.factors import Profile
 from panther.gradients import CHUNK, Reactions
@@ -153,6 +153,38 @@ class Accumulator:
 
 
 @dataclass
+class _Batch:
+    """The batch that runs, and which rows of it are looked at: the same in all layers that see as many."""
+
+    seed: int = 0  # of this batch, whatever layers are watched
+    masks: dict[tuple[int, ...], Tensor] = field(default_factory=dict)
+    samples: int = 1
+    chosen: dict[tuple[tuple[int, ...], int], Tensor | None] = field(default_factory=dict)
+
+    def begin(self, call: Call) -> None:
+        self.seed, self.masks, self.samples, self.chosen = self.seed + 1, call.masks(), call.batch_size, {}
+
+    def rows(self, tensor: Tensor, most: int) -> tuple[Tensor, Tensor | None]:
+        """(..., features) as rows, and which of them count, `most` at most; None where all do."""
+        key = tuple(tensor.shape[:-1]), most
+        if key not in self.chosen:
+            rows, counts = rows_that_count(tensor, self.masks)
+            self.chosen[key] = self._some(counts, len(rows), most, rows.device)
+        return tensor.reshape(-1, tensor.shape[-1]), self.chosen[key]
+
+    def _some(self, counts: Tensor | None, rows: int, most: int, device: torch.device) -> Tensor | None:
+        """A random part of those that count, where they are more than `most`."""
+        those = None if counts is None else counts.nonzero().squeeze(1).cpu()
+        count = rows if those is None else len(those)
+        if count <= most:
+            return counts
+        part = torch.randperm(count, generator=torch.Generator().manual_seed(self.seed))[:most]
+        chosen = torch.zeros(rows, dtype=torch.bool)
+        chosen[part if those is None else those[part]] = True
+        return chosen.to(device)
+
+
+@dataclass
 class _Watch:
     """What is accumulated for one layer; `shared` is the layer that accumulates the inputs for its group."""
 
@@ -167,17 +199,6 @@ class _Watch:
     channel_generator: torch.Generator = field(default_factory=lambda: torch.Generator().manual_seed(0))
     samples: list[Tensor] = field(default_factory=list)
     picks: dict[tuple[str, int], Tensor] = field(default_factory=dict)
-
-    def some(self, tensor: Tensor, masks: dict[tuple[int, ...], Tensor]) -> tuple[Tensor, Tensor | None]:
-        """A linear layer's rows and which count: a random part where there are far more than its covariance needs."""
-        rows, counts = rows_that_count(tensor, masks)
-        enough = self.positions * tensor.shape[0]
-        if rows.shape[0] <= enough:
-            return rows, counts
-        rows = rows if counts is None else rows[counts]
-        if rows.shape[0] > enough:
-            rows = rows[torch.randperm(rows.shape[0], generator=self.generator)[:enough].to(rows.device)]
-        return rows, None
 
     def pick(self, side: str, count: int) -> Tensor | slice:
         """The same random positions for every batch of one size."""
@@ -309,9 +330,9 @@ def _measure(
     chunk: int,
     seed: int,
 ) -> Measured:
-    context: dict[str, Any] = {"masks": {}, "samples": 1}
+    batch = _Batch(seed)
     hooks = [  # before the user's own hooks: what those make of an output is not what the layer is replaced for
-        model.get_submodule(w.spec.name).register_forward_hook(_hook(w, context), with_kwargs=True, prepend=True)
+        model.get_submodule(w.spec.name).register_forward_hook(_hook(w, batch), with_kwargs=True, prepend=True)
         for w in watches
     ]
     try:
@@ -320,12 +341,12 @@ def _measure(
             for index, call in enumerate(batches):
                 _refuse_non_finite(call, index)
                 if gradient_samples <= 0:
-                    _run_batch(model, call, index, context)
+                    _run_batch(model, call, index, batch)
                     continue
                 size = call.batch_size if chunk == WHOLE_BATCH else min(gradient_samples, call.batch_size)
-                _run_backward(reactions, call.rows(0, size), context)
+                _run_backward(reactions, call.rows(0, size), batch)
                 if size < call.batch_size:
-                    _run_batch(model, call.rows(size, call.batch_size), index, context)
+                    _run_batch(model, call.rows(size, call.batch_size), index, batch)
                 gradient_samples -= size
     finally:
         for hook in hooks:
@@ -370,42 +391,44 @@ def _positions(spec: LayerSpec, samples: int) -> int:
     return max(16, math.ceil(ROWS_PER_FEATURE * features / max(1, samples)))
 
 
-def _hook(watch: _Watch, context: dict[str, Any]) -> Any:
+def _hook(watch: _Watch, batch: _Batch) -> Any:
     @torch.no_grad()
     def see(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
         given = args[0] if args else kwargs["input"]
         if watch.channels is not None and watch.channels.rows < CHANNEL_ROWS * watch.spec.in_features:
-            watch.channels.add(_channel_rows(watch, given, context["masks"]))
+            _see_channels(watch, given, batch)
         if watch.spec.kind == "linear":
-            _see_linear(watch, given, output, context["masks"], context["samples"])
+            _see_linear(watch, given, output, batch)
         else:
             _see_conv(watch, given, output)
 
     return see
 
 
-def _channel_rows(watch: _Watch, given: Tensor, masks: dict[tuple[int, ...], Tensor]) -> Tensor:
-    """The inputs of a linear layer or a 1 x 1 convolution, (rows, channels): a part of them where there are many."""
-    spec, dims = watch.spec, len(watch.spec.kernel_size)
+def _see_channels(watch: _Watch, given: Tensor, batch: _Batch) -> None:
+    """The inputs of a linear layer or a 1 x 1 convolution: a part of them where there are many."""
+    spec, dims, channels = watch.spec, len(watch.spec.kernel_size), watch.channels
+    if channels is None:
+        return
     if not dims:
-        rows = masked_rows(given, masks)
-    else:
-        batched = given if given.dim() > 1 + dims else given.unsqueeze(0)
-        rows = _read_by_a_point(batched, spec).movedim(1, -1).reshape(-1, spec.in_features)
-    if len(rows) <= spec.in_features:
-        return rows
-    return rows[torch.randperm(len(rows), generator=watch.channel_generator)[: spec.in_features].to(rows.device)]
+        rows, counts = batch.rows(given, spec.in_features)
+        channels.add(rows, counts=counts)
+        return
+    batched = given if given.dim() > 1 + dims else given.unsqueeze(0)
+    rows = _read_by_a_point(batched, spec).movedim(1, -1).reshape(-1, spec.in_features)
+    if len(rows) > spec.in_features:
+        rows = rows[torch.randperm(len(rows), generator=watch.channel_generator)[: spec.in_features].to(rows.device)]
+    channels.add(rows)
 
 
-def _see_linear(
-    watch: _Watch, given: Tensor, output: Tensor, masks: dict[tuple[int, ...], Tensor], samples: int
-) -> None:
+def _see_linear(watch: _Watch, given: Tensor, output: Tensor, batch: _Batch) -> None:
+    """Its rows: a random part where there are far more than a covariance needs."""
     if watch.owns_inputs:  # `mean` is the accumulator of the inputs where there is one
-        rows, counts = watch.some(given, masks)
-        watch.mean.add(rows, samples, counts)
+        rows, counts = batch.rows(given, watch.positions * given.shape[0])
+        watch.mean.add(rows, batch.samples, counts)
     if watch.outputs is not None:
-        rows, counts = watch.some(output, masks)
-        watch.outputs.add(rows, samples, counts)
+        rows, counts = batch.rows(output, watch.positions * output.shape[0])
+        watch.outputs.add(rows, batch.samples, counts)
 
 
 def _see_conv(watch: _Watch, given: Tensor, output: Tensor) -> None:
@@ -450,7 +473,7 @@ def check_batches(model: nn.Module, calls: Sequence[Call], first: int) -> None:
     with inference(model):
         for index, call in enumerate(calls, first):
             _refuse_non_finite(call, index)
-            _run_batch(model, call, index, {})
+            _run_batch(model, call, index, _Batch())
 
 
 def _refuse_non_finite(call: Call, index: int) -> None:
@@ -464,8 +487,8 @@ def _refuse_non_finite(call: Call, index: int) -> None:
             )
 
 
-def _run_batch(model: nn.Module, call: Call, index: int, context: dict[str, Any]) -> None:
-    context |= {"masks": call.to(device_of(model)).masks(), "samples": call.batch_size}
+def _run_batch(model: nn.Module, call: Call, index: int, batch: _Batch) -> None:
+    batch.begin(call.to(device_of(model)))
     try:
         run(model, call)
     except Exception as error:  # models check their inputs with errors of any kind
@@ -477,9 +500,9 @@ def _run_batch(model: nn.Module, call: Call, index: int, context: dict[str, Any]
         ) from error
 
 
-def _run_backward(reactions: Reactions, call: Call, context: dict[str, Any]) -> None:
+def _run_backward(reactions: Reactions, call: Call, batch: _Batch) -> None:
     for chunk in reactions.chunks(call):
-        context |= {"masks": chunk.to(device_of(reactions.model)).masks(), "samples": chunk.batch_size}
+        batch.begin(chunk.to(device_of(reactions.model)))
         try:
             reactions.run(chunk)
         except Exception as error:  # a bad batch is told apart when it runs again without gradients

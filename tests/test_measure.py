@@ -218,6 +218,25 @@ def test_what_stands_in_padded_positions_changes_nothing(gradient_samples: int) 
         assert_same_profile(profile, dirty[name])
 
 
+def test_of_many_rows_a_random_part_of_those_that_count_is_looked_at_whatever_else_is_watched() -> None:
+    model, counted = Tokens(), 250
+    mask = torch.zeros(1, 300, dtype=torch.int64)
+    mask[:, :counted] = 1
+    x = torch.randn(1, 300, 6).masked_fill(mask.unsqueeze(-1) == 0, 1e6)
+    batches = [Call((), {"x": x, "attention_mask": mask})] * 2
+    together = profiles_of(model, batches)
+    for name, rows in {"query": 2 * 32 * 6, "down": 2 * 32 * 3}.items():
+        moments = together[name].seen.inputs or together[name].seen.outputs
+        assert moments is not None and moments.rows == together[name].rows == rows < 2 * counted
+        assert bool(moments.mean.abs().max() < 1e3)
+        (spec,) = (spec for spec in specs_of(model, batches[0]) if spec.name == name)
+        alone = measure(model, [spec], batches, samples=2, gradient_samples=0).profiles[name]
+        assert_same_profile(together[name], alone)
+    query = together["query"].seen.inputs
+    assert query is not None
+    assert abs(float(query.mean[0]) - float(x[0, :counted, 0].mean())) > 1e-4  # not all, and not one part twice
+
+
 def test_a_convolution_is_watched_at_its_channels_and_outputs_over_all_positions() -> None:
     model = Pixels()
     batches = model.batches(3, 2)
