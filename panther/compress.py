@@ -200,8 +200,23 @@ def compress(
     changed_names = [name for c in result.plan.sketched for name in changed_layers(known, c)]
     places = dict.fromkeys(map(request.opened.holder, changed_names))
     put_layers(model, {name: result.model.get_submodule(name) for name in places})
-    model.load_state_dict(result.model.state_dict())  # neighbours that took over an order of channels
+    _copy_numbers(result.model, model)
     return changed(result, model=model, _prepared=None)
+
+
+@torch.no_grad()
+def _copy_numbers(source: nn.Module, model: nn.Module) -> None:
+    """Make those of the layers that both have what healing, or another order of channels, made of them.
+
+    Not by way of state_dict, which a model may write as it likes.
+    """
+    for name, module in source.named_modules():
+        other = model.get_submodule(name)
+        for own, theirs in ((module._parameters, other._parameters), (module._buffers, other._buffers)):
+            for key, value in own.items():
+                held = theirs.get(key)
+                if value is not None and held is not None and held is not value and not torch.equal(held, value):
+                    held.copy_(value)
 
 
 def request_for(model: nn.Module, example: Call, **others: Any) -> Request:

@@ -42,7 +42,8 @@ def selected(
         elif spec.name not in wanted:
             reasons.append("not among include=")
         layers.append(changed(spec, blockers=tuple(reasons)))
-    followers = tuple(pair for pair in found.followers if unwanted.isdisjoint(pair.between))
+    left = unwanted | (names - wanted)
+    followers = tuple(pair for pair in found.followers if left.isdisjoint(pair.between))
     return changed(found, layers=tuple(layers), followers=followers)
 
 
@@ -50,7 +51,11 @@ def _matches(patterns: Any, argument: str, found: Capture, kinds: Mapping[str, n
     """Names of the layers that the patterns mean."""
     chosen: set[str] = set()
     for pattern in [patterns] if isinstance(patterns, str | type) else patterns:
-        hits = {spec.name for spec in found.layers if _means(pattern, spec.name, kinds[spec.name], argument)}
+        hits = {
+            spec.name
+            for spec in found.layers
+            if any(_means(pattern, name, kinds[spec.name], argument) for name in (spec.name, *spec.aliases))
+        }
         if not hits:
             close = get_close_matches(str(pattern), [s.name for s in found.layers], 3)
             hint = f"; nearest: {', '.join(close)}" if close else ""

@@ -263,6 +263,18 @@ def test_a_narrowed_layer_computes_part_of_what_it_did() -> None:
     assert small.weight.data_ptr() != layer.weight.data_ptr()
 
 
+@pytest.mark.parametrize(
+    ("options", "is_pair"),
+    [({}, True), ({"include": ["expand", "project"]}, False), ({"include": [nn.Conv2d]}, True)],
+    ids=["all", "two", "class"],
+)
+def test_a_depthwise_convolution_outside_of_include_keeps_its_neighbours_channels(
+    options: dict[str, Any], is_pair: bool
+) -> None:
+    found = panther.analyze(Inverted().eval(), torch.randn(2, 3, 8, 8), **options)
+    assert any("depthwise" in pair.between for pair in found.followers) is is_pair
+
+
 def test_a_narrowed_norm_and_a_depthwise_convolution_keep_their_channels() -> None:
     kept = torch.tensor([1, 4, 6])
     norm, conv = nn.BatchNorm2d(8).eval(), nn.Conv2d(8, 8, 3, groups=8)

@@ -596,6 +596,41 @@ def test_inplace_changes_the_model_itself_to_the_same_numbers(cnn: Cnn) -> None:
         result.resolve(0.3)
 
 
+class HeadOnly(nn.Module):
+    """Saves its head alone, as models with a frozen body do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.norm, self.head = nn.Linear(64, 64), nn.BatchNorm1d(64), nn.Linear(64, 64)
+
+    def forward(self, x: Tensor) -> Tensor:
+        answer: Tensor = self.head(self.norm(self.body(x)).relu())
+        return answer
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        return {name: value for name, value in super().state_dict(*args, **kwargs).items() if "head" in name}
+
+
+def test_inplace_does_not_need_what_the_model_saves_to_be_all_of_it() -> None:
+    data = torch.randn(256, 64)
+    model = decaying_(HeadOnly()).eval()
+    model.norm.running_mean += 0.5
+    options: dict[str, Any] = {"example_inputs": data[:4], "calib_data": data, "heal": "refit", "verify": False}
+    expected = panther.compress(copy.deepcopy(model), 0.5, **options).model
+    placed = panther.compress(model, 0.5, inplace=True, **options).model
+    assert placed is model and any(isinstance(module, SketchedLayer) for module in model.modules())
+    assert torch.equal(model(data), expected(data))
+
+
+def test_a_shared_layer_is_chosen_by_each_of_its_names() -> None:
+    shared = nn.Linear(64, 64)
+    model, data = nn.Sequential(shared, nn.ReLU(), nn.Linear(64, 64), shared), torch.randn(64, 64)
+    for pattern in ("0", "3"):
+        found = panther.analyze(model, data, exclude=[pattern])
+        assert [spec.name for spec in found.sketchable] == ["2"]
+    assert [spec.name for spec in panther.analyze(model, data, include=["3"]).sketchable] == ["0"]
+
+
 class Listed(nn.Module):
     """Runs its layers from a plain list, and registers them besides."""
 
