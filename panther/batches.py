@@ -510,13 +510,13 @@ def _snapshot(model: nn.Module) -> Callable[[], None]:
             refill(container, before)
         with torch.no_grad():  # and no detach, which of a sparse tensor is a copy
             for tensor, kept in numbers:
-                if not _are_equal(tensor, kept):
+                if not are_equal(tensor, kept):
                     tensor.copy_(kept)
 
     return put_back
 
 
-def _are_equal(first: Tensor, second: Tensor) -> bool:
+def are_equal(first: Tensor, second: Tensor) -> bool:
     """Whether two tensors of one layout hold the same numbers; torch.equal knows no sparse ones."""
     return all(torch.equal(a, b) for a, b in zip(parts_of(first), parts_of(second), strict=True))
 

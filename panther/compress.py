@@ -11,11 +11,19 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from panther.allocate import in_file, resolve
 from panther.allocators import Allocator
-from panther.batches import Calibration, Call, as_call, calibration, is_for_inference, weights_may_change
+from panther.batches import (
+    Calibration,
+    Call,
+    are_equal,
+    as_call,
+    calibration,
+    is_for_inference,
+    weights_may_change,
+)
 from panther.capture import capture, in_no_layer, refuse_opaque
 from panther.channels import counted_by_nobody, counts_of, narrowable, with_counts
 from panther.decompose import candidates, decompose, refuse_non_finite, with_pair
@@ -206,17 +214,18 @@ def compress(
 
 @torch.no_grad()
 def _copy_numbers(source: nn.Module, model: nn.Module) -> None:
-    """Make those of the layers that both have what healing, or another order of channels, made of them.
+    """Give a model the numbers of another that has layers of the same names: what healing or another order changed.
 
     Not by way of state_dict, which a model may write as it likes.
     """
-    for name, module in source.named_modules():
-        other = model.get_submodule(name)
-        for own, theirs in ((module._parameters, other._parameters), (module._buffers, other._buffers)):
-            for key, value in own.items():
-                held = theirs.get(key)
-                if value is not None and held is not None and held is not value and not torch.equal(held, value):
-                    held.copy_(value)
+    held = _tensors(model)
+    for name, value in _tensors(source).items():
+        if held[name] is not value and not are_equal(held[name], value):
+            held[name].copy_(value)
+
+
+def _tensors(model: nn.Module) -> dict[str, Tensor]:
+    return {**dict(model.named_parameters()), **dict(model.named_buffers())}
 
 
 def request_for(model: nn.Module, example: Call, **others: Any) -> Request:

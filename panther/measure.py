@@ -396,7 +396,7 @@ def _hook(watch: _Watch, batch: _Batch) -> Any:
     def see(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
         given = args[0] if args else kwargs["input"]
         if watch.channels is not None and watch.channels.rows < CHANNEL_ROWS * watch.spec.in_features:
-            _see_channels(watch, given, batch)
+            _see_channels(watch.channels, watch, given, batch)
         if watch.spec.kind == "linear":
             _see_linear(watch, given, output, batch)
         else:
@@ -405,11 +405,9 @@ def _hook(watch: _Watch, batch: _Batch) -> Any:
     return see
 
 
-def _see_channels(watch: _Watch, given: Tensor, batch: _Batch) -> None:
+def _see_channels(channels: Accumulator, watch: _Watch, given: Tensor, batch: _Batch) -> None:
     """The inputs of a linear layer or a 1 x 1 convolution: a part of them where there are many."""
-    spec, dims, channels = watch.spec, len(watch.spec.kernel_size), watch.channels
-    if channels is None:
-        return
+    spec, dims = watch.spec, len(watch.spec.kernel_size)
     if not dims:
         rows, counts = batch.rows(given, spec.in_features)
         channels.add(rows, counts=counts)

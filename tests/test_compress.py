@@ -602,6 +602,9 @@ class HeadOnly(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.body, self.norm, self.head = nn.Linear(64, 64), nn.BatchNorm1d(64), nn.Linear(64, 64)
+        # Neither of these takes whatever is written into it.
+        self.register_buffer("adjacency", torch.eye(3).to_sparse())
+        self.register_buffer("zeros", torch.zeros(1).expand(8), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
         answer: Tensor = self.head(self.norm(self.body(x)).relu())
