@@ -259,6 +259,7 @@ def _layers(model: nn.Module, factors: Mapping[str, Factors], choice: Choice, se
     columns = second.schemes[CHANNELS]
     if count not in second.narrow and isinstance(columns, Columns):
         (chosen, solved), bias = second.slice(choice)
+        grids = tuple(second.rounding)
         kept = chosen.flatten(1).argmax(1)
         module: Any = narrowed(second.module, inputs=kept, gains_bias=bias is not None)
         module.weight.copy_(solved.reshape(module.weight.shape))
@@ -277,14 +278,14 @@ def _layers(model: nn.Module, factors: Mapping[str, Factors], choice: Choice, se
             has_bias=second.spec.has_bias or bias is not None,
             input_shape=_shape(second.spec.input_shape, second.spec, count),
         )
-        made = decompose(module, spec, profile, seed=seed, grids=tuple(second.rounding))
+        made = decompose(module, spec, profile, seed=seed, grids=grids, rounds_by_data=second.rounds_by_data)
         second.narrow[count] = changed(made, pair=second.pair, kept=kept, axis=1)
         module, whole = narrowed(first.module, outputs=kept), first.profile
         seen = Seen(inputs=first.inputs, sensitivity=_of_first(whole.seen.sensitivity, first.spec, kept))
         profile = Profile(whole.rows, seen, whole.mean)
         shape = _shape(first.spec.output_shape, first.spec, count)
         spec = changed(first.spec, out_features=count, output_shape=shape)
-        made = decompose(module, spec, profile, seed=seed, grids=tuple(second.rounding))
+        made = decompose(module, spec, profile, seed=seed, grids=grids, rounds_by_data=second.rounds_by_data)
         first.narrow[count] = changed(made, pair=second.pair, kept=kept, axis=0)
     return {first.spec.name: first.narrow[count], second.spec.name: second.narrow[count]}
 

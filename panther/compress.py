@@ -394,7 +394,15 @@ def _factors(
                 module = model.get_submodule(spec.name)
                 profile = profiles.pop(spec.name, None)
                 pair = pairs.get(spec.name)
-                factors[spec.name] = decompose(module, spec, profile, seed=seed, pair=pair, grids=request.grids)
+                factors[spec.name] = decompose(
+                    module,
+                    spec,
+                    profile,
+                    seed=seed,
+                    pair=pair,
+                    grids=request.grids,
+                    rounds_by_data=request.heal.mode != "none",
+                )
     return {spec.name: factors[spec.name] for spec in found.sketchable}
 
 

@@ -42,13 +42,15 @@ def decompose(
     seed: int = 0,
     pair: Pair | None = None,
     grids: Sequence[Grid] = (),
+    rounds_by_data: bool = True,
 ) -> Factors:
     """Every scheme of one layer at every useful rank.
 
     sketch: a name of panther.sketches.SKETCHES, or "auto": exact up to EXACT_UP_TO features, randomised above;
     without a profile both see the weight only.
     pair: with its neighbour, where the channels between them may become fewer; the profile needs moments of the inputs.
-    grids: on which its weights may be stored, whose errors are predicted.
+    grids: on which its weights may be stored, whose errors are predicted; rounds_by_data: for numbers that are rounded
+    in the norm of the data, as healing does it, else for each to the nearest.
 
     Raises: ValueError when the weight holds NaN or infinite values.
     """
@@ -59,7 +61,7 @@ def decompose(
     schemes = {scheme: _SCHEMES[scheme](decomposer) for scheme in chains.schemes_for(spec)}
     if pair is not None and known.seen.inputs is None:
         pair = None
-    factors = Factors(spec, module, schemes, known, pair)
+    factors = Factors(spec, module, schemes, known, pair, rounds_by_data=rounds_by_data)
     if pair is not None and known.seen.inputs is not None:
         if pair.consumer == spec.name:
             schemes[CHANNELS] = channels_of(decomposer.weight, known.seen.inputs, known.seen.sensitivity)
@@ -378,10 +380,15 @@ def _numbers(factors: Factors, grids: Sequence[Grid]) -> dict[Grid, Rounded]:
     It stands for what other scales do: as large a share of the error is left there.
     """
     weight, moment = dense_weight(factors.module), _moment(factors)
-    is_slow = weight.numel() * weight[0].numel() > MOST_MULTIPLIED or weight[0].numel() > MOST_FEATURES
-    if moment is None or factors.profile.rows == 0 or is_slow:
+    is_slow = weight.numel() * weight[0].numel() > MOST_MULTIPLIED
+    if moment is None or is_slow or not _looks_at_data(factors):
         return {}
     return {grid: in_data_norm(weight.float().cpu(), moment, grid) for grid in grids if _is_coarse(grid)}
+
+
+def _looks_at_data(factors: Factors) -> bool:
+    """Whether numbers are rounded in the norm of what the layer sees."""
+    return factors.rounds_by_data and factors.profile.rows > 0 and factors.spec.fan_in <= MOST_FEATURES
 
 
 def _moment(factors: Factors) -> Tensor | None:
@@ -394,7 +401,8 @@ def _roundings(factors: Factors, grids: Sequence[Grid], numbers: Mapping[Grid, R
     """What rounding a layer to each grid loses."""
     weight, found = dense_weight(factors.module).float().cpu(), dict[Grid, Rounding]()
     share = _lost_by(factors, weight)
-    looks_at_data = factors.profile.rows > 0 and factors.spec.fan_in <= MOST_FEATURES
+    looks_at_data = _looks_at_data(factors)
+    left_of_links = LEFT_BY_DATA if looks_at_data else 1.0
     nearest = {grid: share(on_grid(weight, grid)) for grid in grids}
     chained = [
         _Chain(d.scheme, d.links(weight, d.ranks[len(d.ranks) // 2]))
@@ -409,12 +417,12 @@ def _roundings(factors: Factors, grids: Sequence[Grid], numbers: Mapping[Grid, R
             # In units of the whole layer's output, as far as the chain's own is it.
             for packing, rounded in chain.rounded(grid).items():
                 lost = share(weight - (chain.whole - rounded.to(weight)))
-                links[packing] = max(links.get(packing, 0.0), lost * (LEFT_BY_DATA if looks_at_data else 1.0))
+                links[packing] = max(links.get(packing, 0.0), lost * left_of_links)
         corrected = dict[int, float]()
         if _is_coarse(grid):
             rounded = numbers[grid].matrix() if grid in numbers else on_grid(weight, grid)
             corrected = _corrected(factors, weight, rounded, whole)
-        found[grid] = Rounding(nearest[grid], whole, links, corrected)
+        found[grid] = Rounding(nearest[grid], whole, links, corrected, left_of_links)
     return found
 
 
@@ -472,7 +480,7 @@ def _corrected(factors: Factors, weight: Tensor, rounded: Tensor, whole: float) 
         return {}
     whitened = weight.double() - rounded.double()
     moment = _moment(factors)
-    if moment is not None:
+    if moment is not None and factors.rounds_by_data:
         whitened = whitened @ with_ridge(moment, RIDGE)
     values = torch.linalg.eigvalsh(
         whitened @ whitened.T if len(whitened) <= whitened.shape[1] else whitened.T @ whitened

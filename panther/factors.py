@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from panther.chains import CHANNELS, CORRECTED, PIVOTED, PIVOTS, WHOLE
 from panther.nn.factor import compose
 from panther.nn.pivoted import Pivots
-from panther.quantise import Rounded, to_nearest
+from panther.quantise import Rounded, incoherent, to_nearest
 from panther.sketches import Moments, Seen
 from panther.spec import BITS, Choice, Grid, LayerSpec, Pair
 
@@ -64,6 +64,7 @@ class Rounding:
     whole: float
     links: Mapping[str, float]
     corrected: Mapping[int, float]
+    left: float = 1.0  # what looking at the data leaves of the error of links with every number rounded by itself
 
 
 @dataclass(frozen=True)
@@ -81,6 +82,7 @@ class Factors:
     narrow: dict[int, Factors] = field(default_factory=dict)  # the layer with so many channels, as far as was asked for
     rounding: Mapping[Grid, Rounding] = field(default_factory=dict)  # of the grids that its weights may be stored on
     numbers: Mapping[Grid, Rounded] = field(default_factory=dict)  # of the dense weight, rounded in the data norm
+    rounds_by_data: bool = True  # whether numbers are going to be rounded in the norm of the data
 
     def at(self, choice: Choice) -> Factors:
         """The layer that a choice is of: this one, or with fewer channels."""
@@ -113,7 +115,8 @@ class Factors:
             whole, bias = known._rounded_whole(choice), None if own is None else own.detach()
         else:
             parts, bias = known.slice(choice)
-            whole = _composed(parts, choice)
+            left = 1.0 if choice.grid is None else known.rounding[choice.grid].left
+            whole = _composed(parts, choice, left)
         whole, bias = whole.to(weight), None if bias is None else bias.to(weight)
         if known.kept is None:
             return whole, bias
@@ -151,14 +154,19 @@ class Factors:
         return (weight - compose(parts)).flatten(1) @ mean
 
 
-def _composed(parts: Sequence[Tensor], choice: Choice) -> Tensor:
-    """The weight that a chain amounts to as a choice stores it."""
+def _composed(parts: Sequence[Tensor], choice: Choice, left: float) -> Tensor:
+    """The weight that a chain amounts to as a choice stores it; left: what stays of the energy of its rounding."""
     grid = choice.grid
     if grid is None:
         return compose(parts)
-    if choice.packing == PIVOTED and grid.bits < BITS["int8"]:  # with more, pivots make no difference
-        return Pivots(parts, PIVOTS[choice.scheme]).rounded(lambda part: on_grid(part, grid))
-    return compose([on_grid(part, grid) for part in parts])
+    if grid.bits >= BITS["int8"]:  # with so many neither the basis nor pivots make a difference
+        return compose([on_grid(part, grid) for part in parts])
+    if choice.packing == PIVOTED:
+        rounded = Pivots(parts, PIVOTS[choice.scheme]).rounded(lambda part: on_grid(part, grid))
+    else:
+        turned = incoherent(*parts) if len(parts) == 2 else parts
+        rounded = compose([on_grid(part, grid) for part in turned])
+    return compose(parts).to(rounded).lerp(rounded, math.sqrt(left))
 
 
 def on_grid(weight: Tensor, grid: Grid) -> Tensor:

@@ -24,10 +24,10 @@ from panther.nn import (
     SketchedLayer,
 )
 from panther.nn.narrow import DENSE_SIZES, NUMBERS, is_narrowed
-from panther.nn.on_grid import CorrectedLinear, corrected, held, hold, let_go
+from panther.nn.on_grid import CorrectedLinear, corrected, held, hold, is_held, let_go
 from panther.nn.packing import not_pivoted, pivoted
 from panther.nn.surgery import as_plain, inherit, put_layers
-from panther.quantise import Rounded, to_nearest
+from panther.quantise import Rounded, incoherent, to_nearest
 from panther.spec import Choice, Grid, Pair, Plan
 
 
@@ -93,6 +93,7 @@ def _quantised_pivots(layer: PivotedLayer, choice: Choice) -> QuantisedPivotedLa
 def _quantised(layer: nn.Module, choice: Choice) -> QuantisedLayer:
     """A layer that was held to its grid, or is rounded here and now, as whole numbers."""
     layer = _corrected(layer, choice)
+    _turn(layer)
     parts = [held(layer, name) or _nearest(getattr(layer, name), grid) for name, grid in _grids(layer, choice)]
     let_go(layer)
     dense = layer.to_dense() if isinstance(layer, SketchedLayer | CorrectedLinear) else layer
@@ -109,9 +110,22 @@ def hold_nearest(layer: nn.Module, choice: Choice) -> nn.Module:
     if choice.packing == chains.PIVOTED and isinstance(layer, SketchedLayer):
         with contextlib.suppress(ValueError):  # as `packed` does
             layer = pivoted(layer, on_rows=True)
+    _turn(layer)
     for name, grid in _grids(layer, choice):
         hold(layer, name, _nearest(getattr(layer, name), grid))
     return layer
+
+
+@torch.no_grad()
+def _turn(layer: nn.Module) -> None:
+    """Two links in a basis between them that rounds well, where nothing holds them to a grid."""
+    if not isinstance(layer, SketchedLayer) or isinstance(layer, PivotedLayer) or len(layer._weight_names) != 2:
+        return
+    if is_held(layer):
+        return
+    links = [cast(Tensor, getattr(layer, name)) for name in layer._weight_names]
+    for weight, value in zip(links, incoherent(links[0], links[1]), strict=True):
+        weight.copy_(value)
 
 
 def _corrected(layer: nn.Module, choice: Choice) -> nn.Module:

@@ -6,6 +6,7 @@ a whole number times the scale of its group: all of its row, or so many neighbou
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -21,6 +22,7 @@ CLIPS = tuple(1 - 0.05 * step for step in range(12))  # shares of a group's larg
 RIDGE = 0.01
 MOST_FEATURES = 4096  # of a matrix whose inputs are looked at: the factorisation of more takes too long
 TAME = 0.25  # 0 and .5 are the best for weights of 4 bits and for what comes between; this is near both
+LEAST_INDEPENDENT = 1e-4  # pivots of a Cholesky factor by the largest: its rows are then orthonormal to some 1e-8
 LARGEST_IN_BOTH = 65280.0  # of bfloat16 and of float16
 BLOCK = 128  # columns whose errors are carried over to the others together
 
@@ -148,18 +150,15 @@ def incoherent(down: Tensor, up: Tensor, moment: Tensor | None = None, seed: int
     Numbers that are not finite leave the links, or the moment, out of it.
 
     Shapes: down (r, ...), up (m, r, ...); the same are returned, in the dtypes given.
-    Cost:   singular values of the second link, and products with matrices (r, r).
+    Cost:   a Cholesky factor and the eigenvectors of matrices (r, r), and products with such; singular values of the
+            second link where its columns are nearly dependent.
     Source: random rotations are the incoherence processing of QuIP (arXiv 2307.13304).
     """
     first, second = down.flatten(1).double().cpu(), up.transpose(0, 1).flatten(1).double().cpu()
     rank = len(first)
     if not bool(torch.isfinite(first).all() and torch.isfinite(second).all()):
         return down, up
-    left, values, right = torch.linalg.svd(second, full_matrices=False)  # (r, k), (k), (k, ...)
-    turn = left.T * values[:, None]
-    if len(values) < rank:  # fewer outputs than ranks: the directions that nothing reads
-        turn = torch.cat((turn, turn.new_zeros(rank - len(values), rank)))
-        right = torch.cat((right, right.new_zeros(rank - len(right), right.shape[1])))
+    turn, right = _orthonormal_rows(second)
     first = turn @ first
     sees_data = moment is not None and bool(torch.isfinite(moment).all())
     through = first @ moment.double().cpu() if sees_data and moment is not None else first
@@ -167,11 +166,32 @@ def incoherent(down: Tensor, up: Tensor, moment: Tensor | None = None, seed: int
     if among[-1] > 0:
         size = among.clamp_min(1e-6 * among[-1]) ** (TAME / 2)
         first, right = (axes / size) @ (axes.T @ first), (axes * size) @ (axes.T @ right)
-    random = torch.randn(rank, rank, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
-    rotation = torch.linalg.qr(random).Q
+    rotation = _rotation(rank, seed)
     first, right = rotation @ first, rotation @ right
     back = right.reshape(rank, len(up), *up.shape[2:]).transpose(0, 1)
     return first.reshape(down.shape).to(down), back.contiguous().to(up)
+
+
+def _orthonormal_rows(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """turn (r, r) and rows (r, n), orthonormal or zero, with matrix = turn^T @ rows; matrix (r, n) float64."""
+    lower, failed = torch.linalg.cholesky_ex(matrix @ matrix.T)
+    sizes = lower.diagonal()
+    if not bool(failed) and bool((sizes > LEAST_INDEPENDENT * sizes.max()).all()):
+        return lower.T, torch.linalg.solve_triangular(lower, matrix, upper=False)
+    rank = len(matrix)
+    left, values, right = torch.linalg.svd(matrix, full_matrices=False)  # (r, k), (k), (k, n)
+    turn = left.T * values[:, None]
+    if len(values) < rank:  # more rows than columns: the directions that nothing reads
+        turn = torch.cat((turn, turn.new_zeros(rank - len(values), rank)))
+        right = torch.cat((right, right.new_zeros(rank - len(right), right.shape[1])))
+    return turn, right
+
+
+@functools.lru_cache(maxsize=8)
+def _rotation(rank: int, seed: int) -> Tensor:
+    """A random rotation (rank, rank), float64; it is not to be written to."""
+    random = torch.randn(rank, rank, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+    return torch.linalg.qr(random).Q
 
 
 def _storable(scales: Tensor, dtype: torch.dtype) -> Tensor:

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from panther import decompose as stage
 from panther.batches import Call
 from panther.capture import capture
-from panther.chains import COLUMNS, PIVOTED, ROWS, TWO_GEMM, WHOLE, smallest_params
+from panther.chains import COLUMNS, CORRECTED, PIVOTED, QUANTISED, ROWS, TWO_GEMM, WHOLE, smallest_params
 from panther.decompose import candidates, decompose, with_pair
-from panther.factors import Factors, Profile
+from panther.factors import Factors, Profile, on_grid
 from panther.measure import measure
 from panther.nn.factor import compose, factorise
 from panther.pack import packed
@@ -426,6 +426,41 @@ def test_plans_of_whole_numbers_are_judged_as_the_data_will_round_them() -> None
         )
         nearest = energy(layer.weight - to_nearest(layer.weight, cast(Grid, grid)).matrix())
         assert energy(layer.weight - weight) < 0.3 * nearest  # far less than half, which is usual
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["linear", "conv"])
+def test_without_healing_a_plan_is_judged_as_it_will_be_stored(kind: str) -> None:
+    torch.manual_seed(0)
+    layer = decaying_(nn.Linear(64, 48) if kind == "linear" else nn.Conv2d(16, 24, 3))
+    data = [torch.randn(64, 64) if kind == "linear" else torch.randn(8, 16, 9, 9) for _ in range(4)]
+    grids = [Grid(4), Grid(4, 32)]
+    factors = study(layer, data, grids=grids, rounds_by_data=False).factors
+    choices = [c for c in candidates(factors, 4) if c.grid is not None and c.scheme != CORRECTED]
+    assert {(c.packing, c.grid) for c in choices} >= {(QUANTISED, grid) for grid in grids}
+    for choice in choices:
+        weight, _ = factors.dense_equivalent(choice)
+        stored = packed(sketched_layer(factors, choice), choice)
+        actual = stored.to_dense().weight if choice.packing == QUANTISED else stored.weight
+        scale = float(layer.weight.square().mean().sqrt())
+        assert float((weight - actual).square().mean().sqrt()) < 1e-3 * scale, choice
+
+
+@torch.no_grad()
+def test_links_are_judged_in_the_basis_that_healing_rounds_them_in() -> None:
+    torch.manual_seed(0)
+    layer, data = decaying_(nn.Linear(64, 96)), [torch.randn(64, 64) for _ in range(8)]
+    layer.weight[0].mul_(30)  # what stands out in one link takes the scale of its row
+    found: dict[bool, Tensor] = {}
+    for by_data in (True, False):
+        factors = study(layer, data, grids=[Grid(4)], rounds_by_data=by_data).factors
+        choice = next(c for c in candidates(factors, 4) if c.packing == QUANTISED and c.ranks == (16,))
+        found[by_data] = factors.dense_equivalent(choice)[0] - compose(factors.slice(choice)[0])
+    ratio = float(found[True].square().sum() / found[False].square().sum())
+    assert ratio == pytest.approx(stage.LEFT_BY_DATA, rel=1e-3)
+    down, up = factors.slice(choice)[0]
+    as_they_are = compose([on_grid(down, Grid(4)), on_grid(up, Grid(4))]) - compose((down, up))
+    assert found[False].square().sum() < 0.5 * as_they_are.square().sum()
 
 
 def test_factors_hold_no_copy_of_the_dense_weight() -> None:
