@@ -165,7 +165,8 @@ def batch_call(batch: Any, example: Call, model: nn.Module) -> Call:
     if isinstance(batch, Call):
         return batch
     if _is_one(batch, example):
-        return Call((batch,)) if example.args else _by_position((batch,), example)
+        several = sum(not isinstance(value, _OPTIONS) for value in example.args) > 1
+        return Call((batch,)) if several else _by_position((batch,), example)
     if isinstance(batch, Mapping):
         return Call((batch,)) if _is_argument(batch, example) else Call((), _accepted(batch, example, model))
     if isinstance(batch, tuple | list) and batch:
@@ -201,18 +202,16 @@ def _by_position(parts: Sequence[Any], example: Call) -> Call:
     """The parts of a batch as the example's arguments, in its order; what is left over is a target.
 
     Where the example is a dict they go under its names, a single one under the first. Options in it (numbers, strings,
-    None) are no inputs, and stay.
+    None) are no inputs, and stay; in a tuple as well, where the batch has none in their places.
     """
+    if example.args:
+        return Call(_arguments(parts, example.args))
     options = {name: value for name, value in example.kwargs.items() if isinstance(value, _OPTIONS)}
-    names = [] if example.args else [name for name in example.kwargs if name not in options]
-    wanted = len(names) or len(example.args)
-    if len(parts) < wanted and not (names and len(parts) == 1):
-        raise CalibrationError(
-            f"a calibration batch has {len(parts)} parts, the example inputs {wanted}: "
-            "yield the same arguments, with or without a target behind them"
-        )
+    names = [name for name in example.kwargs if name not in options]
+    if len(parts) < len(names) and len(parts) != 1:
+        raise _too_few(parts, len(names))
     if not names:
-        return Call(tuple(parts[: wanted or 1]))
+        return Call(tuple(parts[:1]))
     inputs = dict(zip(names, parts, strict=False))
     if len(names) > 1 and not all(_looks_like(value, example.kwargs[name]) for name, value in inputs.items()):
         raise CalibrationError(
@@ -221,6 +220,25 @@ def _by_position(parts: Sequence[Any], example: Call) -> Call:
             "yield dicts, or the same inputs in this order, with or without a target behind them"
         )
     return Call((), {**inputs, **options})
+
+
+def _arguments(parts: Sequence[Any], example: Sequence[Any]) -> tuple[Any, ...]:
+    """The parts of a batch as positional arguments, with the example's options where the batch has inputs only."""
+    options = [place for place, value in enumerate(example) if isinstance(value, _OPTIONS)]
+    inputs = len(example) - len(options)
+    if len(parts) >= len(example) and all(isinstance(parts[place], _OPTIONS) for place in options) or not inputs:
+        return tuple(parts[: len(example)])
+    if len(parts) < inputs:
+        raise _too_few(parts, inputs)
+    given = iter(parts)
+    return tuple(value if place in options else next(given) for place, value in enumerate(example))
+
+
+def _too_few(parts: Sequence[Any], wanted: int) -> CalibrationError:
+    return CalibrationError(
+        f"a calibration batch has {len(parts)} parts, the example inputs {wanted}: "
+        "yield the same arguments, with or without a target behind them"
+    )
 
 
 def _looks_like(value: Any, wanted: Any) -> bool:

@@ -30,13 +30,14 @@ from panther.decompose import candidates, decompose, refuse_non_finite, with_pai
 from panther.errors import CaptureError, LoadError, PlanError
 from panther.factors import Factors, Profile
 from panther.gradients import chunk_size
+from panther.heal import fingerprint
 from panther.healers.checkpoint import saved_plan
 from panther.importance import CLOSER, SAMPLES, affordable_samples, reference
 from panther.measure import check_batches, measure, passes
 from panther.nn.surgery import copied, put_layers
 from panther.opening import Opened, opened
 from panther.padding import without_padding
-from panther.prepared import Dense, Prepared, timed
+from panther.prepared import Dense, Prepared, tensors_of, timed
 from panther.progress import Progress
 from panther.replace import changed_layers
 from panther.request import Request, check_arguments, parse_budget, parse_seed
@@ -66,11 +67,17 @@ class Result:
     def resolve(self, budget: Any) -> Result:
         """The result for another budget, without measuring or decomposing again.
 
-        Raises: RuntimeError after compress(..., inplace=True), which gives the dense layers up.
+        Raises: RuntimeError after compress(..., inplace=True), which gives the dense layers up, and where the dense
+        model is no longer what it was then.
         """
         if self._prepared is None:
             raise RuntimeError("resolve() needs the dense layers, which inplace=True gave up: call compress again")
         known = self._prepared
+        if known.is_changed():
+            raise RuntimeError(
+                f"resolve() needs the dense model as it was measured, and the {type(known.request.given).__name__} has "
+                "been changed since (trained, moved to another dtype, or compressed in place): call compress again"
+            )
         wanted = parse_budget(budget, known.request.eval_fn)
         known.request.progress.say("target: " + _target(known.dense, known.found, known.dtype_bytes, wanted).text)
         return solved(known, wanted, plan=None)
@@ -312,7 +319,20 @@ def prepared_for(request: Request) -> Prepared:
         calls = [example] if data is None else list(_first(_unfitted_first(data), samples))
         against = reference(model, calls, samples)
     closer = () if data is None else _closer(data, samples, sum(call.batch_size for call in against.calls))
-    return Prepared(request, dense, found, data, factors, options, against, dtype_bytes, seconds, tuple(notes), closer)
+    return Prepared(
+        request,
+        dense,
+        found,
+        data,
+        factors,
+        options,
+        against,
+        dtype_bytes,
+        seconds,
+        tuple(notes),
+        closer,
+        was=fingerprint(tensors_of(request.given)),
+    )
 
 
 def _target(dense: Dense, found: Capture, dtype_bytes: Mapping[str, int], budget: Budget) -> Target:

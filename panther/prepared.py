@@ -13,7 +13,7 @@ from dataclasses import replace as changed
 from functools import cached_property
 from typing import Any, cast
 
-from torch import nn
+from torch import Tensor, nn
 
 from panther.allocate import in_file
 from panther.batches import Calibration, Call, inference, run
@@ -22,7 +22,7 @@ from panther.channels import Narrow, narrow, shares_for
 from panther.decompose import candidates
 from panther.errors import PantherError, one_line
 from panther.factors import Factors
-from panther.heal import HELD_BYTES, MOST_THREADS, heal
+from panther.heal import HELD_BYTES, MOST_THREADS, fingerprint, heal
 from panther.healers.rounding import round_layers
 from panther.importance import Importance, Reference, importance, reference
 from panther.latency import only_faster, with_latency
@@ -83,10 +83,15 @@ class Prepared:
     seconds: dict[str, float]  # per stage
     notes: tuple[str, ...]
     closer_calls: tuple[Call, ...] = ()  # inputs of `closely`; none where the reference has as many
+    was: str = ""  # fingerprint of the dense model
     # By the share of the weights that channels leave, and whether the options have their milliseconds.
     narrow: dict[tuple[float, bool], Narrow] = field(default_factory=dict)
     # What plans were measured to do, by whether on more samples.
     known: dict[tuple[bool, tuple[Choice, ...]], float] = field(default_factory=dict)
+
+    def is_changed(self) -> bool:
+        """Whether the dense model is no longer what was measured."""
+        return fingerprint(tensors_of(self.request.given)) != self.was
 
     @cached_property
     def importances(self) -> Mapping[str, Importance]:
@@ -364,6 +369,11 @@ class Prepared:
                 f"the compressed model still runs layers that were replaced ({', '.join(sorted(ran)[:5])}): a function "
                 "or an object in it keeps them. Leave them out with exclude=[...]; the dense model is unchanged."
             )
+
+
+def tensors_of(model: nn.Module) -> Iterator[Tensor]:
+    """What a model is made of: its parameters and buffers."""
+    return itertools.chain(model.parameters(), model.buffers())
 
 
 def _useful(options: Mapping[str, Sequence[Choice]], budget: Budget) -> Mapping[str, Sequence[Choice]]:

@@ -61,9 +61,10 @@ class Request:
 
     @property
     def may_narrow(self) -> bool:
-        """Whether there may be fewer channels: not where ranks are to be uniform, or the user's own function's."""
-        if self.plan is not None:
-            return any(choice.channels for choice in self.plan.choices)
+        """Whether there may be fewer channels: not where ranks are to be uniform, or the user's own function's.
+
+        A given plan may have none of them, and still another budget may want some (`Result.resolve`).
+        """
         return self.search in ("sensitivity", "tuned")
 
 

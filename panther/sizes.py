@@ -47,11 +47,15 @@ def stored_tensors(model: nn.Module) -> dict[str, Tensor]:
 
 
 def model_params(model: nn.Module) -> int:
-    """Numbers in all parameters and persistent buffers, tied ones once; two that share a byte are two."""
-    packed = sum(
-        module.numbers - module.values.numel() for module in model.modules() if isinstance(module, StoredWeight)
-    )
-    return packed + sum(t.numel() for t in stored_tensors(model).values())
+    """Numbers in all parameters and persistent buffers, tied ones once.
+
+    Of a quantised weight they are the whole numbers, two in a byte or not: its scales count in bytes only.
+    """
+    tensors = {id(tensor): tensor.numel() for tensor in stored_tensors(model).values()}
+    for module in model.modules():
+        if isinstance(module, StoredWeight):
+            tensors |= {id(module.values): module.numbers, id(module.scales): 0}
+    return sum(tensors.values())
 
 
 def file_bytes(model: nn.Module) -> int:

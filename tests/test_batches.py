@@ -75,6 +75,12 @@ PACKED = pack_padded_sequence(torch.randn(4, 2, 3), torch.tensor([4, 2]))
         ({"image": X}, Call(({"image": X},)), ({"image": X},)),
         (({"image": X}, TARGET), Call(({"image": X},)), ({"image": X},)),
         (Call((Y,)), ONE, (Y,)),
+        (X, Call((Y, True)), (X, True)),
+        ((X, TARGET), Call((Y, True)), (X, True)),
+        ((X, False), Call((Y, True)), (X, False)),
+        ((X, Y, TARGET), Call((Y, None, X, 2)), (X, None, Y, 2)),
+        (X, TWO, (X,)),
+        ("b", Call(("a",)), ("b",)),
     ],
 )
 def test_a_batch_becomes_the_positional_arguments_without_its_target(batch, example, args):

@@ -804,9 +804,31 @@ def test_another_budget_resolved_equals_a_fresh_run(name: str, search: str, requ
     assert same_bits(resolved.resolve("60%").model, first.model)
 
 
-def test_a_run_from_a_plan_can_be_resolved_for_a_budget(cnn: Cnn) -> None:
-    given = compress(cnn, plan=compress(cnn).plan)
-    assert given.resolve(0.3).plan == compress(cnn, 0.3).plan
+@pytest.mark.parametrize("name", ["cnn", "text"])
+def test_a_run_from_a_plan_can_be_resolved_for_a_budget(name: str, request: pytest.FixtureRequest) -> None:
+    dense = request.getfixturevalue(name)
+    fresh = compress(dense, 0.3)
+    assert name == "cnn" or any(choice.channels for choice in fresh.plan.choices)
+    for plan in (compress(dense, 0.9, search="uniform").plan, fresh.plan):
+        assert compress(dense, plan=plan).resolve(0.3).plan == fresh.plan
+
+
+@pytest.mark.parametrize("way", ["trained", "half", "buffers", "in place"])
+def test_a_dense_model_that_has_changed_is_not_resolved(cnn: Cnn, way: str) -> None:
+    result = compress(cnn)
+    compress(cnn, 0.9)  # leaves it as it is
+    assert result.resolve(0.3).plan.choices
+    if way == "trained":
+        cnn(IMAGES).square().mean().backward()
+        torch.optim.SGD(cnn.parameters(), 0.1).step()
+    elif way == "half":
+        cnn.half()
+    elif way == "buffers":
+        cnn.train()(IMAGES)
+    else:
+        compress(cnn, inplace=True)
+    with pytest.raises(RuntimeError, match=r"Cnn has been changed since .* call compress again"):
+        result.resolve(0.3)
 
 
 def test_resolving_does_not_measure_again(cnn: Cnn) -> None:

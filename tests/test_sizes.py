@@ -8,8 +8,11 @@ import torch
 from safetensors.torch import save
 from torch import nn
 
-from panther.nn import SKConv2d, SKLinear
+from panther.chains import WHOLE
+from panther.nn import QUANTISED, SKConv2d, SKLinear
+from panther.quantise import to_nearest
 from panther.sizes import file_bytes, header_growth, model_params, stored_tensors, tensor_bytes
+from panther.spec import Grid
 
 
 def written(model: nn.Module) -> int:
@@ -37,6 +40,14 @@ def test_buffers_count_and_those_that_are_not_saved_do_not() -> None:
     assert model_params(model) == 4 * 4 + 1
     model.register_buffer("rebuilt", torch.zeros(100), persistent=False)
     assert model_params(model) == 17
+
+
+@pytest.mark.parametrize("grid", [Grid(8), Grid(4, 32), Grid(3), Grid(16)])
+def test_a_quantised_weight_has_its_numbers_whatever_holds_them(grid: Grid) -> None:
+    dense = nn.Linear(45, 7)
+    layer = QUANTISED[nn.Linear].from_rounded(dense, WHOLE, [to_nearest(dense.weight.detach(), grid)], dense.bias)
+    shared = nn.ModuleList([layer, layer, nn.Linear(3, 2)])
+    assert model_params(shared) == 45 * 7 + 7 + 8
 
 
 @pytest.mark.parametrize("others", range(8))
