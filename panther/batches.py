@@ -226,7 +226,7 @@ def _arguments(parts: Sequence[Any], example: Sequence[Any]) -> tuple[Any, ...]:
     """The parts of a batch as positional arguments, with the example's options where the batch has inputs only."""
     options = [place for place, value in enumerate(example) if isinstance(value, _OPTIONS)]
     inputs = len(example) - len(options)
-    if len(parts) >= len(example) and all(isinstance(parts[place], _OPTIONS) for place in options) or not inputs:
+    if (len(parts) >= len(example) and all(isinstance(parts[place], _OPTIONS) for place in options)) or not inputs:
         return tuple(parts[: len(example)])
     if len(parts) < inputs:
         raise _too_few(parts, inputs)

@@ -164,7 +164,7 @@ def _composed(parts: Sequence[Tensor], choice: Choice, left: float) -> Tensor:
     if choice.packing == PIVOTED:
         rounded = Pivots(parts, PIVOTS[choice.scheme]).rounded(lambda part: on_grid(part, grid))
     else:
-        turned = incoherent(*parts) if len(parts) == 2 else parts
+        turned = incoherent(parts[0], parts[1]) if len(parts) == 2 else parts
         rounded = compose([on_grid(part, grid) for part in turned])
     return compose(parts).to(rounded).lerp(rounded, math.sqrt(left))
 

@@ -55,7 +55,8 @@ EPOCHS = 60  # at most: small calibration sets are learnt by heart after that
 MOST_THREADS = 512  # of one model: each batch that is held in the middle of it has one
 HELD_BYTES = 1_500_000_000  # of activations at one depth, in all batches together; also of their inputs
 STAGES = ("refit done", "blocks", "blocks done", "distill", "distill done")  # of a checkpoint, in order
-PROGRESS = ("step", "seconds", "rate", "halvings", "first", "best", "checks", "left_out")  # of a run that is saved
+# Of a run that is saved.
+PROGRESS = ("step", "seconds", "rate", "halvings", "first", "best", "checks", "left_out", "share")
 LEAST_IN_BLOCKS = 0.5  # of what can be trained, for them to get a part of the time
 # Of a refit that made things worse: groups of layers that are put back, and layers of one that are tried alone.
 MOST_GROUPS, MOST_SINGLES = 8, 8
@@ -89,7 +90,7 @@ def heal(
     relu_after: of these layers, those whose output goes into a ReLU only, with the name of the BatchNorm between ("":
         none).
     checkpoint: a file that a killed run goes on from, given the same arguments; it is removed at the end.
-    identity: what else must be the same for that.
+    identity: what else must be the same for that, and tells what the student's weights are; without it they must be.
 
     Raises: ValueError or TypeError for bad settings or a student that cannot be trained, CalibrationError for unusable
     data, LoadError for a checkpoint of another run. Ctrl-C ends the healing and keeps the best state so far, as well as
@@ -107,12 +108,28 @@ def heal(
     if not isinstance(data, Calibration):
         data, note = without_padding(calibration(calib_data, as_call(example_inputs), teacher))
     shown = progress if isinstance(progress, Progress) else Progress(progress)
+    _refuse_shared(teacher, student)
     with _without_caches(teacher), _without_caches(student), fast_layers():
         healer = _Healer(teacher, student, data, wanted, seed, shown)
         healer.notes += [note] if note else []
         if checkpoint is not None:
-            healer.checkpoint = Checkpoint(Path(checkpoint), {**healer.identity(), **(identity or {})})
+            if identity is None:
+                identity = {"weights of the student": fingerprint(trainable(student))}
+            healer.checkpoint = Checkpoint(Path(checkpoint), {**healer.identity(), **identity})
         return healer.run(layers, sensitivities or {}, relu_after or {}, narrow or {})
+
+
+def _refuse_shared(teacher: nn.Module, student: nn.Module) -> None:
+    """Raise ValueError where training the student would train the teacher."""
+    if teacher is student:
+        raise ValueError("the student is the teacher itself: heal a compressed copy of it")
+    known = {id(tensor): name for name, tensor in [*teacher.named_parameters(), *teacher.named_buffers()]}
+    shared = [known[id(tensor)] for tensor in _changing(student) if id(tensor) in known]
+    if shared:
+        raise ValueError(
+            f"the student shares {len(shared)} tensors with the teacher ({', '.join(shared[:3])}), which healing would "
+            "change in both: heal a copy.deepcopy of the student"
+        )
 
 
 @dataclass
@@ -183,9 +200,9 @@ class _Healer:
             share = self._shares()
             if not _is_past(stage, "refit"):
                 self._kept_if_better("refit", lambda: self._refit(layers, sensitivities, gates, narrow))
-            if share[0] and not self.interrupted and not _is_past(stage, "blocks"):
+            if self._has_steps(share[0]) and not _is_past(stage, "blocks"):
                 self._kept_if_better("blocks", lambda: self._blocks(share[0], saved if stage == "blocks" else None))
-            if share[1] and not self.interrupted and not _is_past(stage, "distill"):
+            if self._has_steps(share[1]) and not _is_past(stage, "distill"):
                 self._kept_if_better("distill", lambda: self._distill(share[1], saved if stage == "distill" else None))
             self._reorder()
         if self.checkpoint is not None:
@@ -200,6 +217,9 @@ class _Healer:
             tuple(self.history),
             tuple(self.notes),
         )
+
+    def _has_steps(self, share: float) -> bool:
+        return share > 0 and not self.interrupted and self._limits(share).steps > 0
 
     def _shares(self) -> tuple[float, float]:
         """How much of the time is for blocks, and how much for distillation."""
@@ -278,12 +298,17 @@ class _Healer:
         except Exception as error:  # a user's module may raise anything when it runs alone, or backwards
             self.notes.append(f"{stage} failed and was undone: {one_line(error)}")
             _write(self.student, self.kept)
-        after = self.figure()
+        try:
+            after = self.figure()
+        except KeyboardInterrupt:  # what was not judged is not kept
+            self.interrupted, after = True, math.nan
+            self.notes.append(f"{stage}: interrupted while it was judged; the best state before it was kept")
         if after <= before:  # not so for NaN
             self.kept, self.reached = _state(self.student), after
         else:
             _write(self.student, self.kept)
-            self.notes.append(f"{stage} made held-out answers worse ({before:.4g} -> {after:.4g}) and was undone")
+            if not self.interrupted:
+                self.notes.append(f"{stage} made held-out answers worse ({before:.4g} -> {after:.4g}) and was undone")
         self._note(stage, self.reached)
         self.progress.say(f"{stage}: held-out loss {before:.4g} -> {self.reached:.4g}")
         if not self.interrupted:
@@ -291,12 +316,22 @@ class _Healer:
 
     def _reorder(self) -> None:
         """Put the most important terms first again, where rounding allows it."""
-        reorder(self.student, self.calls[:CORRECTED_CALLS])
-        if not self.figure() <= self.reached * (1 + REORDER_SLACK) + 1e-12:
-            _write(self.student, self.kept)
-            self.notes.append(
-                "the terms of healed layers keep their order: a new one would cost accuracy in this dtype"
-            )
+        before = self.history[0][2]
+        if self.reached == before:  # as they were decomposed, or as they came
+            return
+        figure, problem = math.nan, "a new one would cost accuracy in this dtype"
+        try:
+            reorder(self.student, self.calls[:CORRECTED_CALLS])
+            figure = self.figure()
+        except KeyboardInterrupt:
+            self.interrupted, problem = True, "it was interrupted"
+        except Exception as error:  # a user's module may raise anything
+            problem = one_line(error)
+        if figure <= min(before, self.reached * (1 + REORDER_SLACK) + 1e-12):
+            self.kept, self.reached = _state(self.student), figure
+            return
+        _write(self.student, self.kept)
+        self.notes.append(f"the terms of healed layers keep their order: {problem}")
 
     def _refit(
         self,
@@ -421,7 +456,9 @@ class _Healer:
             )
         left = [name for name in find_blocks(self.student) if name not in done]
         if left:
-            self.notes.append(f"blocks left {', '.join(left)} as they were: they run more than once, or never")
+            self.notes.append(
+                f"blocks left {', '.join(left)} as they were: they run more than once or never, or the limit came first"
+            )
 
     def _distill(self, share: float, saved: Saved | None) -> None:
         now, so_far = Progressed(), self.steps
@@ -454,7 +491,7 @@ class _Healer:
 
     def _limits(self, share: float) -> Limits:
         wanted = self.settings.steps
-        steps = EPOCHS * len(self.calls) if wanted is None else max(1, round(wanted * share))
+        steps = EPOCHS * len(self.calls) if wanted is None else round(wanted * share)
         return Limits(self.settings.time_limit * share, steps, self.settings.learning_rate)
 
     def _save(

@@ -168,9 +168,10 @@ def smallest_within_drop(
     """The plan of fewest weights whose model loses no more of the metric than the target allows, and notes.
 
     counted: the field of Cost that is to be small, "params" or "size_bytes" for the plan of fewest bytes.
-    Halves the kept fraction until it is known to KNOWN_TO of itself. `solve` makes the plan of at most so many weights, `metric` builds its model
-    and evaluates it: whoever heals models gives one that heals. That a larger model is better is taken for granted by
-    the search and not by the answer, which was evaluated. When no smaller model is within, everything stays dense.
+    Halves the kept fraction until it is known to KNOWN_TO of itself. `solve` makes the plan of at most so many weights,
+    `metric` builds its model and evaluates it: whoever heals models gives one that heals. That a larger model is better
+    is taken for granted by the search and not by the answer, which was evaluated. When no smaller model is within,
+    everything stays dense.
     """
     trials: list[Trial] = []
     best: Plan | None = None

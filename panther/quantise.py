@@ -191,7 +191,8 @@ def _orthonormal_rows(matrix: Tensor) -> tuple[Tensor, Tensor]:
 def _rotation(rank: int, seed: int) -> Tensor:
     """A random rotation (rank, rank), float64; it is not to be written to."""
     random = torch.randn(rank, rank, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
-    return torch.linalg.qr(random).Q
+    rotation: Tensor = torch.linalg.qr(random).Q
+    return rotation
 
 
 def _storable(scales: Tensor, dtype: torch.dtype) -> Tensor:

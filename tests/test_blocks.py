@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import threading
+import time
 import weakref
 from collections.abc import Sequence
 from typing import Any, ClassVar
@@ -558,3 +559,28 @@ def held(depth: int) -> int:
 
 def test_the_activations_that_are_held_do_not_grow_with_depth() -> None:
     assert 0 < held(10) == held(4)
+
+
+@pytest.mark.parametrize("limits", [Limits(0.0, 80), Limits(LONG, 0)])
+def test_without_time_or_steps_nothing_is_trained(limits: Limits) -> None:
+    teacher = deep()
+    student = sketched(teacher, "1.0.0", "1.1.0", "1.2.0")
+    before = [p.clone() for p in student.parameters()]
+    assert healed(teacher, student, data(), limits=limits) == []
+    assert all(torch.equal(p, q) for p, q in zip(before, student.parameters(), strict=True))
+
+
+def test_steps_are_counted_over_all_blocks() -> None:
+    teacher = deep()
+    for steps in (1, 2, 3, 4, 8):
+        student = sketched(teacher, "1.0.0", "1.1.0", "1.2.0")
+        done = healed(teacher, student, data(), steps=steps)
+        assert sum(block.steps for block in done) == steps and len(done) == min(steps, 3)
+
+
+def test_time_is_shared_by_the_blocks_that_are_left() -> None:
+    teacher, times = deep(), list[float]()
+    student = sketched(teacher, "1.0.0", "1.1.0", "1.2.0")
+    start = time.perf_counter()
+    healed(teacher, student, data(), limits=Limits(1.0, 1_000_000), done=lambda _: times.append(time.perf_counter()))
+    assert len(times) == 3 and times[-1] - start < 5  # each may be over by what is going on when its time ends

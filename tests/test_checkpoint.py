@@ -102,6 +102,19 @@ def test_a_place_that_cannot_hold_a_file_is_remembered_too(tmp_path: Path) -> No
     checkpoint = Checkpoint(tmp_path / "file" / "run", IDENTITY)
     checkpoint.save(FACTS, tensors())
     assert "could not be written" in checkpoint.problem
+    checkpoint.remove()
+    assert (tmp_path / "file").read_text() == ""
+
+
+@pytest.mark.parametrize("kind", ["sparse", "complex", "facts"])
+def test_what_no_file_holds_is_remembered_too(kind: str, tmp_path: Path) -> None:
+    given = written(tmp_path / "run")
+    odd = torch.eye(3).to_sparse() if kind == "sparse" else torch.ones(3, dtype=torch.complex128)
+    checkpoint = Checkpoint(tmp_path / "run", IDENTITY)
+    facts = {**FACTS, "stage": object()} if kind == "facts" else FACTS
+    checkpoint.save(facts, given if kind == "facts" else {"kept": [odd]})
+    assert "could not be written" in checkpoint.problem and "goes on without" in checkpoint.problem
+    assert read(tmp_path / "run").facts == FACTS and [p.name for p in tmp_path.iterdir()] == ["run"]
 
 
 # What cannot be read

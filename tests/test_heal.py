@@ -197,6 +197,29 @@ def test_a_time_limit_of_nothing_leaves_the_closed_form() -> None:
     assert done[0].steps == 0 and done[0].after == done[1].after and same(bits(students[0]), bits(students[1]))
 
 
+@pytest.mark.parametrize(("mode", "steps"), [("auto", 1), ("auto", 5), ("blocks", 1), ("distill", 2)])
+def test_no_more_steps_are_taken_than_allowed(mode: str, steps: int) -> None:
+    torch.manual_seed(0)
+    teacher, given = Net(), data()
+    assert heal(teacher, sketched(teacher), given, mode, steps=steps).steps == steps
+
+
+@pytest.mark.parametrize("shared", ["model", "layer", "buffer"])
+def test_a_student_that_shares_with_the_teacher_is_refused_and_nothing_is_trained(shared: str) -> None:
+    torch.manual_seed(0)
+    teacher, given = Net(), data()
+    teacher.register_buffer("scale", torch.ones(3))
+    student: Any = teacher if shared == "model" else sketched(teacher)
+    if shared == "layer":
+        student.layers[0].norm = teacher.layers[0].norm
+    elif shared == "buffer":
+        student.scale = teacher.scale
+    before = bits(teacher)
+    with pytest.raises(ValueError, match="the teacher itself" if shared == "model" else r"shares . tensors.*deepcopy"):
+        heal(teacher, student, given)
+    assert same(bits(teacher), before)
+
+
 def test_a_student_that_panther_did_not_make_is_distilled() -> None:
     """Such as one that another tool has pruned: no sketched layer, other sizes."""
     teacher, given = Net(), data()
@@ -542,6 +565,66 @@ def test_ctrl_c_keeps_the_best_so_far_and_the_checkpoint_and_leaves_nothing_behi
     assert not any("interrupted" in note for note in resumed.notes)
 
 
+@pytest.mark.parametrize("mode", ["refit", "distill"])
+def test_ctrl_c_while_a_stage_is_judged_keeps_what_was_judged_before(
+    mode: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(0)
+    teacher, given = Net(), data()
+    student = sketched(teacher)
+    before, real, calls = bits(student), module_of_heal._Healer.figure, list[int]()
+
+    def figure(self: Any) -> float:
+        calls.append(1)
+        if len(calls) == 3 or (mode == "refit" and len(calls) == 2):
+            raise KeyboardInterrupt
+        return float(real(self))
+
+    monkeypatch.setattr(module_of_heal._Healer, "figure", figure)
+    done = heal(teacher, student, given, mode, layers=[], checkpoint=tmp_path / "run")
+    assert any("interrupted while it was judged" in note for note in done.notes)
+    assert same(bits(student), before) and done.after == done.before
+
+
+@pytest.mark.parametrize("problem", [KeyboardInterrupt(), RuntimeError("this batch is odd")])
+def test_what_ends_the_ordering_of_terms_leaves_the_healed_student(
+    problem: BaseException, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(0)
+    teacher, given = Net(), data()
+    plain, student = sketched(teacher), sketched(teacher)
+
+    def raising(student: nn.Module, calls: Any) -> None:
+        with torch.no_grad():
+            for parameter in student.parameters():
+                parameter.add_(1)
+        raise problem
+
+    monkeypatch.setattr(module_of_heal, "reorder", lambda *_: [])
+    wanted = heal(teacher, plain, given, "distill")
+    monkeypatch.setattr(module_of_heal, "reorder", raising)
+    done = heal(teacher, student, given, "distill")
+    assert same(bits(student), bits(plain)) and done.after == wanted.after < done.before
+    assert any("keep their order" in note for note in done.notes)
+
+
+def test_the_figure_is_that_of_the_student_with_its_terms_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    teacher, given = Net(), data()
+    student, real = sketched(teacher), module_of_heal.reorder
+
+    def worse(student: nn.Module, calls: Any) -> Any:
+        done = real(student, calls)
+        with torch.no_grad():
+            student.out.bias.add_(1e-4)
+        return done
+
+    monkeypatch.setattr(module_of_heal, "reorder", worse)
+    done = heal(teacher, student, given, "distill")
+    again = heal(teacher, student, given, "none")
+    assert done.after == pytest.approx(again.before, rel=1e-6)
+
+
 def test_after_ctrl_c_no_further_stage_begins(monkeypatch: pytest.MonkeyPatch) -> None:
     interrupting(monkeypatch, "blocks", 10)
     done = heal(teacher := Net(), sketched(teacher), data(), "auto")
@@ -710,6 +793,18 @@ def test_the_checkpoint_of_another_run_is_refused_and_says_what_differs(
     with pytest.raises(LoadError, match=rf"checkpoint of another run \(different: .*\b{changed}\b"):
         heal(other, student, inputs, checkpoint=path, **options)
     assert same(bits(student), before) and path.exists() and hooks_of(other, student) == 0
+
+
+def test_the_checkpoint_of_another_student_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    teacher, given = Net(), data()
+    path = left_over(tmp_path, monkeypatch, teacher, given)
+    student = sketched(teacher)
+    with torch.no_grad():
+        student.layers[0].up.down.mul_(1.5)
+    before = bits(student)
+    with pytest.raises(LoadError, match=r"different: weights of the student"):
+        heal(teacher, student, given, checkpoint=path)
+    assert same(bits(student), before)
 
 
 DAMAGE: dict[str, Callable[[dict[str, Any], dict[str, Tensor]], Any]] = {

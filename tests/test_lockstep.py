@@ -509,3 +509,18 @@ def test_calls_convolve_images_that_are_one_number_wide_as_sequences(monkeypatch
     given = [Call((torch.randn(size, 2, 9, 1),)) for size in (2, 4)]
     assert [name for name, _ in walk(model, given, ["2"])] == ["2"]
     assert shapes == [(2, 2, 9), (4, 2, 9), (2, 3, 7), (4, 3, 7)]
+
+
+def test_many_calls_have_fewer_threads_each_and_the_caller_has_all_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("panther.healers.lockstep.MOST_THREADS", 8)
+    before, seen = torch.get_num_threads(), list[int]()
+    torch.set_num_threads(4)
+    try:
+        for count, wanted in ((2, 4), (3, 2), (8, 1), (20, 1)):
+            model = chain()
+            model[1].register_forward_hook(lambda *_: seen.append(torch.get_num_threads()))
+            walk(model, calls(count), ["1", "2"])
+            assert set(seen) == {wanted} and torch.get_num_threads() == 4
+            seen.clear()
+    finally:
+        torch.set_num_threads(before)

@@ -233,10 +233,39 @@ def test_the_search_for_a_rate_takes_a_share_of_the_time_only() -> None:
         return fit.held_out()
 
     now = Progressed(first=0.0, best=0.0, best_state=fit.state())  # so that no rate will do
-    _find_rate(fit.task(held_out=held_out), Limits(1e-3, 100, RATE), now, seed=0)
+    _find_rate(fit.task(held_out=held_out), Limits(0.19, 100, RATE), now, seed=0)
     assert len(figures) == 1 and now.rate == 0.25
     _find_rate(fit.task(held_out=held_out), Limits(LONG, 100, RATE), now, seed=0)
     assert len(figures) == 1 + MOST_PROBES
+
+
+def test_where_no_time_is_left_to_judge_a_rate_none_is_tried_to_the_end() -> None:
+    fit, now = Fit(), Progressed(first=1.0, best=1.0)
+    now.best_state = before = fit.state()
+    _find_rate(fit.task(held_out=lambda: pytest.fail("judged")), Limits(1e-9, 100, RATE), now, seed=0)
+    assert len(fit.seen) == 1 and now.rate == 1.0 and same(fit.state(), before)
+
+
+def test_a_run_that_goes_on_is_as_far_on_its_schedule_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    from panther.healers import training
+
+    rates: list[float] = []
+    real = training._step
+
+    def step(task: Task, optimiser: Any, rate: float, batch: int) -> bool:
+        rates.append(rate)
+        return real(task, optimiser, rate, batch)
+
+    saved: list[Progressed] = []
+    train(Fit().task(), Limits(LONG, 40, RATE), save=lambda now: saved.append(copy.deepcopy(now)))
+    on = saved[5]
+    assert on.share > 0.4
+    on.timed.clear()  # as a file has it, which knows nothing of the pace
+    monkeypatch.setattr(training, "_step", step)
+    # Time is what limits it: half of it is over, few of the steps are done.
+    on.seconds, on.step, on.share = 50.0, 4, 0.5
+    train(Fit().task(), Limits(100.0, 10_000, RATE), went_on=on, show=lambda *_: on.__setattr__("halvings", 9))
+    assert rates == [pytest.approx(RATE * on.rate * training._schedule(0.5), rel=1e-6)]
 
 
 def test_a_loss_in_parts_is_their_sum_and_no_two_are_in_memory() -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -157,7 +158,8 @@ def heal_blocks(
 ) -> list[HealedBlock]:
     """Train the student's blocks in execution order, in place; the last `checks` calls are held out.
 
-    limits: of all blocks together; each gets an equal share.
+    limits: of all blocks together, seconds with the forward passes between them. Each gets an equal share of what is
+        left when its turn comes; with fewer steps than blocks, the first ones get one each.
     held_bytes: of both models' activations at one depth; each block gets as many of the calls as fit there.
     Blocks that the first call runs more than once, or not at all, or that the teacher does not have, are left out.
 
@@ -170,9 +172,10 @@ def heal_blocks(
     if not names:
         return []
     healed: list[HealedBlock] = []
-    share = Limits(
-        limits.seconds / max(1, len(names)), max(1, limits.steps // max(1, len(names))), limits.learning_rate
-    )
+    waiting = [name for name in names if name not in skip]
+    end = time.perf_counter() + limits.seconds * len(waiting) / len(names)
+    each, more = divmod(limits.steps, len(names))
+    steps = {name: each + (place < more) for place, name in enumerate(names)}
     visited: set[str] = set()
     for walk in stretches(student, calls, names, held_bytes):
         checked = min(checks, walk.calls // 2)
@@ -186,6 +189,11 @@ def heal_blocks(
                 visited.add(name)
                 if name in skip:
                     continue
+                left = end - time.perf_counter()
+                share = Limits(left / len(waiting), steps[name], limits.learning_rate)
+                waiting.remove(name)
+                if left <= 0 or not share.steps:
+                    return healed
                 with torch.no_grad():
                     module = teacher.get_submodule(name)
                     targets = [_answers(module, arrival) for arrival in dense.arrivals]

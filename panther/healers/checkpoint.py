@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
-from panther.errors import LoadError
+from panther.errors import LoadError, one_line
 
 VERSION = "1"
 KEY = "panther_healing"
@@ -44,28 +44,30 @@ class Checkpoint:
 
     def save(self, facts: Mapping[str, Any], tensors: Mapping[str, Sequence[Tensor]]) -> None:
         """Write everything, or leave the file as it was and remember why."""
-        from safetensors import SafetensorError
         from safetensors.torch import save_file
 
-        whole = json.dumps({"identity": self.identity, "facts": facts})
-        flat = {
-            f"{name}.{i:06d}": t.detach().cpu().clone().contiguous()
-            for name, group in tensors.items()
-            for i, t in enumerate(group)
-        }
         partial = self.path.with_name(self.path.name + ".partial")
         try:
+            whole = json.dumps({"identity": self.identity, "facts": facts})
+            flat = {
+                f"{name}.{i:06d}": t.detach().cpu().clone().contiguous()
+                for name, group in tensors.items()
+                for i, t in enumerate(group)
+            }
             self.path.parent.mkdir(parents=True, exist_ok=True)
             save_file(flat, partial, metadata={KEY: VERSION, "facts": whole})
             partial.replace(self.path)
-        except (OSError, SafetensorError) as error:
-            self.problem = f"the checkpoint {self.path} could not be written ({error}): the run goes on without"
+        except Exception as error:  # no room, a folder that is none, a buffer of a kind that files do not hold
+            self.problem = (
+                f"the checkpoint {self.path} could not be written ({one_line(error)}): the run goes on without"
+            )
             with contextlib.suppress(OSError):
                 partial.unlink()
 
     def remove(self) -> None:
         """The run has ended: nothing is left to go on with."""
-        self.path.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            self.path.unlink()
 
 
 def _contents(path: Path) -> tuple[dict[str, Any], Saved]:

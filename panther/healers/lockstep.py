@@ -27,6 +27,7 @@ from torch.utils.hooks import RemovableHandle
 from panther.batches import Call, drawing, float_outputs, inference, refill, run
 from panther.products import fast_layers
 
+MOST_THREADS = 1024  # of the system for one model: each call has a thread, and that one the threads of its products
 GROWTH = 2  # times as many calls make another walk worth it; all walks together cost two of the longest at most
 
 CPU = torch.device("cpu")
@@ -176,6 +177,20 @@ def _hooks_on(model: nn.Module) -> int:
     return sum(len(module._forward_hooks) + len(module._forward_pre_hooks) for module in model.modules())
 
 
+@contextlib.contextmanager
+def _threads(most: int) -> Iterator[None]:
+    """At most so many threads for a product: those of a call's own thread stay while it waits."""
+    before = torch.get_num_threads()
+    if before <= most:
+        yield
+        return
+    torch.set_num_threads(most)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
 def _holds_a_lock(entries: Held) -> bool:
     return any(isinstance(value, LOCKS) for names in entries.values() for value, _ in names.values())
 
@@ -283,6 +298,10 @@ class Lockstep:
 
     def advance(self) -> str | None:
         """Take every call to its next stop: the stop's name, or None when all have ended."""
+        with _threads(max(1, MOST_THREADS // max(1, len(self.calls)))):
+            return self._advance()
+
+    def _advance(self) -> str | None:
         put(_as_in(self._before, changed(self._before)))  # what the caller's own runs of a module left
         for place, runner in enumerate(self._runners):
             put(runner.state)

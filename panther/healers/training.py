@@ -32,7 +32,7 @@ MOST_HALVINGS = 3
 # after a share of the time. Held-out loss after three steps at 1e-3, 5e-4, 2.5e-4, 1.25e-4, times that before: MiniLM
 # 1.06, .98, .97, .97; EfficientNet-lite0 2.2, 1.33, 1.07, 1.00; Whisper 67 at 5e-4. 5e-4 is the best for MiniLM.
 PROBED_STEPS, PROBED_RISE, MOST_PROBES = 3, 1.05, 7
-PROBING_SHARE = 0.1
+PROBING_SHARE, PROBED_AT_ALL = 0.1, 0.5  # of the time: after which no other rate is tried, and not even one to its end
 CLIP = 1.0
 STEPS_TIMED = 31  # the last ones, whose median is the pace: one that had to wait does not count
 MUON_SCALE = 0.2  # times sqrt(larger side): the size of AdamW's steps, so that one learning rate serves both
@@ -79,6 +79,7 @@ class Progressed:
     best_state: list[Tensor] = field(default_factory=list)
     checks: int = 0
     left_out: list[int] = field(default_factory=list)  # batches whose loss is not finite whatever the rate
+    share: float = 0.0  # of the run that is behind
     stopped_by: str = ""
     now: list[Tensor] = field(default_factory=list)  # parameters, then the optimiser's moments, as last saved
     timed: deque[float] = field(default_factory=lambda: deque(maxlen=STEPS_TIMED))  # seconds; not saved
@@ -243,9 +244,16 @@ def _find_rate(task: Task, limits: Limits, now: Progressed, seed: int) -> None:
     start, taken = time.perf_counter(), []
     for tried in range(1, MOST_PROBES + 1):
         begin, optimiser = time.perf_counter(), _Optimiser(task.parameters)
+        is_late = False
         for step in range(min(PROBED_STEPS, limits.steps)):
             with _timed(now):
                 _step(task, optimiser, limits.learning_rate * now.rate, _batch(task, step, seed))
+            is_late = time.perf_counter() - start > PROBED_AT_ALL * limits.seconds
+            if is_late:  # nothing is known of the rate, and there is no time to find out
+                break
+        if is_late:
+            _restore(task.parameters, now.best_state)
+            break
         figure = task.held_out()
         _restore(task.parameters, now.best_state)
         if figure <= PROBED_RISE * now.first:
@@ -285,10 +293,10 @@ def _loop(
     save: Callable[[Progressed], None] | None,
     show: Callable[[float, float], None] | None,
 ) -> None:
-    start, share = time.perf_counter() - now.seconds, 0.0
+    start = time.perf_counter() - now.seconds
     while True:
         now.seconds = time.perf_counter() - start
-        share = max(share, _share(now, limits))
+        share = now.share = max(now.share, _share(now, limits))
         if share >= 1 or now.halvings > MOST_HALVINGS or len(now.left_out) == task.batches:
             return
         batch = _batch(task, now.step, seed)
