@@ -386,6 +386,19 @@ def test_points_of_the_user_come_first():
         tuner.try_first({"num_terms": 0, "low_rank": 8})
 
 
+def test_a_point_of_the_user_is_the_result_where_no_other_is_found():
+    def never_else(rate):
+        return rate == 0.125
+
+    tuner = study(lambda rate: rate, {"rate": (0.0, 1.0)}, constraints=[never_else])
+    tuner.try_first({"rate": 0.125})
+    with pytest.warns(UserWarning, match=r"ends with the points that it has: none of .* fulfils the constraints"):
+        assert tuner.optimize() == ({"rate": 0.125}, 0.125)
+    assert tuner.stopped_by == "exhausted"
+    with pytest.raises(TunerError, match="fulfils the constraints"):
+        study(lambda rate: rate, {"rate": (0.0, 1.0)}, constraints=[never_else]).optimize()
+
+
 def test_points_of_the_user_are_read_as_bounds_are():
     box = {"rate": (0.0, 1.0), "rank": (1, 9), "kind": ["a", 2.0]}
     tuner = study(lambda rate, rank, kind: rate * rank, box, initial=2, iterations=0)
@@ -416,6 +429,15 @@ def test_a_point_that_is_not_allowed_says_why(point, reason):
 
     with pytest.raises(ValueError, match=f"is no allowed point of the box: {reason}"):
         study(constraints=[is_even]).try_first(point)
+
+
+def test_a_study_that_goes_on_takes_another_number_as_its_baseline(tmp_path):
+    calls, journal = [], tmp_path / "j"
+    for baseline, wanted in ((0.5, 0.5), (0.75, 0.75), (None, 0.75), (lambda: calls.append(1) or 0.1, 0.75), (1, 1.0)):
+        tuner = study(journal=journal, baseline=baseline)
+        tuner.optimize()
+        assert tuner.baseline == wanted
+    assert not calls  # an answer is known
 
 
 def test_the_baseline_is_a_number_or_a_function_called_once():

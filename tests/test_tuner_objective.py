@@ -144,6 +144,19 @@ def test_repeats_are_averaged_and_all_kept():
     assert trial.repeats == ({"score": 1.0}, {"score": 2.0}, {"score": 6.0})
 
 
+@pytest.mark.parametrize("value", [0.9, 0.1, 1 / 3, 1e308, -0.7])
+@pytest.mark.parametrize("count", [2, 3, 7, 10])
+def test_the_mean_of_equal_repeats_is_that_number_and_meets_a_limit_there(value, count):
+    for is_upper in (True, False):
+        trial = run(lambda x: value, repeats=count, limits=(Limit("score", value, is_upper),))
+        assert trial.scores == {"score": value} and trial.status == "ok"
+
+
+def test_a_mean_with_an_infinite_repeat_is_infinite():
+    answers = iter([1.0, math.inf, math.inf])
+    assert run(lambda x: next(answers), repeats=3).scores == {"score": math.inf}
+
+
 def test_repeats_without_a_mean_fail():
     answers = iter([math.inf, -math.inf])
     assert "no mean" in run(lambda x: next(answers), repeats=2).error

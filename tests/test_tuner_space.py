@@ -51,6 +51,8 @@ def test_two_whole_numbers_are_an_integer_and_any_other_two_a_float():
         ((0.0, float("inf")), ValueError, "finite"),
         ((False, True), TypeError, "list for a choice"),
         ((0, True), TypeError, "list for a choice"),
+        ((1, 10**30), ValueError, r"high is not within 2\*\*61"),
+        ((-(10**400), 1), ValueError, r"low is not within 2\*\*61"),
         (("a", "b"), TypeError, "number"),
         ((1, 2, 3), TypeError, "Integer, Float or Category"),
         ((), TypeError, "Integer, Float or Category"),

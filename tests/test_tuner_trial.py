@@ -80,6 +80,7 @@ def test_a_limit_holds_on_both_sides_and_at_its_bound():
     assert upper.is_met_by({"x": 2.0}) and lower.is_met_by({"x": 2.0})
     assert not upper.is_met_by({"x": 2.5}) and not lower.is_met_by({"x": 1.5})
     assert (str(upper), str(lower)) == ("x <= 2", "x >= 2")
+    assert str(Limit("x", 0.123456789)) == "x <= 0.123456789" and str(Limit("x", 1e9)) == "x <= 1e+09"
 
 
 NUMBERS = [

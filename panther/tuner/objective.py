@@ -152,11 +152,24 @@ def mean(results: Sequence[Scores]) -> Scores:
 
     Raises: AnswerError where it is NaN: inf and -inf in one.
     """
-    means = {name: sum(r[name] / len(results) for r in results) for name in results[0]}
+    means = {name: _mean([r[name] for r in results]) for name in results[0]}
     lost = [name for name, value in means.items() if math.isnan(value)]
     if lost:
         raise AnswerError(f"{lost[0]!r} was inf in one repeat and -inf in another, which have no mean")
     return means if len(results) > 1 else results[0]
+
+
+def _mean(values: Sequence[float]) -> float:
+    """Rounded once: the mean of equal numbers is that number, which a limit may be."""
+    infinite = {value for value in values if math.isinf(value)}
+    if infinite:
+        return sum(infinite)  # NaN of both
+    low, high = min(values), max(values)
+    try:
+        found = math.fsum(values) / len(values)
+    except OverflowError:  # of numbers near the largest there is
+        found = math.fsum(value / len(values) for value in values)
+    return min(max(found, low), high)
 
 
 # --- one trial -------------------------------------------------------------------------------------------------------

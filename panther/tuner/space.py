@@ -24,6 +24,7 @@ Allowed = Callable[[Params], bool]
 Units = NDArray[np.float64]
 
 TRIES = 1_000  # drawn points before the box is counted out instead
+LARGEST = 2**61  # of whole numbers, on either side: they and their differences have 64 bits
 LISTED = 100_000  # points that are counted out; a larger box is drawn from this often before giving up
 REMEMBERED = 200_000  # verdicts of the constraints
 
@@ -40,6 +41,8 @@ class Integer:
     def __post_init__(self) -> None:
         for name in ("low", "high", "step"):
             object.__setattr__(self, name, _whole(name, getattr(self, name)))
+            if abs(getattr(self, name)) > LARGEST:
+                raise ValueError(f"{name} is not within 2**61 of 0: search its exponent instead")
         if self.step < 1:
             raise ValueError(f"step must be at least 1, not {self.step}")
         _check_order(self.low, self.high, self.log)

@@ -40,7 +40,9 @@ class Limit:
         return scores[self.name] <= self.bound if self.is_upper else scores[self.name] >= self.bound
 
     def __str__(self) -> str:
-        return f"{self.name} {'<=' if self.is_upper else '>='} {self.bound:g}"
+        short = f"{self.bound:g}"
+        bound = short if float(short) == self.bound else repr(self.bound)
+        return f"{self.name} {'<=' if self.is_upper else '>='} {bound}"
 
 
 @dataclass(frozen=True)

@@ -431,6 +431,11 @@ class SkAutoTuner:
             points, phase = ask(strategy, question)
         except ExhaustedError:
             return None
+        except TunerError as error:
+            if not self._told:
+                raise
+            warnings.warn(f"the study ends with the points that it has: {error}", UserWarning, stacklevel=2)
+            return None
         return Batch(first, phase, tuple(points)) if points else None
 
     def _job(self, batch: Batch, number: int) -> Job:
@@ -524,9 +529,9 @@ class SkAutoTuner:
         return f"{len(self._told)}/{self._total}, best {_score_text(self.best_score)}{against}: {_written(best.params)}"
 
     def _score_baseline(self) -> None:
-        if self._baseline is None or self._record.baseline is not None:
+        scores, known = self._baseline, self._record.baseline
+        if scores is None or (known is not None and (callable(scores) or scores == known)):
             return
-        scores = self._baseline
         if callable(scores):
             try:
                 scores = self._baseline_scores(scores())
