@@ -24,7 +24,8 @@ from panther.errors import CalibrationError
 CHUNK = 32  # rows a batch when the calibration data is one big tensor
 HELD_OUT_SHARE = 0.1  # of the calibration samples, kept aside to measure agreement
 HELD_OUT_SAMPLES = 256  # at most
-STORED_SAMPLES = 2048  # taken of an iterable that cannot be walked twice in one order: it might never end
+# Taken of an iterable that cannot be walked twice in one order: it might never end.
+STORED_SAMPLES, STORED_BYTES = 2048, 2_000_000_000
 KEY_PADDING_MASK = "key_padding_mask"
 MASKS = (KEY_PADDING_MASK, "attention_mask")  # how the names of padding masks end
 _OPTIONS = (bool, int, float, str, type(None))
@@ -91,6 +92,11 @@ class Call:
     def batch_size(self) -> int:
         """Samples in this call; one when it cannot be cut."""
         return next((t.shape[0] for t in self.tensors() if t.dim()), 1) if self.can_be_cut else 1
+
+    @property
+    def size_bytes(self) -> int:
+        """Of the tensors in it."""
+        return sum(t.numel() * t.element_size() for t in self.tensors())
 
     def rows(self, start: int, stop: int) -> Call:
         """The same call on samples start..stop; itself when it cannot be cut."""
@@ -300,7 +306,7 @@ def calibration(data: Any, example: Call, model: nn.Module) -> Calibration:
     """Make any loader walkable again and keep a tenth of its samples aside (its last batches).
 
     A list, or a loader with a length and a fixed order, is walked again and never stored; of a generator or a
-    shuffling loader the first STORED_SAMPLES are stored, so that what is kept aside stays apart.
+    shuffling loader the first STORED_SAMPLES are stored (of STORED_BYTES), so that what is kept aside stays apart.
 
     Raises: CalibrationError when there is no batch, TypeError for a Dataset (its items are not batches).
     """
@@ -398,15 +404,16 @@ def _held_out_of(samples: int) -> int:
 
 def _first_samples(batches: Iterator[Any], example: Call, model: nn.Module) -> tuple[list[Any], str | None]:
     stored: list[Any] = []
-    samples = 0
+    samples = size_bytes = 0
     for batch in batches:
-        if samples >= STORED_SAMPLES:
+        if samples >= STORED_SAMPLES or size_bytes >= STORED_BYTES:
             return stored, (
                 f"calib_data cannot be walked twice in one order, so its first {samples:,} samples were taken; give a "
                 "list or a loader of a fixed order to use all"
             )
         stored.append(batch)
-        samples += batch_call(batch, example, model).batch_size
+        call = batch_call(batch, example, model)
+        samples, size_bytes = samples + call.batch_size, size_bytes + call.size_bytes
     return stored, None
 
 

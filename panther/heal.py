@@ -162,7 +162,7 @@ class _Healer:
     def calls(self) -> list[Call]:
         """What there is to fit to, read when that begins."""
         in_memory = isinstance(self.data.source, list | tuple)
-        calls = list(self.data if in_memory else _fitting(self.data, HELD_BYTES))
+        calls = list(self.data if in_memory else fitting(self.data, HELD_BYTES))
         if len(calls) < len(self.data):
             self.notes.append(f"healing saw {len(calls)} of {len(self.data)} batches: more would not fit in memory")
         return calls
@@ -558,12 +558,12 @@ def _shapes(tensors: Sequence[Tensor]) -> list[torch.Size]:
     return [tensor.shape for tensor in tensors]
 
 
-def _fitting(calls: Iterable[Call], size_bytes: int) -> Iterator[Call]:
+def fitting(calls: Iterable[Call], size_bytes: int) -> Iterator[Call]:
     """The first calls whose inputs take about so much memory together; at least one."""
     held = 0
     for call in calls:
         yield call
-        held += sum(t.numel() * t.element_size() for t in call.tensors())
+        held += call.size_bytes
         if held >= size_bytes:
             return
 

@@ -22,7 +22,7 @@ from panther.channels import Narrow, narrow, shares_for
 from panther.decompose import candidates
 from panther.errors import PantherError, one_line
 from panther.factors import Factors
-from panther.heal import HELD_BYTES, MOST_THREADS, fingerprint, heal
+from panther.heal import HELD_BYTES, MOST_THREADS, fingerprint, fitting, heal
 from panther.healers.rounding import round_layers
 from panther.importance import Importance, Reference, importance, reference
 from panther.latency import only_faster, with_latency
@@ -261,7 +261,7 @@ class Prepared:
             compressed,
             plan.sketched,
             {spec.name: spec for spec in self.found.sketchable},
-            list(itertools.islice(cast(Calibration, self.data), MOST_THREADS)),
+            list(itertools.islice(fitting(cast(Calibration, self.data), HELD_BYTES), MOST_THREADS)),
             held_bytes=HELD_BYTES,
             seed=self.request.seed,
             progress=self.request.progress,

@@ -223,6 +223,17 @@ def test_an_endless_stream_is_taken_up_to_a_limit_and_that_is_said():
     assert sum(call.batch_size for call in data.held_out) <= batches.HELD_OUT_SAMPLES
 
 
+def test_a_stream_of_large_batches_is_taken_up_to_a_limit_of_bytes(monkeypatch):
+    monkeypatch.setattr(batches, "STORED_BYTES", 5 * X.numel() * X.element_size())
+
+    def graphs():
+        while True:
+            yield [X, [Y]]  # which cannot be cut, and counts as one sample
+
+    data = calibration(graphs(), Call((X, [Y])), nn.Identity())
+    assert len(data) + len(data.held_out) < 10 and "cannot be walked twice" in data.note
+
+
 def test_values_that_are_not_finite_and_outputs_that_hardly_differ_do_not_set_the_scale():
     logits = torch.tensor([[1.0, -torch.inf], [3.0, -torch.inf]])
     assert batches.scale_of(logits) == pytest.approx(1.0)

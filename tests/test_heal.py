@@ -338,6 +338,15 @@ def test_one_sample_and_batches_of_one_are_enough(size: int, count: int) -> None
     assert done.after <= done.before and all(bool(p.isfinite().all()) for p in student.parameters())
 
 
+@pytest.mark.parametrize("mode", ["blocks", "distill"])
+def test_an_empty_batch_is_left_out(mode: str) -> None:
+    torch.manual_seed(0)
+    teacher, given = Net(), data()
+    done = heal(teacher, student := sketched(teacher), [given[0], given[0][:0], *given[1:]], mode, layers=[])
+    assert done.after < done.before and not any("failed" in note for note in done.notes)
+    assert error(teacher, student, data(4, seed=9)) < error(teacher, sketched(teacher), data(4, seed=9))
+
+
 def test_students_that_answer_with_nan_are_left_as_they_are() -> None:
     teacher, given = Net(), data()
     student = sketched(teacher)

@@ -107,7 +107,7 @@ def distill(
         for place, part in enumerate(batches[index], places[index]):
             call = part.to(device_of(student))
             found = _loss(own.answer(call), cache.answer(place), call, shares, classifies=classifies)
-            yield found * (part.batch_size / calls[index].batch_size)
+            yield found * (part.batch_size / max(1, calls[index].batch_size))
 
     def figure() -> float:
         return held_out_loss(student, held_out, lambda i: checked.answer(i).output, classifies=classifies)
