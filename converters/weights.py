@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeAlias
 
@@ -69,6 +70,7 @@ def fit(model: nn.Module, tensors: Mapping[str, Any], source: str) -> nn.Module:
     if mismatched:
         raise _does_not_fit(source, model, [], [], mismatched)
     tensors = _with_tied(tensors, ties, source)
+    _warn_of_wider(tensors, target, source)
     on_meta = any(value.is_meta for value in target.values() if isinstance(value, Tensor))
     try:
         # Not strict, so that the layers' own rules for older checkpoints apply before the keys are judged.
@@ -181,6 +183,28 @@ def _does_not_fit(
     return LoadError(
         f"{source} does not fit {type(model).__name__}: {'; '.join(parts)}. {_prefix_hint(missing, unexpected)}"
     )
+
+
+def _warn_of_wider(tensors: Mapping[str, Any], target: Mapping[str, Any], source: str) -> None:
+    """Say where the architecture's numbers are larger than the file's."""
+    pairs = [(got, wanted) for name, wanted in target.items() if isinstance(got := tensors.get(name), Tensor)]
+    kinds = dict.fromkeys(
+        f"{_short(got)} in the file and {_short(wanted)} here"
+        for got, wanted in pairs
+        if isinstance(wanted, Tensor) and got.is_floating_point() and got.itemsize < wanted.itemsize
+        if not wanted.is_meta  # such a model takes the file's tensors
+    )
+    if kinds:
+        warnings.warn(
+            f"{source}: weights are {', '.join(kinds)}: sizes, budgets and speeds are those of the architecture, which "
+            "may be made in the file's dtype",
+            UserWarning,
+            stacklevel=3,
+        )
+
+
+def _short(tensor: Tensor) -> str:
+    return str(tensor.dtype).removeprefix("torch.")
 
 
 def _some(names: Sequence[str]) -> str:

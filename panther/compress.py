@@ -31,7 +31,7 @@ from panther.errors import CaptureError, LoadError, PlanError
 from panther.factors import Factors, Profile
 from panther.gradients import chunk_size
 from panther.heal import fingerprint
-from panther.healers.checkpoint import saved_plan
+from panther.healers.checkpoint import forget, saved_plan
 from panther.importance import CLOSER, SAMPLES, affordable_samples, reference
 from panther.measure import check_batches, measure, passes
 from panther.nn.surgery import copied, put_layers
@@ -182,6 +182,12 @@ def compress(
         )
     if plan is None and checkpoint is not None:
         plan = _plan_in(Path(checkpoint), budget=str(wanted), seed=seed, search=search, dtypes=tuple(dtypes))
+        if plan is not None and (calib_data is None or Heal.parse(heal).mode == "none"):
+            raise LoadError(
+                f"{checkpoint} is the checkpoint of a run that heals, and this one has "
+                f"{'no calib_data' if calib_data is None else 'heal=none'}: give the same arguments as then, another "
+                "name, or delete it to begin anew"
+            )
     if plan is not None and not isinstance(plan, Plan):
         plan = Plan.from_json(plan)
     if plan is not None:  # which says itself what it stores weights in
@@ -468,8 +474,11 @@ def solved(prepared: Prepared, budget: Budget, plan: Plan | None) -> Result:
         dense_metric=None if budget.max_drop is None else prepared.dense.metric,
         healing=healing,
     )
-    if request.checkpoint is not None and not request.checkpoint.exists():  # it stays when Ctrl-C ended the healing
-        trials_file(request.checkpoint).unlink(missing_ok=True)
+    if request.checkpoint is not None and not (
+        healing is not None and healing.interrupted
+    ):  # there is nothing to go on
+        forget(request.checkpoint)
+        forget(trials_file(request.checkpoint))
     report = changed(report, tuning=tuning, layers=tuple(_marked(row, prepared.factors) for row in report.layers))
     return Result(compressed, report, plan, target, prepared, request.example)
 

@@ -15,6 +15,7 @@ import importlib.util
 import inspect
 import itertools
 import json
+import os
 import re
 import sys
 import tempfile
@@ -88,9 +89,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _complain(error, USAGE)
     except SystemExit as stop:  # --help and --version
         return int(stop.code or 0)
+    _module_from_file.cache_clear()  # files may have changed since an earlier call
     try:
         with _importable(Path.cwd()), _plain_warnings(arguments.verbose):
             return _run(arguments)
+    except SystemExit as stop:  # of code that was named by a flag, or that the model runs
+        _show_traceback(arguments.verbose)
+        return _complain(f"code that was run ended the process: sys.exit({stop.code!r}) (-v shows where)", UNEXPECTED)
     except KeyboardInterrupt:
         again = f"Run the same command again{_resuming(arguments)}."
         return _complain(f"interrupted; every file that is there is whole. {again}", INTERRUPTED)
@@ -123,7 +128,12 @@ def _say(text: object, stream: TextIO | None = None) -> None:
     """One text and a line end; "?" for what the stream's encoding does not have."""
     stream = stream or sys.stdout
     encoding = stream.encoding or "utf-8"  # None of an io.StringIO
-    stream.write(f"{text}\n".encode(encoding, "replace").decode(encoding))
+    try:
+        stream.write(f"{text}\n".encode(encoding, "replace").decode(encoding))
+        stream.flush()
+    except BrokenPipeError:  # nobody reads on, as behind `| head`: what is written to files stays what it is
+        with contextlib.suppress(OSError, ValueError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def _show_traceback(verbose: bool) -> None:
@@ -291,21 +301,47 @@ def _recipe_flags(path: Path, known: Mapping[str, Any]) -> list[str]:
             close = get_close_matches(key, allowed, 1)
             hint = f"did you mean {close[0]!r}?" if close else f"known: {', '.join(allowed)}"
             raise UsageError(f"--config {path}: unknown key {str(name)!r}; {hint}")
-        flags += [str(value)] if key == "path" else _flag(key, value)
+        if key == "path":
+            flags += [] if value is None else [str(value)]
+            continue
+        try:
+            flags += _flag(key, value)
+        except ValueError as error:
+            raise UsageError(f"--config {path}: {error}") from error
     return flags
 
 
 def _flag(key: str, value: Any) -> list[str]:
-    """One entry of a recipe as flags: true is a switch, a list repeats, a mapping is name=value,..."""
-    if value is None or value is False:
+    """One entry of a recipe as flags: true is a switch, a list repeats, a mapping is name=value,...
+
+    Raises: ValueError where true or false is not what the flag takes.
+    """
+    is_switch = key in _switches()
+    if value is None or (value is False and is_switch):
         return []
+    if value is False and key == "heal":  # as YAML reads off and no
+        return ["--heal=none"]
+    if isinstance(value, bool) and not is_switch:
+        raise ValueError(
+            f"{key} is {str(value).lower()}, as YAML reads yes, no, on and off: write a value, or quote it"
+        )
     if value is True:
         return [f"--{key}"]
+    items = value if isinstance(value, list) else [value]
+    if key == "input-shape" and items and all(isinstance(size, int) for size in items):
+        items = [items]  # input-shape: [1, 3, 224, 224]
+    return [f"--{key}={_spelled(item)}" for item in items]
+
+
+def _spelled(value: Any) -> str:
     if isinstance(value, Mapping):
-        value = ",".join(f"{name}={number}" for name, number in value.items())
-    if isinstance(value, list) and value and all(isinstance(size, int) for size in value):
-        value = ",".join(map(str, value))  # input-shape: [1, 3, 224, 224]
-    return [f"--{key}={item}" for item in (value if isinstance(value, list) else [value])]
+        return ",".join(f"{name}={number}" for name, number in value.items())
+    return ",".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
+def _switches() -> set[str]:
+    """Flags without a value."""
+    return {flag.lstrip("-") for action in _parser()._actions if action.nargs == 0 for flag in action.option_strings}
 
 
 def _save_recipe(arguments: argparse.Namespace) -> None:
@@ -335,6 +371,10 @@ def _budget(text: str) -> Budget:
     """
     if "=" in text:
         pairs = [part.partition("=") for part in text.split(",")]
+        names = [name.strip() for name, _, _ in pairs]
+        twice = next((name for name in names if names.count(name) > 1), None)
+        if twice is not None:
+            raise UsageError(f"--budget {text}: {twice} is given twice")
         return Budget.from_fields({name.strip(): value.strip() for name, _, value in pairs})
     value: int | float | str = text
     for number in (float, int):  # the narrowest that fits: 1 is a count, 1.0 a fraction
@@ -352,8 +392,9 @@ def _named_object(flag: str, spec: str) -> Any:
     if not source or not name:
         raise UsageError(f"{flag} {spec}: expected MODULE:NAME, as in {flag} pkg.mod:name or {flag} my.py:name")
     try:
-        module = _module_from_file(Path(source)) if source.endswith(".py") else importlib.import_module(source)
-    except Exception as error:  # the user's module may raise anything
+        is_file = source.endswith(".py")
+        module = _module_from_file(Path(source)) if is_file else importlib.import_module(source)
+    except (Exception, SystemExit) as error:  # the user's module may raise anything
         where = "" if source.endswith(".py") else f" from {Path.cwd()}"
         raise UsageError(f"{flag} {spec}: importing {source}{where} failed: {type(error).__name__}: {error}") from error
     if not hasattr(module, name):
@@ -362,7 +403,9 @@ def _named_object(flag: str, spec: str) -> Any:
     return getattr(module, name)
 
 
+@functools.lru_cache
 def _module_from_file(path: Path) -> ModuleType:
+    """A user's file, run once however many flags name it."""
     spec = importlib.util.spec_from_file_location(f"panther_user_{path.stem}", path)
     if spec is None or spec.loader is None or not path.is_file():
         raise FileNotFoundError(f"no file {path}")
@@ -391,6 +434,8 @@ def _device(name: str | None) -> torch.device | None:
     try:
         device = torch.device(name)
         torch.empty(0, device=device)
+        if device.type == "meta":
+            raise NotImplementedError("it holds no numbers")
     except (RuntimeError, AssertionError, NotImplementedError) as error:  # torch raises each of them for some name
         raise UsageError(f"--device {name} cannot be used here: {str(error).splitlines()[0]}") from error
     return device
@@ -416,7 +461,10 @@ def _from_shapes(shapes: Sequence[str], model: nn.Module, seed: int) -> Call:
         dtype = getattr(torch, found["dtype"], None) if found and found["dtype"] else _float_dtype(model)
         if found is None or not isinstance(dtype, torch.dtype):
             raise UsageError(f"--input-shape {text}: expected sizes, as in 1,3,224,224 or 1,16:int64 or ids=1,16:int64")
-        made = _filled(found["name"] or "", [int(size) for size in found["sizes"].split(",")], dtype, generator)
+        try:
+            made = _filled(found["name"] or "", [int(size) for size in found["sizes"].split(",")], dtype, generator)
+        except (RuntimeError, OverflowError, TypeError) as error:  # torch's, where there is no memory for so many
+            raise UsageError(f"--input-shape {text}: {one_line(error)}") from error
         if found["name"]:
             kwargs[found["name"]] = made
         else:
@@ -491,8 +539,14 @@ def _calibration(spec: str | None, model: nn.Module) -> Any:
     if callable(data) and not isinstance(data, nn.Module):
         try:
             data = data()
-        except Exception as error:  # the user's function may raise anything
+        except (Exception, SystemExit) as error:  # the user's function may raise anything
             raise UsageError(f"--calib {spec} failed: {type(error).__name__}: {error}") from error
+    try:
+        if not isinstance(data, Tensor | Mapping | Iterator):  # an iterator's own errors come when it is walked
+            iter(data)
+    except TypeError:
+        said = "None: does it end without a return?" if data is None else type(data).__name__
+        raise UsageError(f"--calib {spec} gives {said}; expected batches to iterate over, or one tensor") from None
     return data
 
 
@@ -529,7 +583,11 @@ def _first_batch(data: Any) -> tuple[Any, Any]:
 
 
 def _first_sample(batch: Any, model: nn.Module) -> Call:
-    """One sample of a calibration batch, to trace the model with."""
+    """One sample of a calibration batch, to trace the model with; a dict as a whole where forward takes one as such."""
+    required = _required(model)
+    takes_it = len(required) == 1 and required[0] not in batch if isinstance(batch, Mapping) else False
+    if takes_it and not set(batch) & set(inspect.signature(model.forward).parameters):
+        return Call((batch,))
     return batch_call(batch, Call((None,) * len(_required(model))), model).rows(0, 1)
 
 
@@ -635,8 +693,9 @@ def _goal(arguments: argparse.Namespace) -> tuple[Budget, Plan | None]:
 def _limits(arguments: argparse.Namespace, plan: Plan | None) -> Budget:
     """What --budget and --max-drop hold together; half of the weights when neither they nor a plan say anything."""
     limits: dict[str, Any] = {}
-    if arguments.budget is not None or arguments.max_drop is None:
-        text = arguments.budget or _budget_of(plan, evaluates=arguments.eval is not None) or "0.5"
+    if arguments.budget is not None or arguments.max_drop is None or plan is not None:
+        keeps_drop = arguments.eval is not None and arguments.max_drop is None
+        text = arguments.budget if arguments.budget is not None else _budget_of(plan, keeps_drop=keeps_drop) or "0.5"
         limits = {name: limit for name, limit in vars(_budget(text)).items() if limit is not None}
     if arguments.max_drop is not None:
         if "max_drop" in limits:
@@ -696,7 +755,12 @@ def _checkpoint(arguments: argparse.Namespace) -> Path | None:
             f"--resume: there is no {path} to go on from (a run that ends removes its checkpoint): leave --resume out "
             "to begin anew"
         )
-    return None if arguments.dry_run else path
+    if arguments.dry_run:
+        return None
+    _check_writable(path.parent, "--checkpoint FILE")
+    if path.is_dir():
+        raise UsageError(f"--checkpoint {path} is a folder: give the name of a file")
+    return path
 
 
 def _is_kept(checkpoint: Path) -> bool:
@@ -711,11 +775,14 @@ def _resuming(arguments: argparse.Namespace) -> str:
     return " with --resume" if is_kept else " without --resume"
 
 
-def _budget_of(plan: Plan | None, *, evaluates: bool) -> str:
-    """The budget that a plan was made for, all of the model where it says none; without --eval its drop is left out."""
+def _budget_of(plan: Plan | None, *, keeps_drop: bool) -> str:
+    """The budget that a plan was made for, all of the model where it says none.
+
+    keeps_drop: not without --eval, nor where another drop takes its place.
+    """
     if plan is None:
         return ""
-    parts = [part for part in plan.budget.split(", ") if evaluates or not part.startswith("max_drop=")]
+    parts = [part for part in plan.budget.split(", ") if keeps_drop or not part.startswith("max_drop=")]
     return ", ".join(parts) if any(part and not part.startswith("of=") for part in parts) else "1.0"
 
 

@@ -37,7 +37,7 @@ from panther.batchnorm import reestimate
 from panther.errors import LoadError, one_line
 from panther.healers import Limits, distill, heal_blocks, refit
 from panther.healers.blocks import HealedBlock, find_blocks, share_in_blocks, trainable
-from panther.healers.checkpoint import Checkpoint, Saved
+from panther.healers.checkpoint import Checkpoint, Saved, forget
 from panther.healers.distill import TeacherAnswers
 from panther.healers.lockstep import LeftStepError
 from panther.healers.losses import held_out_loss
@@ -79,6 +79,7 @@ def heal(
     seed: int = 0,
     checkpoint: str | Path | None = None,
     identity: Mapping[str, Any] | None = None,
+    ends: bool = True,
     progress: bool | Progress = False,
 ) -> Healed:
     """Bring the student's answers nearer to the teacher's on unlabelled inputs; the student is changed in place.
@@ -91,6 +92,7 @@ def heal(
         none).
     checkpoint: a file that a killed run goes on from, given the same arguments; it is removed at the end.
     identity: what else must be the same for that, and tells what the student's weights are; without it they must be.
+    ends: whether nothing follows that could still fail; else the checkpoint stays at the end, for the caller to remove.
 
     Raises: ValueError or TypeError for bad settings or a student that cannot be trained, CalibrationError for unusable
     data, LoadError for a checkpoint of another run. Ctrl-C ends the healing and keeps the best state so far, as well as
@@ -116,7 +118,10 @@ def heal(
             if identity is None:
                 identity = {"weights of the student": fingerprint(trainable(student))}
             healer.checkpoint = Checkpoint(Path(checkpoint), {**healer.identity(), **identity})
-        return healer.run(layers, sensitivities or {}, relu_after or {}, narrow or {})
+        done = healer.run(layers, sensitivities or {}, relu_after or {}, narrow or {})
+    if checkpoint is not None and ends and not done.interrupted:
+        forget(Path(checkpoint))
+    return done
 
 
 def _refuse_shared(teacher: nn.Module, student: nn.Module) -> None:
@@ -207,8 +212,6 @@ class _Healer:
             self._reorder()
         if self.checkpoint is not None:
             self.notes.extend([self.checkpoint.problem] if self.checkpoint.problem else [])
-            if not self.interrupted:
-                self.checkpoint.remove()
         return Healed(
             time.perf_counter() - self.start,
             self.steps,
@@ -216,6 +219,7 @@ class _Healer:
             self.reached,
             tuple(self.history),
             tuple(self.notes),
+            self.interrupted,
         )
 
     def _has_steps(self, share: float) -> bool:

@@ -274,7 +274,7 @@ class Prepared:
             )
             compressed, rounded = self._rounded(plan), before
         seconds = time.perf_counter() - start
-        mode = "none" if wanted.mode == "refit" else wanted.mode
+        mode = "none" if wanted.mode == "refit" or refitted.interrupted else wanted.mode
         trained = self.healed(compressed, plan, changed(wanted, mode=mode), fits=False)
         later = [(seconds + s, stage, f) for s, stage, f in trained.history if stage not in ("before", "refit")]
         return compressed, Healed(
@@ -284,6 +284,7 @@ class Prepared:
             trained.after,
             ((0.0, "before", before), (seconds, "rounding", rounded), *later),
             tuple(dict.fromkeys((*refitted.notes, *trained.notes))),
+            refitted.interrupted or trained.interrupted,
         )
 
     def _rounded(self, plan: Plan) -> nn.Module:
@@ -329,6 +330,7 @@ class Prepared:
             seed=self.request.seed,
             checkpoint=self.request.checkpoint if checkpoint else None,
             identity={"plan": _unmeasured(plan).to_json(), "dtypes": list(self.request.dtypes)},
+            ends=False,
             progress=self.request.progress,
         )
 

@@ -597,6 +597,7 @@ class Healed:
     before, after: the loss of the answers to held-out inputs, 1 being what a constant answer would lose (2 where the
         answers are sequences, whose mean counts as well).
     history: (seconds since the start, stage, held-out loss) at every stage and check.
+    interrupted: whether Ctrl-C ended it; a checkpoint is then kept, to go on from.
     """
 
     seconds: float
@@ -605,6 +606,7 @@ class Healed:
     after: float
     history: tuple[tuple[float, str, float], ...] = ()
     notes: tuple[str, ...] = ()
+    interrupted: bool = False
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from panther.errors import LoadError
-from panther.healers.checkpoint import KEY, VERSION, Checkpoint, Saved, saved_plan
+from panther.healers.checkpoint import KEY, VERSION, Checkpoint, Saved, forget, saved_plan
 
 IDENTITY = {"seed": 3, "mode": "auto", "plan": "{}", "time_limit": 1.5}
 FACTS = {"stage": "blocks", "blocks": ["a", "b"], "reached": 0.1 + 0.2, "history": [[0.5, "before", 1.0]]}
@@ -68,8 +68,8 @@ def test_a_second_save_replaces_the_first(tmp_path: Path) -> None:
 def test_at_the_end_nothing_is_left(tmp_path: Path) -> None:
     checkpoint = Checkpoint(tmp_path / "run", IDENTITY)
     checkpoint.save(FACTS, tensors())
-    checkpoint.remove()
-    checkpoint.remove()
+    forget(checkpoint.path)
+    forget(checkpoint.path)
     assert not list(tmp_path.iterdir())
 
 
@@ -102,7 +102,7 @@ def test_a_place_that_cannot_hold_a_file_is_remembered_too(tmp_path: Path) -> No
     checkpoint = Checkpoint(tmp_path / "file" / "run", IDENTITY)
     checkpoint.save(FACTS, tensors())
     assert "could not be written" in checkpoint.problem
-    checkpoint.remove()
+    forget(checkpoint.path)
     assert (tmp_path / "file").read_text() == ""
 
 

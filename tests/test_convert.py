@@ -1,6 +1,7 @@
 import importlib
 import io
 import json
+import subprocess
 import sys
 import textwrap
 from collections.abc import Callable
@@ -108,9 +109,27 @@ NETS = """
     def counts(model):
         return sum(p.numel() for p in model.parameters())
 
+    def leaves():
+        raise SystemExit(0)
+
+    def forgets():
+        pass
+
+    def stops(model):
+        raise SystemExit(0)
+
+    class OneDict(Mlp):
+        def forward(self, batch):
+            return super().forward(batch["x"])
+
+    def dicts():
+        return [{"x": torch.randn(8, 16, generator=torch.Generator().manual_seed(n))} for n in range(6)]
+
+    number = 7
     batches = [torch.ones(8, 16)] * 2
     empty = []
 """
+EXITS = "import sys; sys.exit(0)"
 
 
 @pytest.fixture(scope="module")
@@ -118,6 +137,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with nets.py, and mlp.pt, cnn.pt, ... made by its classes."""
     place = tmp_path_factory.mktemp("models")
     (place / "nets.py").write_text(textwrap.dedent(NETS))
+    (place / "exits.py").write_text(EXITS)
     torch.manual_seed(0)
     names: dict[str, Any] = {}
     exec(textwrap.dedent(NETS), names)  # noqa: S102 - the text above
@@ -559,7 +579,8 @@ def test_an_evaluation_reaches_compress_with_or_without_a_limit_on_its_drop(
         ("params=0.5, max_drop=0.01", [], "params=0.5"),
         ("max_drop=0.01, of=model", [], "params=1.0"),
         ("", [], "params=1.0"),
-        ("params=0.5", ["--max-drop", "0.2", "--eval", "nets.py:evaluate"], "max_drop=0.2"),
+        ("params=0.5", ["--max-drop", "0.2", "--eval", "nets.py:evaluate"], "params=0.5, max_drop=0.2"),
+        ("flops=0.5, max_drop=0.1", ["--max-drop", "0.2", "--eval", "nets.py:evaluate"], "flops=0.5, max_drop=0.2"),
         ("params=0.5", ["--budget", "0.3"], "params=0.3"),
     ],
 )
@@ -727,6 +748,14 @@ def test_a_recipe_gives_the_flags_and_the_command_line_wins(run, quick: dict[str
     assert (quick["seed"], quick["include"], quick["progress"]) == (5, ["second"], False)
 
 
+def test_recipes_are_read_as_yaml_reads_them(run, quick: dict[str, Any], here: Path) -> None:
+    lines = ["path:", "model: nets.py:Mlp", "heal: off", "include: [0, 2]", "quiet: no", "input-shape: [[2, 16]]"]
+    Path("plain.yaml").write_text("\n".join(lines))
+    run("mlp.pt", "--config", "plain.yaml")
+    assert quick["heal"].mode == "none" and quick["include"] == ["0", "2"] and quick["progress"] is True
+    assert quick["example_inputs"].args[0].shape == (2, 16)
+
+
 def test_a_saved_recipe_gives_the_same_run(run, quick: dict[str, Any], here: Path) -> None:
     run(*MLP, "--budget", "0.3", "--exclude", "last", "--input-shape", "2,16", "--save-config", "saved.yaml")
     first = dict(quick)
@@ -745,6 +774,8 @@ def test_a_saved_recipe_gives_the_same_run(run, quick: dict[str, Any], here: Pat
         ("a: [", "cannot be read"),
         ('seed: !!int ""', "cannot be read"),
         ("trials: 5", "--trials belongs to --search tuned"),
+        ("budget: yes", "budget is true, as YAML reads yes, no, on and off: write a value, or quote it"),
+        ("calib: off", "calib is false, as YAML reads"),
     ],
 )
 def test_a_recipe_that_cannot_be_followed_is_refused(run, here: Path, text: str, words: str) -> None:
@@ -764,6 +795,8 @@ def test_a_recipe_that_cannot_be_followed_is_refused(run, here: Path, text: str,
         (["--budget", "1"], "can be read two ways"),
         (["--budget", "1.7"], "can be read two ways"),
         (["--budget", "abc"], "neither a fraction nor a percentage"),
+        (["--budget", ""], "neither a fraction nor a percentage"),
+        (["--budget", "params=0.5,flops=0.5, params=0.3"], "params is given twice"),
         (["--budget", "latency_ms=0"], "latency_ms='0'): expected milliseconds of one run"),
         (["--budget", "peak_memory_mb=200%"], 'or a percentage of the dense model\'s, as in peak_memory_mb="50%"'),
         (["--budget", "max_drop=0.1"], "a drop of at most 0.1 needs something that falls: add --eval my.py:evaluate"),
@@ -820,6 +853,9 @@ def test_a_recipe_that_cannot_be_followed_is_refused(run, here: Path, text: str,
         ([*CALIB, "--checkpoint", "cnn.pt", "--resume"], "cnn.pt cannot be read as a checkpoint"),
         (["--report", "r.doc"], "expected a name ending in .txt, .json, .html"),
         (["--device", "gpu9"], "--device gpu9 cannot be used here"),
+        (["--device", "meta"], "--device meta cannot be used here: it holds no numbers"),
+        (["--checkpoint", "mlp.pt/run"], "File exists; choose another folder with --checkpoint FILE"),
+        (["--checkpoint", "."], ". is there already"),
         (["--opset", "x"], "argument --opset: invalid int value: 'x'; see python -m panther.convert --help"),
         (["--typo"], "unrecognized arguments: --typo"),
         (["--seed", "-1"], "--seed -1: expected an integer from 0 to 2**63 - 1"),
@@ -827,12 +863,18 @@ def test_a_recipe_that_cannot_be_followed_is_refused(run, here: Path, text: str,
         (["--input-shape", "1x16"], "--input-shape 1x16: expected sizes"),
         (["--input-shape", "1,16:floaty"], "expected sizes"),
         (["--input-shape", "1,0"], "expected sizes"),
+        (["--input-shape", "1,99999999999999"], "--input-shape 1,99999999999999: RuntimeError"),
+        (["--input-shape", f"1,{10**30}"], "--input-shape 1,1000000000000"),
         (["--include", "nothing.*"], "matches no dense layer"),
         (["--calib", "gone.npz"], "gone.npz cannot be read"),
         (["--calib", "nets.py"], "expected MODULE:NAME"),
         (["--calib", "gone.py:loader"], "no file gone.py"),
         (["--calib", "nets.py:lodaer"], "nets.py has no 'lodaer'; nearest: loader"),
         (["--calib", "nets.py:broken"], "failed: RuntimeError: no such disk"),
+        (["--calib", "nets.py:leaves"], "failed: SystemExit: 0"),
+        (["--calib", "nets.py:forgets"], "gives None: does it end without a return?"),
+        (["--calib", "nets.py:number"], "gives int; expected batches to iterate over, or one tensor"),
+        (["--calib", "exits.py:loader"], "importing exits.py failed: SystemExit: 0"),
         (["--calib", "nets.py:empty"], "has no batches"),
         (["--plan", "gone.json"], "--plan gone.json cannot be read"),
         (["--plan", "nets.py"], "not a panther plan"),
@@ -870,6 +912,41 @@ def test_models_that_cannot_be_read_say_the_way_out(run, here: Path, argv: list[
     code, out, err = run(*argv)
     assert (code, out) == (cli.USAGE, "")
     assert words in refusal(err)
+
+
+def test_code_that_ends_the_process_is_an_error_whatever_its_exit_code(run, here: Path) -> None:
+    code, out, err = run(*MLP, "--eval", "nets.py:stops", "--max-drop", "0.1")
+    assert (code, out) == (cli.UNEXPECTED, "") and "sys.exit(0)" in refusal(err)
+
+
+def test_a_users_file_is_run_once_however_many_flags_name_it(run, here: Path, quick: dict[str, Any]) -> None:
+    Path("once.py").write_text(
+        "import nets\nnets.runs = getattr(nets, 'runs', 0) + 1\nfrom nets import Mlp, evaluate, loader\n"
+    )
+    run("mlp.pt", "--model", "once.py:Mlp", "--calib", "once.py:loader", "--eval", "once.py:evaluate")
+    assert sys.modules["nets"].runs == 1
+    run("mlp.pt", "--model", "once.py:Mlp")
+    assert sys.modules.pop("nets").runs == 2
+
+
+def test_a_forward_of_one_dict_gets_whole_dicts(run, here: Path, export: Any) -> None:
+    torch.save(cli._module_from_file(Path("nets.py")).OneDict().state_dict(), "onedict.pt")
+    code, _, err = run(
+        "onedict.pt", "--model", "nets.py:OneDict", "--calib", "nets.py:dicts", "--heal", "none", "--dry-run", "-q"
+    )
+    assert code == cli.DONE, err
+
+
+def test_a_reader_that_stops_reading_does_not_make_it_fail(here: Path) -> None:
+    flags = [*MLP, "--budget", "0.5", "--dry-run", "-v", "-q"]
+    code = f"import sys, panther.convert as c\nc._say('x' * 10**6)\nsys.exit(c.main({flags!r}))"
+    argv = [sys.executable, "-W", "ignore", "-c", code]
+    with subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as running:
+        assert running.stdout is not None and running.stderr is not None
+        running.stdout.read(10)
+        running.stdout.close()
+        said = running.stderr.read().decode()
+        assert running.wait(120) == cli.DONE and "BrokenPipe" not in said
 
 
 def test_arrays_that_do_not_belong_together_are_refused(run, here: Path) -> None:

@@ -147,9 +147,13 @@ def test_the_instance_given_is_not_changed_and_the_result_is_in_eval_mode(tmp_pa
     assert all(torch.equal(value, before[name]) for name, value in architecture.state_dict().items())
 
 
-def test_weights_take_the_dtype_of_the_model(tmp_path):
+def test_weights_take_the_dtype_of_the_model_and_that_is_said_where_they_grow(tmp_path):
     torch.save(small().half().state_dict(), tmp_path / "m.pt")
-    assert read(tmp_path / "m.pt", model=small)[0].weight.dtype == torch.float32
+    with pytest.warns(UserWarning, match=r"m\.pt: weights are float16 in the file and float32 here"):
+        assert read(tmp_path / "m.pt", model=small)[0].weight.dtype == torch.float32
+    assert read(tmp_path / "m.pt", model=lambda: small().half())[0].weight.dtype == torch.float16
+    torch.save(small().double().state_dict(), tmp_path / "wide.pt")
+    assert read(tmp_path / "wide.pt", model=small)[0].weight.dtype == torch.float32
 
 
 def test_a_model_on_the_meta_device_gets_the_tensors_of_the_file(tmp_path):

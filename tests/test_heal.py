@@ -1032,6 +1032,46 @@ def test_a_killed_compression_goes_on_to_the_same_model(tmp_path: Path, monkeypa
     assert same(bits(again.model), bits(whole.model)) and again.plan == whole.plan and not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("problem", [KeyboardInterrupt, RuntimeError])
+def test_what_ends_a_compression_after_the_healing_keeps_the_checkpoint(
+    problem: type[BaseException], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, given = Net(), data()
+    settings = Heal("distill", steps=40, time_limit=LONG, learning_rate=0.005)
+    whole = compressed(model, given, settings)
+
+    def ended(*_: Any, **__: Any) -> Any:
+        raise problem
+
+    with monkeypatch.context() as patch:
+        patch.setattr(importlib.import_module("panther.compress"), "check", ended)
+        with pytest.raises(problem):
+            compressed(model, given, settings, checkpoint=tmp_path / "run")
+    interrupting(monkeypatch, "distill", 1)  # nothing is trained again
+    again = compressed(model, given, settings, checkpoint=tmp_path / "run")
+    assert again.report.healing is not None and not again.report.healing.interrupted
+    assert same(bits(again.model), bits(whole.model)) and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("without", ["calib_data", "heal"])
+def test_a_run_that_would_not_heal_is_refused_the_checkpoint_of_one_that_did(
+    without: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, given, path = Net(), data(), tmp_path / "run"
+    with monkeypatch.context() as patch:
+        killed(patch, 2)
+        with pytest.raises(KilledError):
+            compressed(model, given, "distill", checkpoint=path)
+    before = path.read_bytes()
+    options: dict[str, Any] = {"example_inputs": given[0], "progress": False, "checkpoint": path}
+    others = {"heal": "none", "calib_data": given} if without == "heal" else {"heal": "distill"}
+    with pytest.raises(
+        LoadError, match="a run that heals, and this one has " + ("heal=none" if without == "heal" else "no")
+    ):
+        panther.compress(model, 0.5, **options, **others)
+    assert path.read_bytes() == before
+
+
 def test_a_plan_whose_milliseconds_were_measured_goes_on_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The second run measures others, and heals the plan of the first."""
     measured: list[float] = [1.0]

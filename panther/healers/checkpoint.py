@@ -64,10 +64,11 @@ class Checkpoint:
             with contextlib.suppress(OSError):
                 partial.unlink()
 
-    def remove(self) -> None:
-        """The run has ended: nothing is left to go on with."""
-        with contextlib.suppress(OSError):
-            self.path.unlink()
+
+def forget(path: Path) -> None:
+    """Remove a checkpoint: the run has ended, and nothing is left to go on with."""
+    with contextlib.suppress(OSError):
+        path.unlink()
 
 
 def _contents(path: Path) -> tuple[dict[str, Any], Saved]:
