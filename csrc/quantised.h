@@ -136,21 +136,29 @@ template <class W>
 void run_widened(const float* x, const W& w, const float* bias, float* y, int64_t rows, int64_t out) {
   const core::Gemm p{{x, w.in, 1}, {nullptr, 0, 0}, bias, false, y, out, 1, rows, out, w.in};
   const bool in_lanes = has_lanes_of_weights(rows, out);
-  const int64_t unit = unit_of(in_lanes), work = std::max<int64_t>(1, unit * rows * w.in);
-  torch::stable::parallel_for(0, (out + unit - 1) / unit, std::max<int64_t>(1, kGrain / work),
+  // A matrix of few rows does not give threads like shares: each widens all of it, for some rows of x.
+  const bool shares_rows = out < 96 && rows >= out && !uses(core::InstructionSet::avx2);
+  const int64_t whole = shares_rows ? rows : out, unit = unit_of(!shares_rows && in_lanes, whole);
+  const int64_t work = std::max<int64_t>(1, unit * (shares_rows ? out : rows) * w.in);
+  torch::stable::parallel_for(0, (whole + unit - 1) / unit, std::max<int64_t>(1, kGrain / work),
                               [&](int64_t first, int64_t last) {
-                                const int64_t begin = first * unit, end = std::min(out, last * unit);
-                                const core::Gemm part = p.columns(begin, end);
-                                core::widened_gemm(in_lanes ? part.transposed() : part, w, begin, in_lanes);
+                                const int64_t begin = first * unit, end = std::min(whole, last * unit);
+                                const core::Gemm part = shares_rows ? p.rows(begin, end) : p.columns(begin, end);
+                                const int64_t from = shares_rows ? 0 : begin;
+                                core::widened_gemm(in_lanes ? part.transposed() : part, w, from, in_lanes);
                               });
 }
 
 // Whether that is faster than core/thin_linear.h, which widens groups of numbers once for every few rows, and others as
-// it reads them. Measured on Zen 3, one thread, 32 to 4096 numbers of x and 48 to 3072 of y a row; with AVX-512 it was
-// not.
+// it reads them. Measured on Zen 3, one thread, 32 to 4096 numbers of x and 48 to 3072 of y a row; with AVX-512 on an
+// Intel processor, 96 to 4096 of x, where it is so for short rows only, as they nearly fill registers.
 template <class W>
 bool fills_widened_lanes(const W& w, int64_t rows, int64_t out) {
-  if (!uses(core::InstructionSet::avx2) || !runs_in_gemm(rows)) return false;
+  if (!runs_in_gemm(rows)) return false;
+  if (!uses(core::InstructionSet::avx2)) {
+    const bool nearly_fills = rows >= 22 || rows == 15 || rows == 16;
+    return core::is_made_by_intel() && (w.in <= 96 ? rows >= 12 : w.in <= 192 && nearly_fills);
+  }
   if constexpr (!W::kHasScales) {
     return rows > 28 && w.in <= 512;
   } else if (std::is_same_v<W, core::Int8> && w.groups == 1) {
@@ -170,11 +178,11 @@ inline void few_rows(const float* x, const Quantised& matrix, const float* bias,
   });
 }
 
-// Whether more rows than few run there. With AVX2 a matrix of floats would leave those of 513 and more to torch, but a
+// Whether more rows than few run there. A matrix of floats may leave many of them to torch (see runs_in_gemm), but a
 // product that has to be widened first is as fast here.
 inline bool widens_as_it_reads(const Tensor& x, int64_t rows) {
-  const bool runs = runs_in_gemm(rows) || (uses(core::InstructionSet::avx2) && !core::is_made_by_intel());
-  return is_float(x) && runs;
+  const bool is_slower = uses(core::InstructionSet::avx2) && core::is_made_by_intel();
+  return is_float(x) && runs_in_gemm(is_slower ? rows : std::min<int64_t>(rows, 1));
 }
 
 inline Tensor widened_linear(const Tensor& given, const Quantised& weight, const std::optional<Tensor>& bias) {

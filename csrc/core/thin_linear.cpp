@@ -38,9 +38,14 @@ template <class T>
 constexpr int most_rows_of_groups() {
   return 2;
 }
+// The most rows of x for which whole numbers are widened where they are multiplied: above, a strip of w is widened
+// once, which pays where it then stays in the nearest cache. Measured on an Intel processor with 48 KB of that, 8 to 32
+// rows of 96 to 4096 numbers: from 768 on 1.2 to 2 times as fast with one scale a row, 1.1 to 1.8 times with groups
+// of 32.
 template <class W>
-constexpr int64_t most_rows_read_as_stored(int64_t) {
-  return most_rows(kStrip);
+constexpr int64_t most_rows_read_as_stored(int64_t in) {
+  if (in < 768) return most_rows(kStrip);
+  return !W::kHasScales ? 32 : in < 1536 ? 12 : 28;
 }
 template <class W>
 constexpr int64_t long_row() {
@@ -62,9 +67,8 @@ constexpr int most_rows_of_groups() {
   return kHeldShift<T> > 0 ? 4 : 2;
 }
 
-// The most rows of x for which whole numbers are widened where they are multiplied: above, a strip of w is widened
-// once. Where its rows are long it leaves the nearest cache, and widening it twice costs less; with no scales to read
-// it always does.
+// As above. Where rows of w are long, a strip leaves the nearest cache, and widening it twice costs less; with no
+// scales to read it always does.
 template <class W>
 constexpr int64_t most_rows_read_as_stored(int64_t in) {
   if (!W::kHasScales) return 40;

@@ -27,7 +27,8 @@ PANTHER_VECTOR inline void add_products(const ThinLinear<W>& p, const float* x, 
     Vector values[Rows];
     for (int i = 0; i < Rows; ++i) values[i] = lanes_of(x + i * p.x_stride + k, count);
     for (int j = 0; j < Columns; ++j) {
-      const Vector weights = weights_of(p.w, column + j, k, count);
+      Vector weights = weights_of(p.w, column + j, k, count);
+      if constexpr (Rows > 1) load_once(weights);
       for (int i = 0; i < Rows; ++i) sums[i][j] = multiply_add(values[i], weights, sums[i][j]);
     }
   } else {
