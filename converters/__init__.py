@@ -11,7 +11,7 @@ from pathlib import Path
 
 from torch import nn
 
-from panther.converters import compressed, huggingface, onnx, safetensors, state_dict
+from panther.converters import compressed, huggingface, onnx, pt2, safetensors, state_dict
 from panther.converters.formats import UNSUPPORTED, UnsupportedFormat, format_of, unsupported
 from panther.converters.parity import ExportReport, ShapeCheck
 from panther.converters.weights import ModelSource
@@ -19,6 +19,7 @@ from panther.converters.weights import ModelSource
 READERS: dict[str, Callable[..., nn.Module]] = {
     "state_dict": state_dict.read,
     "safetensors": safetensors.read,
+    "pt2": pt2.read,
     "huggingface": huggingface.read,
     "compressed": compressed.load,
 }

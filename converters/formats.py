@@ -15,10 +15,6 @@ UNSUPPORTED = {
         "a TorchScript archive, whose layers are compiled code that panther cannot replace. Build the model in Python, "
         "save its model.state_dict() with torch.save, and give that file with --model pkg.mod:factory"
     ),
-    "pt2": (
-        "a torch.export archive, which panther cannot turn back into modules. Save the original model's state_dict() "
-        "with torch.save, and give that file with --model pkg.mod:factory"
-    ),
     "onnx": (
         "an ONNX model; panther reads PyTorch models only. Give the PyTorch checkpoint that it was exported from, "
         "with --model pkg.mod:factory"
@@ -63,8 +59,8 @@ def format_of(path: Path) -> str:
     name = _content_format(path, head) or _BY_EXTENSION.get(path.suffix.lower())
     if name is None:
         raise LoadError(
-            f"{path} is of no format that panther reads: expected a torch.save file (.pt, .pth, .bin), .safetensors, "
-            f"a Hugging Face folder or a folder written by panther; it starts with {head!r}"
+            f"{path} is of no format that panther reads: expected a torch.save file (.pt, .pth, .bin), .pt2, "
+            f".safetensors, a Hugging Face folder or a folder written by panther; it starts with {head!r}"
         )
     return name
 

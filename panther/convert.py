@@ -37,7 +37,7 @@ from panther.allocators.tuned import TRIALS
 from panther.batches import CHUNK, Call, as_call, batch_call
 from panther.chains import CHANNELS, PIVOTED
 from panther.compress import Result, analyze, compress
-from panther.converters import WRITERS, ExportReport, huggingface, read
+from panther.converters import WRITERS, ExportReport, huggingface, pt2, read
 from panther.converters.compressed import check_can_be_saved
 from panther.converters.files import staging
 from panther.converters.inputs import dynamic_axes, flatten, resized, sizes
@@ -184,7 +184,7 @@ def _parser() -> _Parser:
         allow_abbrev=False,
     )
     add = parser.add_argument
-    add("path", nargs="?", metavar="MODEL", help=".pt, .pth or .safetensors file, or a Hugging Face folder")
+    add("path", nargs="?", metavar="MODEL", help=".pt, .pth, .pt2 or .safetensors file, or a Hugging Face folder")
     add("-o", "--output", metavar="DIR", help="where to write (default: beside the model)")
     add("--model", metavar="MODULE:NAME", help="what builds the model, when the file holds weights only")
     add("--trust-pickle", action="store_true", help="load a whole pickled module: this runs code from the file")
@@ -592,9 +592,12 @@ def _first_sample(batch: Any, model: nn.Module) -> Call:
 
 
 def _example(arguments: argparse.Namespace, model: nn.Module, data: Any) -> tuple[Call, str, Any]:
-    """The inputs to trace with, how they were found (flags, config, calibration data, first layer), and the data."""
+    """The inputs to trace with, how they were found (flags, the file, calibration data, first layer), and the data."""
     if arguments.input_shape:
         return _from_shapes(arguments.input_shape, model, arguments.seed), "--input-shape", data
+    exported = pt2.example_inputs_of(model)
+    if exported is not None:
+        return Call(*exported), "the exported program", data
     made = huggingface.example_inputs_for(model)
     if made is not None:
         return as_call(made), "the Hugging Face config", data

@@ -75,8 +75,6 @@ def test_content_decides_before_the_extension(tmp_path):
     ("name", "entries", "way_out"),
     [
         ("script.pt", ["m/data.pkl", "m/constants.pkl", "m/code/__torch__/x.py"], "TorchScript.*state_dict.*--model"),
-        ("program.pt2", ["m/archive_format", "m/models/model.json"], "torch.export archive.*--model"),
-        ("older.pt", ["serialized_exported_program.json", "version"], "torch.export archive.*--model"),
     ],
 )
 @pytest.mark.parametrize("packing", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED])
