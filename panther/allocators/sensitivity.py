@@ -23,18 +23,38 @@ def sensitivity(options: Options, target: Target, *, divergence: Divergence, eva
     taken. A plan without floors is made where none with them is within the limits.
     """
     loss = powered(divergence, 1.0)
-    even = uniform(options, target, divergence=divergence, evaluate=None)
-    tried = [(floor, power) for floor in FLOORS for power in POWERS] if evaluate is not None else [(0.5, 1.0)]
-    plans = [even, improved(even, options, target, loss)] if evaluate is not None else []
-    plans += [planned(options, target, even, floor, powered(divergence, power)) for floor, power in tried]
+    plans = _proposed(options, target, divergence=divergence, judged=evaluate is not None)
+    fewer = None if evaluate is None else without_coarsest(options)
+    if fewer is not None:
+        plans += _proposed(fewer, target, divergence=divergence, judged=True)
     if not any(target.is_met_by(total(plan)) for plan in plans):
-        plans.append(planned(options, target, even, 0.0, loss))
+        plans.append(planned(options, target, plans[0], 0.0, loss))
     for plan in on_one_grid(options):
         plans += [plan, improved(plan, options, target, loss)]
     within = [p for index, p in enumerate(plans) if p not in plans[:index] and target.is_met_by(total(p))]
     if not within:
         return min(plans, key=lambda plan: excess(total(plan), target))
     return within[0] if evaluate is None else best_of(within, evaluate)
+
+
+def _proposed(options: Options, target: Target, *, divergence: Divergence, judged: bool) -> list[list[Choice]]:
+    """The uniform plan and one for each floor where they are going to be `judged`; else one of the middle floor."""
+    even = uniform(options, target, divergence=divergence, evaluate=None)
+    tried = [(floor, power) for floor in FLOORS for power in POWERS] if judged else [(0.5, 1.0)]
+    plans = [even, improved(even, options, target, powered(divergence, 1.0))] if judged else []
+    return plans + [planned(options, target, even, floor, powered(divergence, power)) for floor, power in tried]
+
+
+def without_coarsest(options: Options) -> Options | None:
+    """The same without the grids of fewest bits; None where there are no others.
+
+    What is offered changes the uniform plan, and with it the floors: offered 3 bits, plans of 4 were passed over that
+    lost half as much.
+    """
+    bits = sorted({c.grid.bits for choices in options.values() for c in choices if c.grid is not None})
+    if len(bits) < 2:
+        return None
+    return {name: [c for c in cs if c.grid is None or c.grid.bits > bits[0]] for name, cs in options.items()}
 
 
 def on_one_grid(options: Options) -> list[list[Choice]]:
