@@ -512,7 +512,7 @@ def test_calls_convolve_images_that_are_one_number_wide_as_sequences(monkeypatch
 
 
 def test_many_calls_have_fewer_threads_each_and_the_caller_has_all_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("panther.healers.lockstep.MOST_THREADS", 8)
+    monkeypatch.setattr("panther.healers.lockstep.SYSTEM_THREADS", 8)
     before, seen = torch.get_num_threads(), list[int]()
     torch.set_num_threads(4)
     try:

@@ -27,7 +27,7 @@ from torch.utils.hooks import RemovableHandle
 from panther.batches import Call, drawing, float_outputs, inference, refill, run
 from panther.products import fast_layers
 
-MOST_THREADS = 1024  # of the system for one model: each call has a thread, and that one the threads of its products
+SYSTEM_THREADS = 1024  # of the system for one model: each call has a thread, and that one the threads of its products
 GROWTH = 2  # times as many calls make another walk worth it; all walks together cost two of the longest at most
 
 CPU = torch.device("cpu")
@@ -298,7 +298,7 @@ class Lockstep:
 
     def advance(self) -> str | None:
         """Take every call to its next stop: the stop's name, or None when all have ended."""
-        with _threads(max(1, MOST_THREADS // max(1, len(self.calls)))):
+        with _threads(max(1, SYSTEM_THREADS // max(1, len(self.calls)))):
             return self._advance()
 
     def _advance(self) -> str | None:
