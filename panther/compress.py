@@ -141,7 +141,7 @@ def compress(
     calib_data: an iterable of inputs, of (input, target) pairs or of dicts; unlabelled. Without it the weights alone
         decide, which costs much accuracy.
     eval_fn: eval_fn(model) -> one number, higher is better; shown for both models in the report. A budget with max_drop
-        needs it, and without another limit looks for the smallest model that holds it, in about eight evaluations.
+        needs it, and without another limit looks for the smallest model that holds it, in eight to twelve evaluations.
     include, exclude: layer names, globs ("encoder.*"), "re:..." or layer classes.
     plan: a Plan (or its JSON) instead of a search.
     search: "sensitivity", "uniform", "tuned", or an allocator of your own (panther.allocators.Allocator). "tuned" goes
