@@ -14,8 +14,8 @@ from panther.spec import Choice, Target
 FLOORS = (0.25, 0.5, 0.75)
 POWERS = (1.0, 0.5)  # exponents on the measured divergence: 0.5 trusts differences between layers less
 
-# How much less than the best plan one without the fewest bits must do to the model, to be taken: a share of it. MiniLM at
-# .109 of its bytes: taken at .99 of the divergence it ended, refitted, at cosine .977, left at .981.
+# How much less than the best plan one without the fewest bits must do to the model, to be taken: a share of it. MiniLM
+# at .109 of its bytes: taken at .99 of the divergence it ended, refitted, at cosine .977, left at .981.
 CLEARLY = 0.8
 
 
