@@ -292,7 +292,11 @@ def _attention(model: nn.Module, name: str, record: Mapping[str, Any], folder: P
                 f"{folder / MANIFEST}: {name!r} has {size}={wanted}, the architecture given has {got}: give the one "
                 "that was compressed"
             )
-    return dense if isinstance(dense, SKMultiheadAttention) else layer
+    if isinstance(dense, SKMultiheadAttention):
+        return dense
+    for parameter in layer.parameters():
+        parameter.requires_grad_(any(given.requires_grad for given in dense.parameters()))
+    return layer
 
 
 def _linear(dense: nn.Module, record: Mapping[str, Any]) -> nn.Module:
@@ -319,7 +323,22 @@ def _sketch_layer(model: nn.Module, name: str, record: Mapping[str, Any], folder
             _check_sizes(dense, layer, record[DENSE_SIZES], place, folder)
         else:
             _check_geometry(dense, layer, place, folder)
+    _freeze_as(_layer_at(model, name, folder), layer)
     return layer
+
+
+BIASES = ("bias", "offset")  # what layers call what they add
+
+
+def _freeze_as(dense: nn.Module, layer: nn.Module) -> None:
+    """Let a layer train what the one in its place would: the weights, and the bias."""
+    given = {name: parameter.requires_grad for name, parameter in dense.named_parameters()}
+    if not given:
+        return
+    weights = any(flag for name, flag in given.items() if name not in BIASES)
+    biases = next((flag for name, flag in given.items() if name in BIASES), weights)
+    for name, parameter in layer.named_parameters():
+        parameter.requires_grad_(biases if name in BIASES else weights)
 
 
 def _narrow_layer(model: nn.Module, name: str, record: Mapping[str, Any], folder: Path) -> nn.Module:

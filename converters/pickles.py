@@ -32,18 +32,24 @@ _LEGACY_OBJECT = 3
 _REAL = ("Double", "Float", "Half", "BFloat16", "Long", "Int", "Short", "Char", "Byte", "Bool")
 _STORAGES = (*_REAL, "ComplexFloat", "ComplexDouble")
 
-# What a file of tensors alone needs. torch's own list for weights_only=True is longer.
+# What a file of tensors needs, and what training scripts put beside them; torch reads it with weights_only=True.
+_DTYPES = (
+    *("float16", "float32", "float64", "bfloat16", "complex64", "complex128", "bool"),
+    *("uint8", "int8", "int16", "int32", "int64", "uint16", "uint32", "uint64", "float8_e4m3fn", "float8_e5m2"),
+)
 TENSOR_IMPORTS = frozenset(
     {
+        "builtins.set",
         "collections.OrderedDict",
         "torch.Size",
+        "torch.device",
         "torch._utils._rebuild_parameter",
         "torch._utils._rebuild_tensor",
         "torch._utils._rebuild_tensor_v2",
         "torch._utils._rebuild_tensor_v3",
         "torch.storage.UntypedStorage",
         *(f"torch.{name}Storage" for name in _STORAGES),
-        *(f"torch.{name}" for name in ("uint16", "uint32", "uint64", "float8_e4m3fn", "float8_e5m2")),
+        *(f"torch.{name}" for name in _DTYPES),
     }
 )
 

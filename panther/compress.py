@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from dataclasses import replace as changed
@@ -12,6 +14,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
 from panther.allocate import in_file, resolve
 from panther.allocators import Allocator
@@ -92,7 +95,7 @@ class Result:
         """Write a standard ONNX file, read it back and compare it before its path is returned (an ExportReport)."""
         from panther.converters import WRITERS
 
-        return WRITERS["onnx"](self.model, path, self._example, **options)
+        return WRITERS["onnx"](self.model, path, _as_wide(self._example, self.model), **options)
 
 
 def analyze(
@@ -108,6 +111,20 @@ def analyze(
     """
     example = as_call(example_inputs)
     return _captured(_opened(model, example)[1], example, include, exclude)
+
+
+def _as_wide(example: Call, model: nn.Module) -> Call:
+    """The example with inputs of half precision as the model's numbers are, which may have been cast since."""
+    kinds = {parameter.dtype for parameter in model.parameters() if parameter.is_floating_point()}
+    if len(kinds) != 1:
+        return example
+    (wanted,), halves = kinds, (torch.float16, torch.bfloat16)
+
+    def cast_(value: Any) -> Any:
+        is_float = isinstance(value, Tensor) and value.is_floating_point()
+        return value.to(wanted) if is_float and value.dtype != wanted and (value.dtype in halves) else value
+
+    return Call(*tree_map(cast_, (example.args, dict(example.kwargs))))
 
 
 @weights_may_change()
@@ -232,9 +249,22 @@ def _copy_numbers(source: nn.Module, model: nn.Module) -> None:
     Not by way of state_dict, which a model may write as it likes.
     """
     held = _tensors(model)
+    storages = Counter(_storage(tensor) for tensor in held.values())
     for name, value in _tensors(source).items():
-        if held[name] is not value and not are_equal(held[name], value):
-            held[name].copy_(value)
+        tensor = held[name]
+        if tensor is value or are_equal(tensor, value):
+            continue
+        if storages[_storage(tensor)] > 1:  # others, which keep their numbers, lie in the same memory
+            tensor.data = value.detach().clone()
+        else:
+            tensor.copy_(value)
+
+
+def _storage(tensor: Tensor) -> int:
+    """What tensors in the same memory have in common; a number of its own where that cannot be told."""
+    with contextlib.suppress(RuntimeError, NotImplementedError):  # sparse tensors have no storage
+        return tensor.untyped_storage().data_ptr() or id(tensor)
+    return id(tensor)
 
 
 def _tensors(model: nn.Module) -> dict[str, Tensor]:

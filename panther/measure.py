@@ -477,12 +477,17 @@ def check_batches(model: nn.Module, calls: Sequence[Call], first: int) -> None:
 def _refuse_non_finite(call: Call, index: int) -> None:
     for tensor in call.tensors():
         numbers = parts_of(tensor)[-1]
-        if numbers.is_floating_point() and not bool(torch.isfinite(numbers).all()):
+        if numbers.is_floating_point() and not bool(torch.isfinite(numbers).all()) and not _is_mask(numbers):
             bad = int((~torch.isfinite(numbers)).sum())
             raise CalibrationError(
                 f"calibration batch {index} holds {bad} values that are NaN or infinite (shape {tuple(tensor.shape)}): "
                 "clean the data, or leave this batch out"
             )
+
+
+def _is_mask(numbers: Tensor) -> bool:
+    """Whether there is nothing but 0 and -inf, as in what is added to the scores of an attention."""
+    return bool(((numbers == 0) | (numbers == -torch.inf)).all())
 
 
 def _run_batch(model: nn.Module, call: Call, index: int, batch: _Batch) -> None:

@@ -596,6 +596,68 @@ def test_inplace_changes_the_model_itself_to_the_same_numbers(cnn: Cnn) -> None:
         result.resolve(0.3)
 
 
+@pytest.mark.parametrize("bias", [False, True])
+def test_what_was_frozen_is_frozen_after_loading(bias: bool, tmp_path: Path) -> None:
+    def make() -> nn.Module:
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(24, 48), nn.ReLU(), nn.Linear(48, 24), nn.ReLU(), nn.Linear(24, 24))
+        for layer in (model[0], model[2]):
+            layer.weight.requires_grad_(False)
+        model[0].bias.requires_grad_(bias)
+        model[2].bias.requires_grad_(False)
+        return decaying_(model).eval()
+
+    x = torch.randn(64, 24)
+    for dtypes in (("float32",), ("float32", "int4")):
+        budget = 0.6 if len(dtypes) == 1 else {"size_mb": "20%"}
+        result = panther.compress(
+            make(), budget, example_inputs=x, calib_data=[x] * 2, heal="none", progress=False, dtypes=dtypes
+        )
+        loaded = panther.load(result.save(tmp_path / dtypes[-1]), model=make)
+        flags = {name: p.requires_grad for name, p in result.model.named_parameters()}
+        assert {name: p.requires_grad for name, p in loaded.named_parameters()} == flags and len(
+            set(flags.values())
+        ) == 2
+
+
+@pytest.mark.parametrize("way", ["parameter", "data"])
+def test_inplace_leaves_what_lies_in_the_same_memory_alone(way: str) -> None:
+    results: list[Tensor] = []
+    for inplace in (False, True):
+        torch.manual_seed(0)
+        model = decaying_(Text()).eval()
+        head = nn.Linear(64, 40, bias=False)
+        if way == "parameter":
+            head.weight = nn.Parameter(model.embed.weight.data)  # type: ignore[union-attr]
+        else:
+            head.weight.data = model.embed.weight.data  # type: ignore[union-attr]
+        model.head = head
+        before = model.embed.weight.clone()  # type: ignore[union-attr]
+        result = panther.compress(
+            model,
+            0.8,
+            example_inputs=IDS[:4],
+            calib_data=list(IDS.split(8)),
+            heal="none",
+            progress=False,
+            inplace=inplace,
+        )
+        assert torch.equal(result.model.embed.weight, before)  # type: ignore[union-attr]
+        results.append(result.model(IDS))
+    assert torch.equal(*results)
+
+
+def test_a_half_model_is_exported_once_it_is_cast(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = decaying_(nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 16))).bfloat16()
+    x = torch.randn(8, 16).bfloat16()
+    result = panther.compress(model, 0.6, example_inputs=x, calib_data=[x] * 2, heal="none", progress=False)
+    with pytest.raises(panther.errors.ExportError, match=r"float\(\)"):
+        result.export_onnx(tmp_path / "m.onnx")
+    result.model.float()
+    assert result.export_onnx(tmp_path / "m.onnx").ok
+
+
 class HeadOnly(nn.Module):
     """Saves its head alone, as models with a frozen body do."""
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import panther
 from panther import products
 from panther.batches import Call
 from panther.capture import capture
@@ -600,3 +601,23 @@ def test_a_model_of_one_batch_size_is_differentiated_whole() -> None:
     found = measure(model, capture(model, call).sketchable, [call, call], samples=32)
     assert found.not_differentiated is None
     assert found.profiles["layer"].seen.sensitivity is not None
+
+
+def test_a_mask_of_minus_infinity_is_no_damage() -> None:
+    class Attends(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.mix = nn.Linear(6, 6)
+
+        def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+            y: Tensor = (x @ x.mT + mask).softmax(-1) @ self.mix(x)
+            return y
+
+    mask = nn.Transformer.generate_square_subsequent_mask(4)
+    given = [(torch.randn(8, 4, 6), mask) for _ in range(3)]
+    options: dict[str, Any] = {"heal": "none", "progress": False, "verify": False}
+    assert panther.compress(Attends(), 0.7, example_inputs=given[0], calib_data=given, **options).plan.choices
+    for bad in (torch.nan, torch.inf, -torch.inf):
+        broken = [*given, (given[0][0].clone().index_fill_(0, torch.tensor([1]), bad), mask)]
+        with pytest.raises(CalibrationError, match="NaN or infinite"):
+            panther.compress(Attends(), 0.7, example_inputs=given[0], calib_data=broken, **options)
