@@ -89,7 +89,7 @@ def module_of(program: torch.export.ExportedProgram, source: str = "the program"
     for node in list(made.graph.nodes):
         node.meta.pop("nn_module_stack", None)  # modules that are no more
         product = _product(node)
-        if product is None:
+        if product is None or not _is_of_a_layer(made, product):
             continue
         if product not in layers:
             layers[product] = _add_layer(made, product)
@@ -158,6 +158,14 @@ def _product(node: fx.Node) -> _Product | None:
     return _Product(*names, (*sizes, int(given["groups"])))
 
 
+def _is_of_a_layer(made: fx.GraphModule, product: _Product) -> bool:
+    """Whether a layer can have this weight and this bias: functions take others, too."""
+    weight = _parameter(made, product.weight)
+    dims = (2,) if product.geometry is None else tuple(2 + axes for axes in _CONVS)
+    has_bias = product.bias is None or _parameter(made, product.bias).shape == weight.shape[:1]
+    return weight.is_floating_point() and weight.dim() in dims and has_bias
+
+
 def _transposed(node: Any) -> Any:
     """The matrix that a node is the transpose of; None where it is none."""
     is_node = isinstance(node, fx.Node)
@@ -177,7 +185,7 @@ def _add_layer(made: fx.GraphModule, product: _Product) -> str:
     weight = _parameter(made, product.weight)
     bias = None if product.bias is None else _parameter(made, product.bias)
     layer = _layer(weight, bias is not None, product.geometry)
-    layer.weight, layer.bias = weight, bias
+    layer.weight, layer.bias = _trainable(weight), None if bias is None else _trainable(bias)
     owner = product.weight.rpartition(".")[0]
     if not _held_alone(made, owner, product):
         owner = product.weight.replace(".", "_") + "_layer"
@@ -210,8 +218,13 @@ def _forget_unread(made: fx.GraphModule, layers: Iterable[str]) -> None:
             delattr(made.get_submodule(owner), attribute)
 
 
-def _parameter(made: fx.GraphModule, name: str) -> nn.Parameter:
-    found: Any = operator.attrgetter(name)(made)
+def _parameter(made: fx.GraphModule, name: str) -> Tensor:
+    found: Tensor = operator.attrgetter(name)(made)
+    return found
+
+
+def _trainable(found: Tensor) -> nn.Parameter:
+    """A buffer as the parameter that a layer has."""
     return found if isinstance(found, nn.Parameter) else nn.Parameter(found, requires_grad=False)
 
 

@@ -504,9 +504,8 @@ def solved(prepared: Prepared, budget: Budget, plan: Plan | None) -> Result:
         dense_metric=None if budget.max_drop is None else prepared.dense.metric,
         healing=healing,
     )
-    if request.checkpoint is not None and not (
-        healing is not None and healing.interrupted
-    ):  # there is nothing to go on
+    has_ended = healing is None or not healing.interrupted
+    if request.checkpoint is not None and has_ended:
         forget(request.checkpoint)
         forget(trials_file(request.checkpoint))
     report = changed(report, tuning=tuning, layers=tuple(_marked(row, prepared.factors) for row in report.layers))

@@ -132,6 +132,28 @@ def test_what_is_no_layer_stays_an_operation(tmp_path: Path) -> None:
     assert result.model(given).isfinite().all()
 
 
+class Functions(nn.Module):
+    """Products that no layer makes: with a row, with a bias a row, and of a matrix that is a buffer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.row, self.matrix, self.biases = (nn.Parameter(torch.randn(*s)) for s in ((6,), (5, 6), (4, 5)))
+        self.register_buffer("fixed", torch.randn(7, 6))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        linear = nn.functional.linear
+        return linear(x, self.row), torch.addmm(self.biases, x, self.matrix.T), linear(x, self.fixed)
+
+
+def test_products_with_other_operands_than_a_layer_has() -> None:
+    model, given = Functions().eval(), torch.randn(4, 6)
+    for program in (torch.export.export(model, (given,)), torch.export.export(model, (given,)).run_decompositions()):
+        made = pt2.module_of(program)
+        assert layers_of(made) == {"fixed_layer": "Linear"}
+        for got, wanted in zip(made(given), model(given), strict=True):
+            torch.testing.assert_close(got, wanted)
+
+
 def test_a_program_is_compressed_saved_loaded_and_exported(tmp_path: Path) -> None:
     path = written(tmp_path / "net.pt2", net(), (IMAGE,), dynamic_shapes=ANY_BATCH)
     made = read(path, trust_pickle=True)
