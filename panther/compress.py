@@ -504,9 +504,9 @@ def solved(prepared: Prepared, budget: Budget, plan: Plan | None) -> Result:
         dense_metric=None if budget.max_drop is None else prepared.dense.metric,
         healing=healing,
     )
-    has_ended = healing is None or not healing.interrupted
-    if request.checkpoint is not None and has_ended:
-        forget(request.checkpoint)
+    if request.checkpoint is not None and healing is not None and not healing.interrupted:
+        forget(request.checkpoint)  # a file that this run went on from, or wrote
+    if request.checkpoint is not None and not request.checkpoint.exists():
         forget(trials_file(request.checkpoint))
     report = changed(report, tuning=tuning, layers=tuple(_marked(row, prepared.factors) for row in report.layers))
     return Result(compressed, report, plan, target, prepared, request.example)

@@ -34,7 +34,7 @@ from torch import Tensor, nn
 from panther import __version__
 from panther.allocators import ALLOCATORS
 from panther.allocators.tuned import TRIALS
-from panther.batches import CHUNK, Call, as_call, batch_call
+from panther.batches import CHUNK, Call, as_call, batch_call, runs
 from panther.chains import CHANNELS, PIVOTED
 from panther.compress import Result, analyze, compress
 from panther.converters import WRITERS, ExportReport, huggingface, pt2, read
@@ -541,12 +541,9 @@ def _calibration(spec: str | None, model: nn.Module) -> Any:
             data = data()
         except (Exception, SystemExit) as error:  # the user's function may raise anything
             raise UsageError(f"--calib {spec} failed: {type(error).__name__}: {error}") from error
-    try:
-        if not isinstance(data, Tensor | Mapping | Iterator):  # an iterator's own errors come when it is walked
-            iter(data)
-    except TypeError:
+    if not any(hasattr(type(data), name) for name in ("__iter__", "__getitem__")):
         said = "None: does it end without a return?" if data is None else type(data).__name__
-        raise UsageError(f"--calib {spec} gives {said}; expected batches to iterate over, or one tensor") from None
+        raise UsageError(f"--calib {spec} gives {said}; expected batches to iterate over, or one tensor")
     return data
 
 
@@ -587,7 +584,9 @@ def _first_sample(batch: Any, model: nn.Module) -> Call:
     required = _required(model)
     takes_it = len(required) == 1 and required[0] not in batch if isinstance(batch, Mapping) else False
     if takes_it and not set(batch) & set(inspect.signature(model.forward).parameters):
-        return Call((batch,))
+        whole = Call((batch,))
+        if runs(model, whole):
+            return whole
     return batch_call(batch, Call((None,) * len(_required(model))), model).rows(0, 1)
 
 

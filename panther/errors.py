@@ -25,6 +25,10 @@ class ExhaustedError(TunerError):
     """Every allowed point of the box was tried."""
 
 
+class NothingAllowedError(TunerError):
+    """No point of the box was found that fulfils the constraints."""
+
+
 class JournalError(TunerError):
     """A journal of trials cannot be used: it is of another study, damaged, or in use."""
 

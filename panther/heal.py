@@ -579,7 +579,7 @@ def fingerprint(tensors: Iterable[Tensor]) -> str:
         digest.update(repr((tuple(tensor.shape), tensor.dtype)).encode())
         for part in parts_of(tensor):
             flat = part.flatten()
-            some = flat[:: max(1, len(flat) // SAMPLED)].cpu().contiguous()
+            some = flat[:: max(1, len(flat) // SAMPLED)].resolve_conj().resolve_neg().cpu().contiguous()
             digest.update(some.view(torch.uint8).numpy().tobytes() if len(some) else b"")
     return digest.hexdigest()[:16]
 

@@ -487,7 +487,8 @@ def _refuse_non_finite(call: Call, index: int) -> None:
 
 def _is_mask(numbers: Tensor) -> bool:
     """Whether there is nothing but 0 and -inf, as in what is added to the scores of an attention."""
-    return bool(((numbers == 0) | (numbers == -torch.inf)).all())
+    is_zero = numbers == 0
+    return bool(is_zero.any() and (is_zero | (numbers == -torch.inf)).all())
 
 
 def _run_batch(model: nn.Module, call: Call, index: int, batch: _Batch) -> None:

@@ -275,7 +275,8 @@ class Prepared:
             compressed, rounded = self._rounded(plan), before
         seconds = time.perf_counter() - start
         mode = "none" if wanted.mode == "refit" or refitted.interrupted else wanted.mode
-        trained = self.healed(compressed, plan, changed(wanted, mode=mode), fits=False)
+        saves = not refitted.interrupted
+        trained = self.healed(compressed, plan, changed(wanted, mode=mode), fits=False, checkpoint=saves)
         later = [(seconds + s, stage, f) for s, stage, f in trained.history if stage not in ("before", "refit")]
         return compressed, Healed(
             seconds + trained.seconds,
@@ -374,8 +375,12 @@ class Prepared:
 
 
 def tensors_of(model: nn.Module) -> Iterator[Tensor]:
-    """What a model is made of: its parameters and buffers."""
-    return itertools.chain(model.parameters(), model.buffers())
+    """What a model computes with: its parameters, and the numbers that are saved beside them; counters are none."""
+    yield from model.parameters()
+    for module in model.modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            if buffer.is_floating_point() and name not in module._non_persistent_buffers_set:
+                yield buffer
 
 
 def _useful(options: Mapping[str, Sequence[Choice]], budget: Budget) -> Mapping[str, Sequence[Choice]]:

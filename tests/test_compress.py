@@ -875,6 +875,16 @@ def test_a_run_from_a_plan_can_be_resolved_for_a_budget(name: str, request: pyte
         assert compress(dense, plan=plan).resolve(0.3).plan == fresh.plan
 
 
+def test_counters_and_odd_buffers_are_no_change(cnn: Cnn) -> None:
+    cnn.register_buffer("calls", torch.zeros((), dtype=torch.long))
+    cnn.register_buffer("cache", torch.zeros(3), persistent=False)
+    cnn.register_buffer("filters", torch.randn(4, dtype=torch.complex64).conj())
+    result = compress(cnn)
+    cnn.calls += 1  # type: ignore[operator]
+    cnn.cache += 1  # type: ignore[operator]
+    assert result.resolve(0.3).plan.choices
+
+
 @pytest.mark.parametrize("way", ["trained", "half", "buffers", "in place"])
 def test_a_dense_model_that_has_changed_is_not_resolved(cnn: Cnn, way: str) -> None:
     result = compress(cnn)

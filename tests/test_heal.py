@@ -1053,6 +1053,31 @@ def test_what_ends_a_compression_after_the_healing_keeps_the_checkpoint(
     assert same(bits(again.model), bits(whole.model)) and not list(tmp_path.iterdir())
 
 
+def test_a_file_that_a_run_has_nothing_to_do_with_stays(tmp_path: Path) -> None:
+    model, given = Net(), data()
+    plan = compressed(model, given).plan
+    (tmp_path / "weights.pt").write_bytes(b"precious")
+    options: dict[str, Any] = {"example_inputs": given[0], "calib_data": given, "progress": False, "verify": False}
+    panther.compress(model, 0.5, plan=plan, heal="none", checkpoint=tmp_path / "weights.pt", **options)
+    assert (tmp_path / "weights.pt").read_bytes() == b"precious"
+
+
+def test_ctrl_c_in_the_refit_of_a_run_that_goes_on_keeps_its_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, given, path = Net(), data(), tmp_path / "run"
+    options: dict[str, Any] = {"dtypes": ("float32", "int4"), "budget": {"size_mb": "40%"}, "checkpoint": path}
+    with monkeypatch.context() as patch:
+        interrupting(patch, "distill", 10)
+        compressed(model, given, "distill", **options)
+    before = path.read_bytes()
+    with monkeypatch.context() as patch:
+        interrupting(patch, "refit", 1)
+        result = compressed(model, given, "distill", **options)
+    assert result.report.healing is not None and result.report.healing.interrupted and path.read_bytes() == before
+    compressed(model, given, Heal("distill", steps=20), **{**options, "checkpoint": None})
+
+
 @pytest.mark.parametrize("without", ["calib_data", "heal"])
 def test_a_run_that_would_not_heal_is_refused_the_checkpoint_of_one_that_did(
     without: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -621,3 +621,6 @@ def test_a_mask_of_minus_infinity_is_no_damage() -> None:
         broken = [*given, (given[0][0].clone().index_fill_(0, torch.tensor([1]), bad), mask)]
         with pytest.raises(CalibrationError, match="NaN or infinite"):
             panther.compress(Attends(), 0.7, example_inputs=given[0], calib_data=broken, **options)
+    silent = [*given, (torch.full_like(given[0][0], -torch.inf), mask)]
+    with pytest.raises(CalibrationError, match="NaN or infinite"):
+        panther.compress(Attends(), 0.7, example_inputs=given[0], calib_data=silent, **options)

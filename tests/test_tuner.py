@@ -399,6 +399,14 @@ def test_a_point_of_the_user_is_the_result_where_no_other_is_found():
         study(lambda rate: rate, {"rate": (0.0, 1.0)}, constraints=[never_else]).optimize()
 
 
+def test_a_constraint_that_raises_in_the_middle_is_an_error():
+    def breaks(num_terms, low_rank):
+        return 1 / (num_terms - 3) < 9
+
+    with pytest.raises(TunerError, match=r"the constraint breaks failed on .*ZeroDivisionError"):
+        study(constraints=[breaks], iterations=60).optimize()
+
+
 def test_points_of_the_user_are_read_as_bounds_are():
     box = {"rate": (0.0, 1.0), "rank": (1, 9), "kind": ["a", 2.0]}
     tuner = study(lambda rate, rank, kind: rate * rank, box, initial=2, iterations=0)

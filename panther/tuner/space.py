@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from panther.errors import ExhaustedError, TunerError, one_line
+from panther.errors import ExhaustedError, NothingAllowedError, TunerError, one_line
 from panther.tuner.trial import Params
 
 Key = tuple[Any, ...]
@@ -313,7 +313,7 @@ class Space:
         if was_allowed or (listed and next(self.all_points(), None) is not None):
             raise ExhaustedError("every allowed point of the box is taken: widen the bounds, or stop here")
         drawn = "no point of the box" if listed else f"none of {LISTED:,} random points of the box"
-        raise TunerError(
+        raise NothingAllowedError(
             f"{drawn} fulfils the constraints ({', '.join(map(_name, self.allowed))}): check them, for instance their "
             "units, or move the bounds to where they hold"
         )

@@ -16,7 +16,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from panther.errors import ExhaustedError, TunerError, one_line
+from panther.errors import ExhaustedError, NothingAllowedError, TunerError, one_line
 from panther.progress import Progress
 from panther.tuner.arguments import (
     batch_size_of,
@@ -431,8 +431,8 @@ class SkAutoTuner:
             points, phase = ask(strategy, question)
         except ExhaustedError:
             return None
-        except TunerError as error:
-            if not self._told:
+        except NothingAllowedError as error:
+            if not first:
                 raise
             warnings.warn(f"the study ends with the points that it has: {error}", UserWarning, stacklevel=2)
             return None
