@@ -434,10 +434,10 @@ def _device(name: str | None) -> torch.device | None:
     try:
         device = torch.device(name)
         torch.empty(0, device=device)
-        if device.type == "meta":
-            raise NotImplementedError("it holds no numbers")
     except (RuntimeError, AssertionError, NotImplementedError) as error:  # torch raises each of them for some name
         raise UsageError(f"--device {name} cannot be used here: {str(error).splitlines()[0]}") from error
+    if device.type == "meta":
+        raise UsageError(f"--device {name} cannot be used here: it holds no numbers; give cpu, cuda or cuda:1")
     return device
 
 

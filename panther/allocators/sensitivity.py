@@ -39,6 +39,7 @@ def sensitivity(options: Options, target: Target, *, divergence: Divergence, eva
 
 
 def _best_for(options: Options, target: Target, divergence: Divergence, evaluate: Evaluate | None) -> list[Choice]:
+    """The best plan of these options; the one that is nearest to the limits where none is within them."""
     loss = powered(divergence, 1.0)
     plans = _proposed(options, target, divergence=divergence, judged=evaluate is not None)
     if not any(target.is_met_by(total(plan)) for plan in plans):
