@@ -30,8 +30,11 @@ from panther.nn.quantised import StoredWeight, for_file
 from panther.nn.surgery import inherit, put_layers
 from panther.spec import Plan, Report, to_data
 
-FORMAT = 2  # 1: before numbers of three bits, and scales of two bytes in a layer of float32
+# 1: before numbers of three bits, and scales of two bytes in a layer of float32. 2: without UNSAVED
+FORMAT = 3
 WEIGHTS = "model.safetensors"
+
+UNSAVED = "unsaved_dtypes"
 
 # The fields of panther.json, all of them present.
 FIELDS = {
@@ -41,6 +44,7 @@ FIELDS = {
     "model_class": str,  # for the reader's information: nothing is imported by it
     "layers": dict,
     "tied": dict,
+    UNSAVED: dict,
     "plan": dict,
     "report": dict,
 }
@@ -48,6 +52,7 @@ FIELDS = {
 ATTENTION = SKMultiheadAttention.__name__  # the type of attention whose projections are layers
 TYPES = (*LAYERS, ATTENTION)
 
+_FLOATING = ("float64", "float32", "bfloat16", "float16")
 _SIZES = ("in_features", "out_features", "in_channels", "out_channels")
 _GEOMETRY = ("in_features", "out_features", "in_channels", "out_channels", "kernel_size", "stride", "dilation")
 
@@ -59,6 +64,7 @@ class Manifest:
     model_class: str
     layers: Mapping[str, Mapping[str, Any]]  # by name: "type", "aliases", and what the type's from_config takes
     tied: Mapping[str, str]  # a name that has no tensor of its own -> the name whose tensor it is
+    unsaved_dtypes: Mapping[str, str]  # of the buffers of floating-point numbers that no file holds, by name
     plan: Mapping[str, Any]
     report: Mapping[str, Any]
 
@@ -99,6 +105,7 @@ def save(model: nn.Module, folder: Path | str, *, plan: Plan, report: Report) ->
         "model_class": f"{type(model).__module__}.{type(model).__qualname__}",
         "layers": describe_layers(model),
         "tied": tied,
+        UNSAVED: {name: _short(buffer.dtype) for name, buffer in _unsaved(model).items()},
         "plan": json.loads(plan.to_json()),
         "report": to_data(report),
     }
@@ -145,6 +152,7 @@ def load(folder: Path | str, *, model: ModelSource | None = None, trust_pickle: 
     built = _with_layers(built, manifest.layers, folder)
     tensors = safetensors.read_tensors(folder / WEIGHTS)
     _assign(built, tensors, manifest.tied, torch.device("cpu") if device.type == "meta" else device, folder)
+    _cast_unsaved(built, manifest.unsaved_dtypes)
     check_no_meta(built)
     return built.eval()
 
@@ -159,6 +167,8 @@ def read_manifest(folder: Path) -> Manifest:
     version = data.get("panther_format")
     if isinstance(version, int) and version > FORMAT:
         raise LoadError(f"{path} has format {version}, this panther reads up to {FORMAT}: upgrade panther-compress")
+    if isinstance(version, int) and version < FORMAT:
+        data.setdefault(UNSAVED, {})
     odd = sorted(set(data) ^ set(FIELDS))
     if odd:
         listed = ", ".join(repr(name[:40]) for name in odd[:5])
@@ -170,7 +180,10 @@ def read_manifest(folder: Path) -> Manifest:
         _check_record(path, name, record)
     if not all(isinstance(value, str) for value in data["tied"].values()):
         raise LoadError(f"{path}: 'tied' maps names to names and nothing else")
-    return Manifest(*(data[name] for name in ("model_class", "layers", "tied", "plan", "report")))
+    dtypes = data[UNSAVED].values()
+    if not all(isinstance(dtype, str) and dtype in _FLOATING for dtype in dtypes):
+        raise LoadError(f"{path}: {UNSAVED!r} maps names to {', '.join(_FLOATING)} and nothing else")
+    return Manifest(*(data[name] for name in ("model_class", "layers", "tied", UNSAVED, "plan", "report")))
 
 
 def _check_record(path: Path, name: str, record: Any) -> None:
@@ -198,6 +211,28 @@ def _tensors_of(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
         if name not in tied:
             tensors[name] = value
     return for_file(model, tensors), tied
+
+
+def _unsaved(model: nn.Module) -> dict[str, Tensor]:
+    """The buffers of floating-point numbers that no state dict holds; they come with the architecture."""
+    return {
+        f"{place}.{name}".lstrip("."): buffer
+        for place, module in model.named_modules()
+        for name, buffer in module.named_buffers(recurse=False)
+        if name in module._non_persistent_buffers_set and _short(buffer.dtype) in _FLOATING
+    }
+
+
+def _cast_unsaved(model: nn.Module, dtypes: Mapping[str, str]) -> None:
+    """Give such buffers the dtypes that they had beside the file's tensors, for a model may have been cast."""
+    for name, buffer in _unsaved(model).items():
+        place, _, own = name.rpartition(".")
+        dtype = getattr(torch, dtypes.get(name, _short(buffer.dtype)))
+        model.get_submodule(place)._buffers[own] = buffer.to(dtype)
+
+
+def _short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _write_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:

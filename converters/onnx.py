@@ -37,7 +37,6 @@ from panther.converters.parity import MOST_ROUNDED, ExportReport, ShapeCheck, di
 from panther.errors import ExportError
 from panther.nn import QuantisedPivotedLinear, SKPivotedLinear
 from panther.nn.surgery import with_layers
-from panther.ops import REFERENCES
 from panther.spec import Grid
 
 # The oldest opset that torch's exporter writes.
@@ -252,8 +251,6 @@ def _program(
     # Copies, for the tracer marks the tensors it is given as dynamic, for good.
     traced = traced.with_tensors([tensor.clone() for tensor in traced.tensors])
     exported = _trace(_Flat(model, traced, axes), traced.tensors, axes)
-    if any(node.target in REFERENCES for node in exported.graph.nodes):
-        exported = exported.run_decompositions(REFERENCES)
     names, results = list(inputs.names), list[str]()
     for name in outputs:
         results.append(unique(f"{name}_out", [*names, *outputs, *results]) if name in names else name)

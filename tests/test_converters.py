@@ -591,6 +591,42 @@ def test_dtypes_terms_bases_hooks_and_shared_layers_survive(tmp_path):
     assert torch.equal(made(x), model(x))
 
 
+class Shifted(nn.Module):
+    """A net with a buffer that no state dict holds."""
+
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(8, 8)
+        self.register_buffer("shift", torch.rand(8, generator=torch.Generator().manual_seed(0)), persistent=False)
+        self.register_buffer("order", torch.arange(8), persistent=False)
+
+    def forward(self, x):
+        return self.fc((x + self.shift.to(x.dtype))[:, self.order])
+
+
+@pytest.mark.parametrize("cast", [lambda net: net.bfloat16(), lambda net: net.fc.bfloat16()], ids=["all", "layer"])
+def test_buffers_that_are_not_saved_have_the_dtype_they_had(tmp_path, cast):
+    model = Shifted().eval()
+    cast(model)
+    model.fc = SKLinear.from_dense(model.fc, rank=3)
+    save(model, tmp_path / "out", plan=Plan(()), report=report())
+    x = torch.randn(5, 8).bfloat16()
+    for architecture in (Shifted, Shifted(), Shifted().bfloat16(), Shifted().half()):
+        made = load(tmp_path / "out", model=architecture)
+        assert (made.shift.dtype, made.order.dtype) == (model.shift.dtype, torch.int64)
+        torch.testing.assert_close(made(x), model(x), rtol=0, atol=0.02)  # a buffer that was cast is cast back
+    assert torch.equal(load(tmp_path / "out", model=Shifted)(x), model(x))
+
+
+def test_a_folder_of_an_older_format_is_read(saved):
+    folder, model = saved
+    manifest = json.loads((folder / MANIFEST).read_text())
+    del manifest["unsaved_dtypes"]
+    manifest["panther_format"] = 2
+    (folder / MANIFEST).write_text(json.dumps(manifest))
+    assert_same_weights(load(folder, model=Net), model)
+
+
 def test_a_model_that_is_itself_one_layer_and_non_contiguous_tensors_survive(tmp_path):
     model = SKLinear.from_dense(nn.Linear(8, 8), rank=2)
     model.up = nn.Parameter(model.up.detach().t().contiguous().t())
@@ -633,7 +669,7 @@ def test_a_layer_type_that_names_code_is_refused_and_nothing_imported(saved, kin
     [
         (lambda m: m.update({"import": "os"}), "missing or unknown fields 'import'"),
         (lambda m: m.pop("tied"), "missing or unknown fields 'tied'"),
-        (lambda m: m.update(panther_format=99), "format 99, this panther reads up to 2: upgrade"),
+        (lambda m: m.update(panther_format=99), "format 99, this panther reads up to 3: upgrade"),
         (lambda m: m.update(layers=[]), "layers is list, expected dict"),
         (lambda m: m["layers"]["fc"].update({"import": "os"}), "layer 'fc' cannot be built: .*import"),
         (lambda m: m["layers"]["fc"].update(ranks=[10**30]), "layer 'fc' cannot be built: .*ranks"),
@@ -645,6 +681,8 @@ def test_a_layer_type_that_names_code_is_refused_and_nothing_imported(saved, kin
         (lambda m: m["tied"].update({"head.weight": "fc.up"}), r"head.weight is \(8, 3\)"),
         (lambda m: m["tied"].update({"other": "fc.up"}), r"1 not in the model \(other\)"),
         (lambda m: m["tied"].update({"head.weight": 3}), "names to names"),
+        (lambda m: m["unsaved_dtypes"].update({"fc.x": "load"}), "names to float64, float32"),
+        (lambda m: m["unsaved_dtypes"].update({"fc.x": ["float32"]}), "names to float64, float32"),
     ],
 )
 def test_a_panther_json_that_was_changed_ends_in_a_load_error(saved, change, reason):

@@ -23,7 +23,6 @@ from panther.nn import SKConv1d, SKConv2d, SKConv3d, SKLinear
 from panther.nn.base import Shape, largest_rank_that_pays, ranks_for
 from panther.nn.factor import compose, factorise, full_ranks
 from panther.nn.weight import DenseWeight
-from panther.ops import REFERENCES
 
 
 def inputs(*size: int) -> Tensor:
@@ -201,6 +200,9 @@ def test_random_bases_survive_copies_moves_and_an_empty_start() -> None:
     empty.to_empty(device="cpu").reset_parameters()
     empty.load_state_dict(layer.state_dict())
     assert torch.equal(empty(x), layer(x))
+    other = SKLinear(40, 48, 3, 2, basis="random", seed=3)
+    other.load_state_dict(copy.deepcopy(layer).double().state_dict(), assign=True)
+    assert torch.equal(other(x.double()), copy.deepcopy(layer).double()(x.double()))
 
 
 @pytest.mark.filterwarnings("ignore:.*LeafSpec:FutureWarning")  # torch.export's own use of its deprecated class
@@ -209,7 +211,7 @@ def test_the_random_basis_compiles_exports_and_trains() -> None:
     torch._dynamo.reset()
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(x), layer(x))
-    exported = torch.export.export(layer.eval(), (x,)).run_decompositions(REFERENCES)
+    exported = torch.export.export(layer.eval(), (x,))
     torch.testing.assert_close(exported.module()(x), layer(x))
     with torch.autocast("cpu", torch.bfloat16):
         assert layer(x).dtype == torch.bfloat16

@@ -117,7 +117,9 @@ class SKLinear(SketchedLayer):
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *rest: Any) -> None:
         super()._load_from_state_dict(state_dict, prefix, *rest)
-        if self.basis == "random" and self.u1.is_meta and not self.s1.is_meta:
+        if self.basis != "random" or self.s1.is_meta:
+            return
+        if self.u1.dtype != self.s1.dtype or self.u1.device != self.s1.device:  # others were assigned
             self.u1, self.u2 = self.s1.new_empty(self.u1.shape), self.s1.new_empty(self.u2.shape)
             self._rebuild_bases()
 

@@ -1,8 +1,8 @@
 """Operations of panther's own, by name.
 
-An op is one file: a schema, a plain PyTorch `reference` that is also its fallback, fake kernel and decomposition, and a
-backward (none where it adds to some of its inputs). Compiled code only implements it for a device. To add one, write
-the file and add its line to `OPS`.
+An op is one file: a schema, a plain PyTorch `reference` that is also its fallback, fake kernel and what is exported or
+traced, and a backward (none where it adds to some of its inputs). Compiled code only implements it for a device. To add
+one, write the file and add its line to `OPS`.
 """
 
 from __future__ import annotations
@@ -36,17 +36,12 @@ OPS: dict[str, Op] = {
     "hadamard": HADAMARD,
 }
 
-# What to give to `exported_program.run_decompositions(REFERENCES)`: afterwards only standard ATen ops are left. Torch
-# decomposes no op that changes its inputs; those are for calibration.
-REFERENCES = {op.overload: op.reference for op in OPS.values() if not op.accumulates}
-
 # The schemas exist by now, so the kernels take over here.
 _kernels.load()
 _kernels.load_cuda()
 
 __all__ = [
     "OPS",
-    "REFERENCES",
     "Op",
     "add_moments",
     "conv",

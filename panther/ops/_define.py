@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C import _get_tracing_state
 from torch.autograd import forward_ad
+from torch.compiler import is_exporting
 from torch.utils.flop_counter import register_flop_formula
 
 from panther.ops import _kernels
@@ -28,7 +31,8 @@ class Op:
 
     def __call__(self, *inputs: Any) -> Any:
         """Run the op; where no gradient is recorded, without a visit to its backward, which is written in Python."""
-        if forward_ad._current_level >= 0:  # tangents pass standard ops only; the dispatcher would drop them in silence
+        # Tangents pass standard ops only (the dispatcher would drop them in silence), and so does what is written down.
+        if forward_ad._current_level >= 0 or is_exported():
             return self._in_standard_ops(*inputs)
         # The compiler comes before inference mode, which it cannot follow.
         if torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.is_inference_mode_enabled():
@@ -38,10 +42,14 @@ class Op:
             return self.overload._op(*inputs)  # what calling the overload does, at less than its cost
 
     def _in_standard_ops(self, *inputs: Any) -> Any:
-        device_type = inputs[0].device.type
-        if not autocasts(device_type):
-            return self.reference(*inputs)
-        return _outside_autocast(self.reference, device_type, casts=not self.accumulates)(*inputs)
+        device_type, formula = inputs[0].device.type, self.reference
+        if autocasts(device_type):
+            formula = _outside_autocast(formula, device_type, casts=not self.accumulates)
+        if _get_tracing_state() is None:
+            return formula(*inputs)
+        with warnings.catch_warnings():  # while tracing sizes are tensors, and comparing them is told
+            warnings.filterwarnings("ignore", "Converting a tensor to a Python")
+            return formula(*inputs)
 
     @property
     def accumulates(self) -> bool:
@@ -89,6 +97,11 @@ def define(
     if backward is not None:
         torch.library.register_autograd(qualified, backward, setup_context=setup_context, lib=_LIBRARY)
     return op
+
+
+def is_exported() -> bool:
+    """Whether what runs is written down (torch.export, torch.onnx, TorchScript) for others, who know standard ops."""
+    return _get_tracing_state() is not None or is_exporting()  # torch.onnx does one or the other
 
 
 def autocasts(device_type: str) -> bool:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._C import _get_tracing_state
 
 from panther.ops._text import FLOATING, dtype_text, shape_text
 
@@ -89,12 +90,23 @@ def dequantised(values: Tensor, scales: Tensor, columns: int | None = None) -> T
     int16 values are the bits of bfloat16 numbers, whose scales (m, 0) are there for their dtype.
     """
     if values.dtype == torch.int16:
-        wide = values.contiguous().view(torch.bfloat16).to(scales.dtype)
+        wide = _from_bits(values).to(scales.dtype)
         return wide + scales.sum(1, keepdim=True)  # of nothing, but tangents find their way
     whole = whole_numbers(values, 2 * values.shape[1] if columns is None else columns)
     columns = whole.shape[1]
     size = size_of_groups(columns, scales.shape[1])
     return whole.to(scales.dtype) * (scales if size == columns else scales.repeat_interleave(size, 1)[:, :columns])
+
+
+def _from_bits(values: Tensor) -> Tensor:
+    """The bfloat16 numbers whose bits the int16 values are."""
+    if _get_tracing_state() is None:
+        return values.contiguous().view(torch.bfloat16)
+    # TorchScript has no view of another dtype: sign, exponent and fraction one by one.
+    bits = values.int()
+    exponent, fraction = bits >> 7 & 255, bits & 127
+    size = torch.ldexp((fraction + 128 * (exponent > 0)).float(), exponent.clamp(min=1) - 134)
+    return torch.where(bits < 0, -size, size).bfloat16()
 
 
 def whole_numbers(values: Tensor, columns: int) -> Tensor:

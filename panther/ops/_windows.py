@@ -49,11 +49,6 @@ def fit(x: Sizes, kernel_size: Sizes, stride: Sizes, padding: Sizes, dilation: S
     )
 
 
-def is_exported() -> bool:
-    """Whether what runs is written down (torch.export, torch.onnx, TorchScript) for others, who know standard ops."""
-    return bool(torch._C._get_tracing_state()) or torch.compiler.is_exporting()  # torch.onnx does one or the other
-
-
 def trains_little(x: Tensor, weight: Tensor) -> bool:
     """Whether torch's own convolution trains faster than an op, whose visit to a backward in Python takes 90 us.
 

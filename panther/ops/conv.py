@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from panther.ops._define import define
+from panther.ops._define import define, is_exported
 from panther.ops._text import FLOATING, dtype_text, shape_text
 from panther.ops._windows import (
     Sizes,
@@ -21,7 +21,6 @@ from panther.ops._windows import (
     convolved_by_torch,
     flops,
     gradients,
-    is_exported,
     torch_serves,
     trains_little,
 )

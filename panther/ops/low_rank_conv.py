@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from panther.ops import _kernels
-from panther.ops._define import define
+from panther.ops._define import define, is_exported
 from panther.ops._text import FLOATING, dtype_text, shape_text
 from panther.ops._windows import (
     Sizes,
@@ -28,7 +28,6 @@ from panther.ops._windows import (
     fit,
     flops,
     gradients,
-    is_exported,
 )
 from panther.ops.conv import conv
 

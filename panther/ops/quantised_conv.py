@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from panther.ops._define import define
+from panther.ops._define import define, is_exported
 from panther.ops._quantised import check_types, dequantised, packed_int4, scale_gradient, scales_fit
 from panther.ops._text import shape_text
-from panther.ops._windows import Sizes, both_sides, check_windows, convolved, flops, gradients, is_exported
+from panther.ops._windows import Sizes, both_sides, check_windows, convolved, flops, gradients
 
 
 def reference(

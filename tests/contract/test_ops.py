@@ -1,12 +1,14 @@
 """What every op of panther.ops holds: a new line in OPS is tested by this file as it stands."""
 
+import warnings
+
 import pytest
 import torch
 from torch.autograd import forward_ad
 from torch.utils.flop_counter import FlopCounterMode
 
 from panther.build_info import build_info
-from panther.ops import OPS, REFERENCES
+from panther.ops import OPS
 
 # Roundings add up along a sum: 16 of them cover samples with up to 20 terms, whose errors mostly cancel. The inner
 # result of the 16-bit types is rounded as well, which the same 16 cover.
@@ -141,19 +143,36 @@ def test_compiled_gradients_equal_eager_ones(op):
             torch.testing.assert_close(one.grad, other.grad)
 
 
-@ops
-def test_exported_op_decomposes_to_standard_ops_with_equal_results(op):
-    class Net(torch.nn.Module):
-        def forward(self, *values):
-            return op(*values)
+class Call(torch.nn.Module):
+    """A call of an op whose first input is the module's, and the others its own."""
 
+    def __init__(self, op, others):
+        super().__init__()
+        self.op, self.others = op, others
+
+    def forward(self, x):
+        return self.op(x, *self.others)
+
+
+@ops
+@pytest.mark.parametrize("strict", [False, True])
+def test_exported_op_is_standard_ops_with_equal_results(op, strict):
     inputs = op.samples(torch.float32)[0]
-    program = torch.export.export(Net(), inputs)
-    assert op.overload in [node.target for node in program.graph.nodes]
-    standard = program.run_decompositions(REFERENCES)
-    called = [node.target for node in standard.graph.nodes if node.op == "call_function"]
+    program = torch.export.export(Call(op, inputs[1:]), inputs[:1], strict=strict)
+    called = [node.target for node in program.graph.nodes if node.op == "call_function"]
     assert {target.namespace for target in called} == {"aten"}
-    assert_near(standard.module()(*inputs), op, inputs)
+    assert_near(program.module()(inputs[0]), op, inputs)
+
+
+@ops
+@pytest.mark.parametrize("records", [False, True], ids=["no_grad", "grad"])
+def test_traced_op_is_standard_ops_with_equal_results_and_no_warning(op, records):
+    for inputs in op.samples(torch.float32):
+        with warnings.catch_warnings(action="error"), torch.set_grad_enabled(records):
+            warnings.filterwarnings("ignore", category=DeprecationWarning)  # TorchScript is
+            traced = torch.jit.trace(Call(op, inputs[1:]), inputs[0], check_trace=False)
+        assert "panther::" not in str(traced.inlined_graph)
+        assert_near(traced(inputs[0]), op, inputs)
 
 
 @ops
