@@ -80,21 +80,54 @@ def _name(path: tuple[Any, ...], positional: Sequence[str]) -> str:
     return re.sub(r"\W", "_", "_".join(map(str, (first, *rest))))
 
 
-def dynamic_axes(inputs: Inputs) -> tuple[dict[int, str], ...]:
-    """Which sizes of each input may vary: dimension 0 where all agree, and the length of token tensors and masks."""
+def dynamic_axes(inputs: Inputs, asked: Mapping[str, Axes] | None = None) -> tuple[dict[int, str], ...]:
+    """Which sizes of each input may vary: the asked ones of the inputs that `asked` names, and of others a guess.
+
+    That is dimension 0 where all agree, the length of token tensors and masks, and in other inputs a dimension 1 of
+    the same length.
+    Raises: ValueError for names and dimensions that the inputs do not have, and for labels of several sizes; TypeError
+        for anything but labels by dimension, by name.
+    """
+    asked = {} if asked is None else asked
+    _check_asked(inputs, asked)
     ranked = [tensor for tensor in inputs.tensors if tensor.dim()]
     one_batch = len({tensor.shape[0] for tensor in ranked}) == 1
     lengths: dict[int, str] = {}
+    for name, tensor in zip(inputs.names, inputs.tensors, strict=True):
+        if is_token_like(name, tensor) and name not in asked:
+            lengths.setdefault(tensor.shape[1], f"sequence_{len(lengths) + 1}" if lengths else "sequence")
     found = []
     for name, tensor in zip(inputs.names, inputs.tensors, strict=True):
         axes = {0: "batch"} if one_batch and tensor.dim() else {}
-        is_token_like = not tensor.is_floating_point() or "mask" in name
-        if tensor.dim() == 2 and is_token_like:
-            number = len(lengths) + 1
-            label = "sequence" if number == 1 else f"sequence_{number}"
-            axes[1] = lengths.setdefault(tensor.shape[1], label)
-        found.append(axes)
+        if (is_token_like(name, tensor) or tensor.dim() > 2) and tensor.shape[1] in lengths:
+            axes[1] = lengths[tensor.shape[1]]
+        found.append(dict(asked.get(name, axes)))
     return tuple(found)
+
+
+def is_token_like(name: str, tensor: Tensor) -> bool:
+    """Whether an input has a place for each token of a text: whole numbers, or a mask."""
+    return tensor.dim() == 2 and (not tensor.is_floating_point() or "mask" in name)
+
+
+def _check_asked(inputs: Inputs, asked: Mapping[str, Axes]) -> None:
+    if not isinstance(asked, Mapping) or not all(isinstance(one, Mapping) for one in asked.values()):
+        raise TypeError(f"dynamic_axes is {asked!r}; give {{'name of an input': {{0: 'batch', 1: 'time'}}}}")
+    unknown = sorted(set(asked) - set(inputs.names))
+    if unknown:
+        raise ValueError(f"dynamic_axes names {unknown[0]!r}; the inputs are {', '.join(inputs.names)}")
+    found: dict[str, int] = {}
+    for name, tensor in zip(inputs.names, inputs.tensors, strict=True):
+        for dim, label in asked.get(name, {}).items():
+            if not isinstance(dim, int) or not isinstance(label, str) or not 0 <= dim < tensor.dim():
+                raise ValueError(
+                    f"dynamic_axes of {name!r} has {dim!r}: {label!r}; give names to dimensions, {{0: 'batch'}}, of "
+                    f"its shape {tuple(tensor.shape)}"
+                )
+            if found.setdefault(label, tensor.shape[dim]) != tensor.shape[dim]:
+                raise ValueError(
+                    f"dynamic_axes calls sizes {found[label]} and {tensor.shape[dim]} {label!r}: give each its own name"
+                )
 
 
 def unique(name: str, taken: Collection[str]) -> str:

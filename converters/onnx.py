@@ -10,7 +10,7 @@ import math
 import re
 import time
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from panther.converters.inputs import (
     Inputs,
     dynamic_axes,
     flatten,
+    is_token_like,
     named_outputs,
     only,
     other_sizes,
@@ -75,6 +76,7 @@ def write(
     external_data_above: int = EXTERNAL_DATA_BYTES,
     keep_pivots: bool = False,
     round_inputs: bool = False,
+    dynamic_axes: Mapping[str, Axes] | None = None,
 ) -> ExportReport:
     """Export a model to ONNX; the report's `path` is the file.
 
@@ -93,9 +95,12 @@ def write(
         its like. Pivoted ones are rounded anew for that, unless keep_pivots. The file as it is without is held to the
         tolerance first; the report's `rounding` is what comes on top, and above MOST_ROUNDED it says ok=False. On x86
         without VNNI onnxruntime sums such products in pairs of 16 bits, which may overflow: check there.
+    dynamic_axes: which sizes of an input may vary, and what they are called: {"audio": {0: "batch", 2: "time"}}. Those
+        of inputs that it does not name are found as ever.
 
-    Raises: ExportError when the model cannot be exported to standard operators, or onnxruntime refuses the file.
-        ValueError for an opset that does not exist.
+    Raises: ExportError when the model cannot be exported to standard operators, or not with the dynamic_axes asked for,
+        or onnxruntime refuses the file. ValueError for an opset that does not exist, and for dynamic_axes that do not
+        fit the inputs.
     """
     path, started, batches = Path(path), time.perf_counter(), list(batches)
     check_ready(opset, verify=verify)
@@ -106,7 +111,9 @@ def write(
         written_as = as_stored if keep_pivots else _without_gathers(as_stored)
         gathers = written_as is not as_stored
         written_as, stored = onnx_quantised.with_floats(written_as)
-        exported = _export(written_as, inputs, tuple(outputs), opset or onnx_quantised.least_opset(stored))
+        exported = _export(
+            written_as, inputs, tuple(outputs), opset or onnx_quantised.least_opset(stored), dynamic_axes or {}
+        )
         notes = [*_built_in(inputs), *exported.notes, *onnx_quantised.put_numbers(exported.program, stored)]
         if as_stored is not model:
             notes.append(
@@ -168,7 +175,7 @@ class _Flat(nn.Module):
 
     def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         # A batch is one size, also where the model only reads as many rows of a mask as there are of tokens.
-        batches = [tensor.shape[0] for tensor, one in zip(tensors, self._axes, strict=True) if 0 in one]
+        batches = [tensor.shape[0] for tensor, one in zip(tensors, self._axes, strict=True) if one.get(0) == "batch"]
         for size in batches[1:]:
             torch._check(size == batches[0])
         args, kwargs = self._inputs.call(tensors)
@@ -210,18 +217,21 @@ def _built_in(inputs: Inputs) -> list[str]:
     return [f"arguments that are not tensors are built into the file: {listed[:200]}"] if listed else []
 
 
-def _export(model: nn.Module, inputs: Inputs, outputs: Sequence[str], opset: int | None) -> _Exported:
+def _export(
+    model: nn.Module, inputs: Inputs, outputs: Sequence[str], opset: int | None, asked: Mapping[str, Axes]
+) -> _Exported:
     """The ONNX program with as many dynamic sizes as the exporter can follow.
 
-    Raises: ExportError when it cannot even follow the example's own sizes.
+    Raises: ExportError when it cannot even follow the example's own sizes, and those that were asked for.
     """
-    axes = dynamic_axes(inputs)
+    axes = dynamic_axes(inputs, asked)
     labels = frozenset(sizes(inputs, axes))
+    least = frozenset(label for one in asked.values() for label in one.values())
     failures: dict[str, str] = {}  # by reason, so that the same one is told once
-    for wanted in dict.fromkeys((labels, labels & {"batch"}, frozenset[str]())):
+    for wanted in dict.fromkeys((labels, labels & (least | {"batch"}), least)):
         attempt = only(axes, wanted)
         try:
-            program, named = _program(model, inputs, attempt, outputs, opset)
+            program, named = _program(model, inputs, attempt, outputs, opset, frozenset(asked))
         except Exception as error:  # tracing runs the user's code; each failure is told with its reason
             failures.setdefault(_reason(error), f"dynamic {', '.join(sorted(wanted))}" if wanted else "fixed sizes")
             continue
@@ -243,14 +253,19 @@ def _fixed_notes(inputs: Inputs, axes: Sequence[Axes], dynamic: frozenset[str]) 
 
 
 def _program(
-    model: nn.Module, inputs: Inputs, axes: tuple[dict[int, str], ...], outputs: Sequence[str], opset: int | None
+    model: nn.Module,
+    inputs: Inputs,
+    axes: tuple[dict[int, str], ...],
+    outputs: Sequence[str],
+    opset: int | None,
+    asked: Collection[str],
 ) -> tuple[Any, tuple[dict[int, str], ...]]:
     """The ONNX program for one choice of dynamic sizes, and these by the names that they have in it."""
     # A size of 1 in the example would be taken for a constant.
     traced = resized(inputs, axes, {label: max(size, 2) for label, size in sizes(inputs, axes).items()})
     # Copies, for the tracer marks the tensors it is given as dynamic, for good.
     traced = traced.with_tensors([tensor.clone() for tensor in traced.tensors])
-    exported = _trace(_Flat(model, traced, axes), traced.tensors, axes)
+    exported = _trace(_Flat(model, traced, axes), traced, axes, asked)
     names, results = list(inputs.names), list[str]()
     for name in outputs:
         results.append(unique(f"{name}_out", [*names, *outputs, *results]) if name in names else name)
@@ -266,22 +281,32 @@ def _program(
     return program, _named_apart(program, axes)
 
 
-def _trace(flat: nn.Module, tensors: tuple[Tensor, ...], axes: Sequence[Axes]) -> torch.export.ExportedProgram:
+def _trace(
+    flat: nn.Module, inputs: Inputs, axes: Sequence[Axes], asked: Collection[str]
+) -> torch.export.ExportedProgram:
     """The graph of a call.
 
     Raises: ExportError with the line of the model's code that could not be followed, where torch tells it.
     """
-    dynamic = tuple(dict.fromkeys(one, torch.export.Dim.DYNAMIC) for one in axes)
+    dynamic = tuple(
+        {dim: _dynamic(dim, is_sure=name in asked or is_token_like(name, tensor)) for dim in one}
+        for name, tensor, one in zip(inputs.names, inputs.tensors, axes, strict=True)
+    )
     shapes = (dynamic,) if any(dynamic) else None
     printed = io.StringIO()  # torch prints the graph so far when it fails, with the lines of code as comments
     try:
         with contextlib.redirect_stderr(printed):
-            return torch.export.export(flat, tensors, dynamic_shapes=shapes, strict=False)
+            return torch.export.export(flat, inputs.tensors, dynamic_shapes=shapes, strict=False)
     except Exception as error:
         places = re.findall(r"# File: (.+)", printed.getvalue())
         if not places:
             raise
         raise ExportError(f"{places[-1]}: {_reason(error)}") from None
+
+
+def _dynamic(dim: int, *, is_sure: bool) -> Any:
+    """Whether a size must be dynamic, or may be: a length that is only as large as that of the tokens."""
+    return torch.export.Dim.DYNAMIC if is_sure or dim == 0 else torch.export.Dim.AUTO
 
 
 def _named_apart(program: Any, axes: Sequence[Axes]) -> tuple[dict[int, str], ...]:
@@ -292,11 +317,15 @@ def _named_apart(program: Any, axes: Sequence[Axes]) -> tuple[dict[int, str], ..
     """
     names: dict[str, str] = {}
     found: list[dict[int, str]] = []
+    for value in (*program.model.graph.inputs, *program.model.graph.outputs):
+        for dim, size in enumerate(value.shape or ()):
+            if str(getattr(size, "value", None)).isdecimal():  # torch's way to write a size that proved to be fixed
+                value.shape[dim] = int(size.value)
     for value, one in zip(program.model.graph.inputs, axes, strict=True):
         symbols = {dim: getattr(value.shape[dim], "value", None) for dim in one}
         for dim, symbol in symbols.items():
             if symbol and symbol not in names:
-                names[symbol] = unique(one[dim].partition("_")[0], names.values())
+                names[symbol] = unique(re.sub(r"_\d+$", "", one[dim]), names.values())
         found.append({dim: names[symbol] for dim, symbol in symbols.items() if symbol})
     # torch 2.10 cannot rename; the names are for readers only.
     if names and hasattr(program, "rename_axes"):

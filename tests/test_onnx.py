@@ -370,6 +370,71 @@ def test_sizes_that_may_vary_are_inferred_from_the_inputs():
     assert dynamic_axes(inputs) == ({0: "batch", 1: "sequence"}, {0: "batch", 1: "sequence"}, {0: "batch"})
     other = flatten(Text(), {"input_ids": ids, "decoder_input_ids": ids[:, :4], "table": torch.zeros(7, 3)}, CPU)
     assert dynamic_axes(other) == ({1: "sequence"}, {1: "sequence_2"}, {})
+    framed = flatten(Frames(), (torch.zeros(2, 6, 5), torch.ones(2, 6)), CPU)
+    assert dynamic_axes(framed) == ({0: "batch", 1: "sequence"}, {0: "batch", 1: "sequence"})
+    alone = flatten(Frames(), (torch.zeros(2, 6, 5), torch.ones(2, 7)), CPU)
+    assert dynamic_axes(alone) == ({0: "batch"}, {0: "batch", 1: "sequence"})
+    assert dynamic_axes(framed, {"frames": {1: "time"}}) == ({1: "time"}, {0: "batch", 1: "sequence"})
+
+
+class Frames(nn.Module):
+    """Frames of sound with a mask of which are there."""
+
+    def __init__(self):
+        super().__init__()
+        self.dense = nn.Linear(5, 4)
+
+    def forward(self, frames, mask):
+        return self.dense(frames) * mask[:, :, None]
+
+
+class Bag(nn.Module):
+    """A number of features that is that of the tokens by chance, and is the layer's."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed, self.dense = nn.Embedding(9, 4), nn.Linear(6, 4)
+
+    def forward(self, ids, features):
+        return self.embed(ids).sum(1) + self.dense(features.transpose(1, 2)).sum(1)
+
+
+def test_a_length_that_a_mask_has_too_is_dynamic_where_the_model_allows_it(tmp_path):
+    result = write(Frames().eval(), tmp_path / "m.onnx", (torch.randn(2, 6, 5), torch.ones(2, 6)))
+    assert result.ok and result.dynamic == ("batch", "sequence") and not result.notes
+    assert dims(onnx.load(result.path).graph.input)["frames"] == ["batch", "sequence", 5]
+    assert {check.shapes["frames"][1] for check in result.checks} == {6, 4}
+    result = write(Bag().eval(), tmp_path / "bag.onnx", (tokens(2, 6) % 9, torch.randn(2, 6, 5)))
+    assert result.ok and result.dynamic == ("batch", "sequence") and not result.notes
+    assert dims(onnx.load(result.path).graph.input) == {"ids": ["batch", "sequence"], "features": ["batch", 6, 5]}
+
+
+def test_dynamic_axes_that_were_asked_for_are_there_or_the_export_fails(tmp_path):
+    model, audio = nn.Sequential(nn.Conv1d(3, 4, 5)).eval(), torch.randn(2, 3, 40)
+    result = write(model, tmp_path / "m.onnx", audio, dynamic_axes={"input": {0: "batch", 2: "time_steps"}})
+    assert result.ok and result.dynamic == ("batch", "time_steps")
+    assert dims(onnx.load(result.path).graph.input) == {"input": ["batch", 3, "time_steps"]}
+    assert len({check.shapes["input"] for check in result.checks}) == 5
+    with pytest.raises(ExportError, match=r"dynamic channels: .*3"):
+        write(model, tmp_path / "n.onnx", audio, dynamic_axes={"input": {1: "channels"}})
+    assert not (tmp_path / "n.onnx").exists()
+
+
+@pytest.mark.parametrize(
+    ("asked", "error", "reason"),
+    [
+        ({"x": {0: "batch"}}, ValueError, "names 'x'; the inputs are input"),
+        ({"input": {3: "time"}}, ValueError, r"'input' has 3: 'time'; .* its shape \(2, 3, 40\)"),
+        ({"input": {-1: "time"}}, ValueError, "'input' has -1: 'time'"),
+        ({"input": {0: 2}}, ValueError, "'input' has 0: 2"),
+        ({"input": {0: "size", 1: "size"}}, ValueError, "calls sizes 2 and 3 'size'"),
+        ({"input": [0, 2]}, TypeError, "give {'name of an input'"),
+        ("batch", TypeError, "give {'name of an input'"),
+    ],
+)
+def test_dynamic_axes_that_do_not_fit_the_inputs_are_refused(tmp_path, asked, error, reason):
+    with pytest.raises(error, match=reason):
+        write(nn.Conv1d(3, 4, 5).eval(), tmp_path / "m.onnx", torch.randn(2, 3, 40), dynamic_axes=asked)
 
 
 def test_resizing_repeats_or_cuts_what_the_example_holds():
