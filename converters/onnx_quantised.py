@@ -111,6 +111,7 @@ def put_numbers(program: Any, parts: Parts) -> list[str]:
     opset = int(program.model.opset_imports.get("", 0))
     older: list[int] = []  # the opsets that would be needed
     doubles = lost = 0
+    placed = set[int]()  # weights by their bytes: of equal ones the exporter writes one
     widened = dict.fromkeys(sorted(BITS.values(), reverse=True), 0)
     for name, part in parts.items():
         needed = _written_from(part)
@@ -118,9 +119,10 @@ def put_numbers(program: Any, parts: Parts) -> list[str]:
             doubles += 1
         elif needed > opset:
             older.append(needed)
-        elif not _put(graph, name, part, _numbers(part, opset)):
+        elif not (_put(graph, name, part, _numbers(part, opset)) or _digest(part) in placed):
             lost += 1
         else:
+            placed.add(_digest(part))
             widened[part.grid.bits] += _bits_in_file(part.grid, opset) > part.grid.bits
     reasons = {
         "ONNX has no scales of float64, use float32": doubles,
@@ -142,6 +144,11 @@ def put_numbers(program: Any, parts: Parts) -> list[str]:
         elif count:
             notes.append(f"weights of {bits} bits take 4 in the file: ONNX has no int{bits}")
     return notes
+
+
+def _digest(part: StoredWeight) -> int:
+    wanted = part.dense()
+    return hash((tuple(wanted.shape), _array(wanted).tobytes()))
 
 
 def _bits_in_file(grid: Grid, opset: int) -> int:

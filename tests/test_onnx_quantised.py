@@ -64,6 +64,13 @@ def with_correction(model: nn.Sequential, grid: Grid) -> nn.Sequential:
     return nn.Sequential(*small).eval()
 
 
+def test_layers_of_equal_weights_are_both_whole_numbers_in_the_file(tmp_path: Path) -> None:
+    dense = nn.Linear(16, 16)
+    small = nn.Sequential(*(QuantisedLinear.from_dense(dense) for _ in range(2)))
+    report = write(small.eval(), tmp_path / "small.onnx", torch.randn(4, 16))
+    assert report.ok and not report.notes
+
+
 def inputs(model: nn.Sequential) -> Tensor:
     return torch.randn((4, 96) if isinstance(model[0], nn.Linear | QuantisedLinear) else (2, 3, 9, 8))
 
