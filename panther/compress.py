@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import warnings
 from collections import Counter
@@ -45,6 +44,7 @@ from panther.progress import Progress
 from panther.replace import changed_layers
 from panther.request import Request, check_arguments, parse_budget, parse_seed
 from panther.selection import selected
+from panther.sizes import storage_of
 from panther.solve import Found, finished_model, search_plan
 from panther.spec import DTYPES, Budget, Capture, Choice, Heal, LayerReport, Plan, Report, Target
 from panther.trials import earlier_tuning, trials_file
@@ -249,22 +249,15 @@ def _copy_numbers(source: nn.Module, model: nn.Module) -> None:
     Not by way of state_dict, which a model may write as it likes.
     """
     held = _tensors(model)
-    storages = Counter(_storage(tensor) for tensor in held.values())
+    storages = Counter(storage_of(tensor) for tensor in held.values())
     for name, value in _tensors(source).items():
         tensor = held[name]
         if tensor is value or are_equal(tensor, value):
             continue
-        if storages[_storage(tensor)] > 1:  # others, which keep their numbers, lie in the same memory
+        if storages[storage_of(tensor)] > 1:  # others, which keep their numbers, lie in the same memory
             tensor.data = value.detach().clone()
         else:
             tensor.copy_(value)
-
-
-def _storage(tensor: Tensor) -> int:
-    """What tensors in the same memory have in common; a number of its own where that cannot be told."""
-    with contextlib.suppress(RuntimeError, NotImplementedError):  # sparse tensors have no storage
-        return tensor.untyped_storage().data_ptr() or id(tensor)
-    return id(tensor)
 
 
 def _tensors(model: nn.Module) -> dict[str, Tensor]:

@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from panther.answers import is_classifier, last_dense_call
 from panther.batches import (
@@ -43,11 +44,13 @@ from panther.healers.lockstep import LeftStepError
 from panther.healers.losses import held_out_loss
 from panther.healers.terms import reorder
 from panther.healers.training import Progressed
+from panther.nn.quantised import StoredWeight
 from panther.nn.surgery import copied
 from panther.padding import without_padding
 from panther.products import fast_layers
 from panther.progress import Progress
 from panther.request import parse_seed
+from panther.sizes import storage_of
 from panther.spec import Heal, Healed, LayerSpec
 
 CORRECTED_CALLS = 64  # batches for statistics of which more change nothing
@@ -128,8 +131,10 @@ def _refuse_shared(teacher: nn.Module, student: nn.Module) -> None:
     """Raise ValueError where training the student would train the teacher."""
     if teacher is student:
         raise ValueError("the student is the teacher itself: heal a compressed copy of it")
-    known = {id(tensor): name for name, tensor in [*teacher.named_parameters(), *teacher.named_buffers()]}
-    shared = [known[id(tensor)] for tensor in _changing(student) if id(tensor) in known]
+    known = {storage_of(t): name for name, t in [*teacher.named_parameters(), *teacher.named_buffers()]}
+    # Other buffers than statistics and rounded weights are constants, and may be shared.
+    changing = [b for m in student.modules() if isinstance(m, _BatchNorm | StoredWeight) for b in m.buffers()]
+    shared = [known[place] for t in [*trainable(student), *changing] if (place := storage_of(t)) in known]
     if shared:
         raise ValueError(
             f"the student shares {len(shared)} tensors with the teacher ({', '.join(shared[:3])}), which healing would "

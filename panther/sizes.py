@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -35,6 +36,13 @@ _SAFETENSORS_DTYPES = {
 
 def tensor_bytes(tensor: Tensor) -> int:
     return tensor.numel() * tensor.element_size()
+
+
+def storage_of(tensor: Tensor) -> int:
+    """What tensors in the same memory have in common; a number of its own where that cannot be told."""
+    with contextlib.suppress(RuntimeError, NotImplementedError):  # sparse tensors have no storage
+        return tensor.untyped_storage().data_ptr() or id(tensor)
+    return id(tensor)
 
 
 def stored_tensors(model: nn.Module) -> dict[str, Tensor]:

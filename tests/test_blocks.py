@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import gc
 import threading
-import time
 import weakref
 from collections.abc import Sequence
+from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import pytest
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from panther.batches import Call
+from panther.healers import blocks
 from panther.healers.blocks import HealedBlock, find_blocks, gradients_for, heal_blocks, trainable
 from panther.healers.lockstep import LeftStepError
 from panther.healers.training import Limits
@@ -578,9 +579,19 @@ def test_steps_are_counted_over_all_blocks() -> None:
         assert sum(block.steps for block in done) == steps and len(done) == min(steps, 3)
 
 
-def test_time_is_shared_by_the_blocks_that_are_left() -> None:
-    teacher, times = deep(), list[float]()
-    student = sketched(teacher, "1.0.0", "1.1.0", "1.2.0")
-    start = time.perf_counter()
-    healed(teacher, student, data(), limits=Limits(1.0, 1_000_000), done=lambda _: times.append(time.perf_counter()))
-    assert len(times) == 3 and times[-1] - start < 5  # each may be over by what is going on when its time ends
+@pytest.mark.parametrize(("taken", "shares"), [(2, [2, 2, 2]), (3, [2, 1.5]), (0.5, [2, 2.75, 5]), (9, [2])])
+def test_time_is_shared_by_the_blocks_that_are_left(
+    taken: float, shares: list[float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now, given = [100.0], list[float]()
+
+    def heal_block(block: Any, fitted: Any, held_out: Any, limits: Limits, *others: Any) -> HealedBlock:
+        given.append(limits.seconds)
+        now[0] += taken
+        return HealedBlock(block.name, 1.0, 1.0, 0, 1)
+
+    monkeypatch.setattr(blocks, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+    monkeypatch.setattr(blocks, "_heal_block", heal_block)
+    teacher = deep()
+    healed(teacher, sketched(teacher, "1.0.0", "1.1.0", "1.2.0"), data(), limits=Limits(6.0, 1_000_000))
+    assert given == shares

@@ -204,20 +204,32 @@ def test_no_more_steps_are_taken_than_allowed(mode: str, steps: int) -> None:
     assert heal(teacher, sketched(teacher), given, mode, steps=steps).steps == steps
 
 
-@pytest.mark.parametrize("shared", ["model", "layer", "buffer"])
+@pytest.mark.parametrize("shared", ["model", "layer", "memory", "statistics"])
 def test_a_student_that_shares_with_the_teacher_is_refused_and_nothing_is_trained(shared: str) -> None:
     torch.manual_seed(0)
     teacher, given = Net(), data()
-    teacher.register_buffer("scale", torch.ones(3))
+    teacher.norm = nn.BatchNorm1d(3)
     student: Any = teacher if shared == "model" else sketched(teacher)
     if shared == "layer":
         student.layers[0].norm = teacher.layers[0].norm
-    elif shared == "buffer":
-        student.scale = teacher.scale
+    elif shared == "memory":
+        student.layers[0].norm.weight = nn.Parameter(teacher.layers[0].norm.weight.detach())
+    elif shared == "statistics":
+        student.norm.running_mean = teacher.norm.running_mean
     before = bits(teacher)
     with pytest.raises(ValueError, match="the teacher itself" if shared == "model" else r"shares . tensors.*deepcopy"):
         heal(teacher, student, given)
     assert same(bits(teacher), before)
+
+
+def test_constants_may_be_shared_with_the_teacher() -> None:
+    torch.manual_seed(0)
+    teacher, given = Net(), data()
+    teacher.register_buffer("table", torch.ones(3))
+    student = sketched(teacher)
+    student.register_buffer("table", teacher.table)
+    assert heal(teacher, student, given, "distill", steps=2).steps == 2
+    assert torch.equal(teacher.table, torch.ones(3))
 
 
 def test_a_student_that_panther_did_not_make_is_distilled() -> None:
