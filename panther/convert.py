@@ -30,6 +30,7 @@ from typing import Any, NoReturn, TextIO, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
 from panther import __version__
 from panther.allocators import ALLOCATORS
@@ -629,7 +630,8 @@ def _run(arguments: argparse.Namespace) -> int:
     note = _computes_in_float32(model)
     if writes:
         check_can_be_saved(model, folder / f"{_stem(source)}.panther")
-    example, found_by, data = _example(arguments, model, _calibration(arguments.calib, model))
+    data = _calibration(arguments.calib, model)
+    example, found_by, data = _example(arguments, model, _in_float32(data) if note else data)
     layers = {"example_inputs": example, "include": arguments.include, "exclude": arguments.exclude}
     options: dict[str, Any] = {"verify": False} if arguments.no_verify else {}
     try:
@@ -679,6 +681,19 @@ def _computes_in_float32(model: nn.Module) -> str:
     )
     warnings.warn(note, UserWarning, stacklevel=1)
     return note
+
+
+def _in_float32(data: Any) -> Any:
+    """Calibration data whose bfloat16 numbers become float32, as those of the model did."""
+
+    def cast(batch: Any) -> Any:
+        return tree_map(lambda value: value.float() if _is_bfloat16(value) else value, batch)
+
+    return cast(data) if data is None or isinstance(data, Tensor | Mapping) else map(cast, data)
+
+
+def _is_bfloat16(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.dtype == torch.bfloat16
 
 
 def _goal(arguments: argparse.Namespace) -> tuple[Budget, Plan | None]:
@@ -757,7 +772,7 @@ def _checkpoint(arguments: argparse.Namespace) -> Path | None:
             f"--resume: there is no {path} to go on from (a run that ends removes its checkpoint): leave --resume out "
             "to begin anew"
         )
-    if arguments.dry_run:
+    if arguments.dry_run or arguments.list_layers:
         return None
     _check_writable(path.parent, "--checkpoint FILE")
     if path.is_dir():

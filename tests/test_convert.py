@@ -538,6 +538,8 @@ def test_a_tuned_run_shows_its_trials_and_writes_their_knobs(run, here: Path) ->
 def test_a_checkpoint_reaches_compress(run, here: Path, quick: dict[str, Any]) -> None:
     run(*MLP, *CALIB, "--checkpoint", "heal.ckpt")
     assert quick["checkpoint"] == Path("heal.ckpt")
+    run(*MLP, *CALIB, "--checkpoint", "new/heal.ckpt", "--list-layers")
+    assert not Path("new").exists()
 
 
 @pytest.mark.parametrize(
@@ -734,6 +736,23 @@ def test_bfloat16_weights_are_written_as_float32_and_the_report_says_so(run, her
     assert code == cli.DONE and "agrees with the model (tolerance 1e-04" in out
     told = "the weights are bfloat16 in the file and float32 here"
     assert told in err and told in (here / "single/half.report.txt").read_text()
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        "[torch.randn(8, 16).bfloat16() for _ in range(3)]",
+        "((torch.randn(8, 16).bfloat16(), torch.zeros(8)) for _ in range(3))",
+        "torch.randn(24, 16).bfloat16()",
+        "{'input': torch.randn(24, 16).bfloat16()}",
+    ],
+)
+def test_bfloat16_batches_are_what_the_weights_are(run, here: Path, data: str) -> None:
+    torch.save(nn.Sequential(nn.Linear(16, 48), nn.Linear(48, 4)).bfloat16(), here / "half.pt")
+    (here / "seen.py").write_text(f"import torch\n\ndef loader():\n    return {data}\n")
+    flags = ("--calib", "seen.py:loader", "--heal", "refit", "--no-verify")
+    code, out, err = run("half.pt", "--trust-pickle", *flags)
+    assert code == cli.DONE, out + err
 
 
 # Recipes
