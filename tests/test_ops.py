@@ -223,6 +223,11 @@ def test_bad_input_is_refused_in_the_same_words_with_and_without_kernel(inputs, 
     assert len(set(messages)) == 1
 
 
+def test_gradients_of_complex_numbers_are_those_of_two_products():
+    inputs = [value.requires_grad_() for value in factors(3, 5, 2, 4, torch.complex128)]
+    assert torch.autograd.gradcheck(torch.ops.panther.low_rank_linear, inputs)
+
+
 def test_inputs_on_two_devices_are_refused_with_their_devices():
     x, down, up, bias = factors(2, 5, 3, 4)
     with pytest.raises(ValueError, match="expected one device for x, down, up, bias; got cpu, meta, cpu, cpu"):

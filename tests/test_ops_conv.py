@@ -555,6 +555,20 @@ def test_gradients_of_a_sketched_convolution_are_those_of_its_dense_form(small, 
     torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-3, atol=1e-6)
 
 
+@pytest.mark.parametrize("last", [False, True])
+@pytest.mark.parametrize("batched", [False, True])
+def test_a_chain_without_data_lies_as_one_with_data(last, batched):
+    layout = torch.channels_last if last else torch.contiguous_format
+    x, up = torch.randn(2, 5, 9, 8), torch.randn(4, 23, 1, 1)
+    down = torch.randn(23, 5, 3, 3).to(memory_format=layout)
+    inputs = (x if batched else x[0], down, up, None, [1, 1], [1] * 4, [1, 1])
+    with torch.no_grad(), FakeTensorMode() as mode:
+        without = [mode.from_tensor(value) if isinstance(value, torch.Tensor) else value for value in inputs]
+        found = OPS["low_rank_conv"](*without).stride()
+    with torch.no_grad():
+        assert OPS["low_rank_conv"](*inputs).stride() == found
+
+
 def test_complex_numbers_are_left_to_torch():
     x, weight = torch.randn(2, 3, 9, dtype=torch.complex64), torch.randn(4, 3, 3, dtype=torch.complex64)
     got = conv(x, weight, stride=[1], padding=[1], dilation=[1])

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import functools
+import math
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, is_grad_enabled, is_inference_mode_enabled
 from torch._C import _get_tracing_state
 from torch.autograd import forward_ad
-from torch.compiler import is_exporting
+from torch.compiler import is_compiling, is_exporting
 from torch.utils.flop_counter import register_flop_formula
 
 from panther.ops import _kernels
@@ -33,23 +35,25 @@ class Op:
         """Run the op; where no gradient is recorded, without a visit to its backward, which is written in Python."""
         # Tangents pass standard ops only (the dispatcher would drop them in silence), and so does what is written down.
         if forward_ad._current_level >= 0 or is_exported():
-            return self._in_standard_ops(*inputs)
+            return _in_standard_ops(self.reference, self.accumulates, *inputs)
+        if inputs[0].is_nested:
+            return self._of_nested(*inputs)
         # The compiler comes before inference mode, which it cannot follow.
-        if torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.is_inference_mode_enabled():
+        if is_grad_enabled() or is_compiling() or is_inference_mode_enabled():
             return self.overload(*inputs)
         # The visit costs as much as the rest of the call: 4 us beside 4 us for small inputs.
         with torch._C._AutoDispatchBelowAutograd():
             return self.overload._op(*inputs)  # what calling the overload does, at less than its cost
 
-    def _in_standard_ops(self, *inputs: Any) -> Any:
-        device_type, formula = inputs[0].device.type, self.reference
-        if autocasts(device_type):
-            formula = _outside_autocast(formula, device_type, casts=not self.accumulates)
-        if _get_tracing_state() is None:
-            return formula(*inputs)
-        with warnings.catch_warnings():  # while tracing sizes are tensors, and comparing them is told
-            warnings.filterwarnings("ignore", "Converting a tensor to a Python")
-            return formula(*inputs)
+    def _of_nested(self, x: Tensor, *others: Any) -> Tensor:
+        """A linear op for the rows of a nested tensor."""
+        if x.layout == torch.jagged and x._ragged_idx == x.dim() - 1:  # type: ignore[attr-defined]  # of NestedTensor
+            raise ValueError(f"{self.name}: expected rows (..., in) of one length; got a nested tensor of others")
+        if x.layout != torch.jagged:
+            return torch.nested.as_nested_tensor([self(part, *others) for part in x.unbind()])
+        rows = self(x.values(), *others)
+        # Made with the offsets of x, for by these torch knows which lengths are the same.
+        return torch.nested.nested_tensor_from_jagged(rows, x.offsets(), x.lengths(), x._ragged_idx)  # type: ignore[attr-defined]
 
     @property
     def accumulates(self) -> bool:
@@ -90,13 +94,31 @@ def define(
     torch.library.register_fake(qualified, reference, lib=_LIBRARY)
     # The key that every torch.func transform sets first: the transforms meet standard ops only. A backward from
     # register_autograd would raise inside them.
-    _LIBRARY.impl(name, reference, "FuncTorchDynamicLayerFrontMode")
+    standard = functools.partial(_in_standard_ops, reference, op.accumulates)
+    _LIBRARY.impl(name, standard, "FuncTorchDynamicLayerFrontMode")
     for device_type in ("cpu", "cuda", "mps", "xpu"):
         kernel = _outside_autocast(op.overload, device_type, casts=not op.accumulates)
         _LIBRARY.impl(name, kernel, "Autocast" + device_type.upper())
     if backward is not None:
         torch.library.register_autograd(qualified, backward, setup_context=setup_context, lib=_LIBRARY)
     return op
+
+
+def _in_standard_ops(reference: Callable[..., Any], accumulates: bool, *inputs: Any) -> Any:
+    """The reference for inputs that may be inside torch.autocast, or traced."""
+    device_type = inputs[0].device.type
+    if autocasts(device_type):
+        reference = _outside_autocast(reference, device_type, casts=not accumulates)
+    if _get_tracing_state() is None:
+        return reference(*inputs)
+    with warnings.catch_warnings():  # while tracing sizes are tensors, and comparing them is told
+        warnings.filterwarnings("ignore", "Converting a tensor to a Python")
+        return reference(*inputs)
+
+
+def rows_of(x: Tensor) -> Tensor:
+    """x (..., n) as a matrix; a size of -1 would not do where there are no numbers."""
+    return x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
 
 
 def is_exported() -> bool:

@@ -95,6 +95,10 @@ def dequantised(values: Tensor, scales: Tensor, columns: int | None = None) -> T
     whole = whole_numbers(values, 2 * values.shape[1] if columns is None else columns)
     columns = whole.shape[1]
     size = size_of_groups(columns, scales.shape[1])
+    if columns and not size:
+        raise ValueError(
+            f"dequantised: {scales.shape[1]} scales a row for {columns} numbers; expected one, or one for 32, 64 or 128"
+        )
     return whole.to(scales.dtype) * (scales if size == columns else scales.repeat_interleave(size, 1)[:, :columns])
 
 
@@ -152,4 +156,4 @@ def scale_gradient(grad: Tensor, values: Tensor, scales: Tensor) -> Tensor:
     columns, groups = grad.shape[1], scales.shape[1]
     size = size_of_groups(columns, groups)
     whole = whole_numbers(values, columns)
-    return F.pad(grad * whole, (0, groups * size - columns)).reshape(-1, groups, size).sum(-1)
+    return F.pad(grad * whole, (0, groups * size - columns)).reshape(len(grad), groups, size).sum(-1)

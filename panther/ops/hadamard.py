@@ -41,7 +41,7 @@ def _setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
 
 def _backward(ctx: Any, grad: Tensor) -> Tensor:
     """The transform is symmetric, so that it is its own backward."""
-    result: Tensor = HADAMARD.overload(grad)
+    result: Tensor = HADAMARD(grad)
     return result
 
 

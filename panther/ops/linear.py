@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from panther.ops._define import define
+from panther.ops._define import define, rows_of
 from panther.ops._text import FLOATING, dtype_text, shape_text
 
 
@@ -48,11 +48,10 @@ def _setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor | None], outpu
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     x, weight = ctx.saved_tensors
     wants_x, wants_weight, wants_bias = ctx.needs_input_grad
-    count = math.prod(grad.shape[:-1])  # -1 would not do where there are no numbers
-    grad_rows = grad.reshape(count, grad.shape[-1])
+    grad_rows = rows_of(grad)
     return (
         linear(grad_rows, weight.T).reshape(*grad.shape[:-1], weight.shape[1]) if wants_x else None,
-        linear(grad_rows.T, x.reshape(count, x.shape[-1]).T) if wants_weight else None,
+        linear(grad_rows.T, rows_of(x).T) if wants_weight else None,
         grad_rows.sum(0) if wants_bias else None,
     )
 

@@ -51,7 +51,10 @@ def reference(
     """What `low_rank_conv` computes, in standard PyTorch operations."""
     check_windows("low_rank_conv", x, down.shape[2:], stride, padding, dilation)
     _check(x, down, up, bias)
-    return convolved(convolved(x, down, None, stride, padding, dilation), up, bias, *_single_places(len(stride)))
+    is_one = x.dim() < up.dim()  # with a batch between the two, as the kernel has it, the result has its strides
+    inner = convolved(x.unsqueeze(0) if is_one else x, down, None, stride, padding, dilation)
+    y = convolved(inner, up, bias, *_single_places(len(stride)))
+    return y.squeeze(0) if is_one else y
 
 
 def _check(x: Tensor, down: Tensor, up: Tensor, bias: Tensor | None) -> None:

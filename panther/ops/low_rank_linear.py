@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from panther.ops._define import autocasts, define
+from panther.ops._define import autocasts, define, rows_of
 from panther.ops._text import dtype_text, shape_text
 
 
@@ -47,19 +47,26 @@ def _shapes_fit(x: Tensor, down: Tensor, up: Tensor, bias: Tensor | None) -> boo
 
 
 def _setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor, Tensor | None], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs[:3])
+    """Keeps what F.linear keeps: models may change in place what no gradient needs."""
+    x, down, up, _ = inputs
+    wants_x, wants_down, wants_up = ctx.needs_input_grad[:3]
+    ctx.save_for_backward(
+        x if wants_down or wants_up else None,
+        down if wants_x or wants_up else None,
+        up if wants_x or wants_down else None,
+    )
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     """Gradients of x, down, up and bias. x down^T is computed again: the forward keeps nothing but its inputs."""
     x, down, up = ctx.saved_tensors
     wants_x, wants_down, wants_up, wants_bias = ctx.needs_input_grad
-    rows, grad_rows = x.reshape(-1, x.shape[-1]), grad.reshape(-1, grad.shape[-1])
-    inner = grad_rows @ up if wants_x or wants_down else None  # gradient of x down^T, (rows, R)
+    grad_rows, rows = rows_of(grad), None if x is None else rows_of(x).conj()
+    inner = grad_rows @ up.conj() if wants_x or wants_down else None  # gradient of x down^T, (rows, R)
     return (
-        (inner @ down).reshape(x.shape) if wants_x and inner is not None else None,
+        (inner @ down.conj()).reshape(*grad.shape[:-1], down.shape[1]) if wants_x and inner is not None else None,
         inner.T @ rows if wants_down and inner is not None else None,
-        grad_rows.T @ (rows @ down.T) if wants_up else None,
+        grad_rows.T @ (rows @ down.conj().T) if wants_up and rows is not None else None,
         grad_rows.sum(0) if wants_bias else None,
     )
 
@@ -103,7 +110,7 @@ def low_rank_linear(x: Tensor, down: Tensor, up: Tensor, bias: Tensor | None = N
     Raises: ValueError when shapes, dtypes or devices do not fit together.
     """
     records = torch.is_grad_enabled() and down.requires_grad and not torch.compiler.is_compiling()
-    if records and not autocasts(x.device.type):  # the op casts its inputs, the reference does not
+    if records and not (autocasts(x.device.type) or x.is_nested):  # the op casts its inputs, the reference does not
         # It keeps x down^T for the backward, which the op computes again: a sixth less.
         return reference(x, down, up, bias)
     result: Tensor = LOW_RANK_LINEAR(x, down, up, bias)

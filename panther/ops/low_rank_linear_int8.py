@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from panther.ops._define import define
+from panther.ops._define import define, rows_of
 from panther.ops._quantised import dequantised, scale_gradient, scales_fit
 from panther.ops._text import FLOATING, dtype_text, shape_text
 
@@ -58,24 +58,33 @@ def _shapes_fit(
     return bool(x.dim() >= 1 and x.shape[-1] == down.shape[1] and down.shape[0] == up.shape[1])
 
 
-def _setup_context(ctx: Any, inputs: tuple[Tensor | None, ...], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs[:5])
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    """Keeps what F.linear keeps: models may change in place what no gradient needs."""
+    x, down, down_scales, up, up_scales, _ = inputs
+    wants_x, _, wants_down, _, wants_up = ctx.needs_input_grad[:5]
+    wants = wants_x or wants_down or wants_up
+    stored = (down, down_scales, up, up_scales) if wants else (None,) * 4
+    ctx.save_for_backward(x if wants_down or wants_up else None, *stored)
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     """Gradients of x, both scales and the bias; the int8 values have none."""
     x, down, down_scales, up, up_scales = ctx.saved_tensors
     wants_x, _, wants_down, _, wants_up, wants_bias = ctx.needs_input_grad
-    rows, grad_rows = x.reshape(-1, x.shape[-1]), grad.reshape(-1, grad.shape[-1])
+    grad_rows, rows = rows_of(grad), None if x is None else rows_of(x)
     wide_down = dequantised(down, down_scales) if wants_x or wants_up else None
     inner = grad_rows @ dequantised(up, up_scales) if wants_x or wants_down else None  # gradient of x down^T, (rows, R)
     return (
-        (inner @ wide_down).reshape(x.shape) if wants_x and inner is not None and wide_down is not None else None,
+        (inner @ wide_down).reshape(*grad.shape[:-1], down.shape[1])
+        if wants_x and inner is not None and wide_down is not None
+        else None,
         None,
-        scale_gradient(inner.T @ rows, down, down_scales) if wants_down and inner is not None else None,
+        scale_gradient(inner.T @ rows, down, down_scales)
+        if wants_down and inner is not None and rows is not None
+        else None,
         None,
         scale_gradient(grad_rows.T @ (rows @ wide_down.T), up, up_scales)
-        if wants_up and wide_down is not None
+        if wants_up and wide_down is not None and rows is not None
         else None,
         grad_rows.sum(0) if wants_bias else None,
     )

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from panther.ops._define import autocasts, define
+from panther.ops._define import autocasts, define, rows_of
 from panther.ops._text import FLOATING, dtype_text, shape_text
 
 
@@ -71,39 +71,49 @@ def _shapes_fit(x: Tensor, down: Tensor, up: Tensor, bias: Tensor | None, order:
     return bool(order is None or (order.dim() == 1 and order.shape[0] == (out if has_rows else x.shape[-1])))
 
 
-def _setup_context(ctx: Any, inputs: tuple[Tensor | None, ...], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs)
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    """Keeps what F.linear keeps: models may change in place what no gradient needs."""
+    x, down, up, bias, order = inputs
+    wants_x, wants_down, wants_up = ctx.needs_input_grad[:3]
+    ctx.has_rows, ctx.rank = _has_rows(x, down), down.shape[0]
+    ctx.save_for_backward(
+        x if wants_down or wants_up else None,
+        down if wants_x or wants_up else None,
+        up if wants_x or wants_down or ctx.has_rows else None,
+        bias if wants_up and ctx.has_rows else None,
+        order,
+    )
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     """Gradients of x, down, up and bias. The inner result is computed again: the forward keeps only its inputs."""
     x, down, up, bias, order = ctx.saved_tensors
     wants_x, wants_down, wants_up, wants_bias, _ = ctx.needs_input_grad
-    rows, grad_rows = x.reshape(-1, x.shape[-1]), grad.reshape(-1, grad.shape[-1])
-    rank = down.shape[0]
-    if _has_rows(x, down):
+    grad_rows, rows, rank = rows_of(grad), None if x is None else rows_of(x), ctx.rank
+    of_x = of_down = of_up = of_bias = None
+    if ctx.has_rows:
         grad_rows = _gathered_back(grad_rows, order)
         first, second = grad_rows[:, :rank], grad_rows[:, rank:]
         inner = first + second @ up  # gradient of the pivots' outputs
-        offset = None if bias is None else bias[:rank]
-        return (
-            (inner @ down).reshape(x.shape) if wants_x else None,
-            inner.T @ rows if wants_down else None,
-            second.T @ F.linear(rows, down, offset) if wants_up else None,
-            torch.cat((inner.sum(0), second.sum(0))) if wants_bias else None,
-            None,
-        )
-    if order is not None and (wants_down or wants_up):
-        rows = rows.index_select(-1, order)
-    inner = grad_rows @ up
-    grad_x = _gathered_back(torch.cat((inner, inner @ down), -1), order).reshape(x.shape) if wants_x else None
-    return (
-        grad_x,
-        inner.T @ rows[:, rank:] if wants_down else None,
-        grad_rows.T @ (rows[:, :rank] + F.linear(rows[:, rank:], down)) if wants_up else None,
-        grad_rows.sum(0) if wants_bias else None,
-        None,
-    )
+        if wants_x:
+            of_x = inner @ down
+        if wants_up and rows is not None:
+            of_up = second.T @ F.linear(rows, down, None if bias is None else bias[:rank])
+        if wants_bias:
+            of_bias = torch.cat((inner.sum(0), second.sum(0)))
+    else:
+        if order is not None and rows is not None:
+            rows = rows.index_select(-1, order)
+        inner = grad_rows @ up if wants_x or wants_down else None
+        if wants_x and inner is not None:
+            of_x = _gathered_back(torch.cat((inner, inner @ down), -1), order)
+        if wants_up and rows is not None:
+            of_up = grad_rows.T @ (rows[:, :rank] + F.linear(rows[:, rank:], down))
+        if wants_bias:
+            of_bias = grad_rows.sum(0)
+    if wants_down and inner is not None and rows is not None:
+        of_down = inner.T @ (rows if ctx.has_rows else rows[:, rank:])
+    return None if of_x is None else of_x.reshape(*grad.shape[:-1], of_x.shape[1]), of_down, of_up, of_bias, None
 
 
 def _gathered_back(grad: Tensor, order: Tensor | None) -> Tensor:
@@ -160,7 +170,7 @@ def pivoted_linear(
     Raises: ValueError when shapes, dtypes or devices do not fit together.
     """
     records = torch.is_grad_enabled() and down.requires_grad and not torch.compiler.is_compiling()
-    if records and not autocasts(x.device.type):
+    if records and not (autocasts(x.device.type) or x.is_nested):
         return reference(x, down, up, bias, order)  # keeps the inner result for the backward, as low_rank_linear does
     y: Tensor = PIVOTED_LINEAR(x, down, up, bias, order)
     return y

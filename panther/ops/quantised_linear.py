@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from panther.ops._define import define
+from panther.ops._define import define, rows_of
 from panther.ops._quantised import check_types, dequantised, packed_int4, scale_gradient, scales_fit
 from panther.ops._text import shape_text
 
@@ -46,19 +46,26 @@ def _shapes_fit(x: Tensor, values: Tensor, scales: Tensor, bias: Tensor | None) 
     return bool(values.shape[1] == stored and (bias is None or (bias.dim() == 1 and bias.shape[0] == values.shape[0])))
 
 
-def _setup_context(ctx: Any, inputs: tuple[Tensor | None, ...], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs[:3])
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    """Keeps what F.linear keeps: models may change in place what no gradient needs."""
+    x, values, scales, _ = inputs
+    wants_x, _, wants_scales = ctx.needs_input_grad[:3]
+    ctx.columns = x.shape[-1]
+    stored = (values, scales) if wants_x or wants_scales else (None, None)
+    ctx.save_for_backward(x if wants_scales else None, *stored)
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     """Gradients of x, the scales and the bias; the values have none."""
     x, values, scales = ctx.saved_tensors
     wants_x, _, wants_scales, wants_bias = ctx.needs_input_grad
-    rows, grad_rows = x.reshape(-1, x.shape[-1]), grad.reshape(-1, grad.shape[-1])
+    grad_rows = rows_of(grad)
     return (
-        (grad_rows @ dequantised(values, scales, x.shape[-1])).reshape(x.shape) if wants_x else None,
+        (grad_rows @ dequantised(values, scales, ctx.columns)).reshape(*grad.shape[:-1], ctx.columns)
+        if wants_x
+        else None,
         None,
-        scale_gradient(grad_rows.T @ rows, values, scales) if wants_scales else None,
+        scale_gradient(grad_rows.T @ rows_of(x), values, scales) if wants_scales else None,
         grad_rows.sum(0) if wants_bias else None,
     )
 

@@ -1,5 +1,6 @@
 """What every op of panther.ops holds: a new line in OPS is tested by this file as it stands."""
 
+import contextlib
 import warnings
 
 import pytest
@@ -8,7 +9,7 @@ from torch.autograd import forward_ad
 from torch.utils.flop_counter import FlopCounterMode
 
 from panther.build_info import build_info
-from panther.ops import OPS
+from panther.ops import OPS, quantised
 
 # Roundings add up along a sum: 16 of them cover samples with up to 20 terms, whose errors mostly cancel. The inner
 # result of the 16-bit types is rounded as well, which the same 16 cover.
@@ -240,6 +241,122 @@ def test_forward_mode_inside_autocast_casts_as_the_op_does(op):
         dual = forward_ad.make_dual(first.bfloat16(), torch.ones_like(first).bfloat16())
         y, tangent = forward_ad.unpack_dual(op(dual, *others))
     assert y.dtype == tangent.dtype == torch.bfloat16 and bool(tangent.any())
+
+
+@ops
+@forward_mode
+def test_backward_carries_tangents_of_the_gradient(op):
+    inputs = wanting_gradients(op.samples(torch.float64)[0])
+    y = op(*inputs)
+    with forward_ad.dual_level():
+        dual = forward_ad.make_dual(torch.randn_like(y), torch.ones_like(y))
+        (grad,) = torch.autograd.grad(y, inputs[0], dual, retain_graph=True)
+        tangent = forward_ad.unpack_dual(grad).tangent
+    torch.testing.assert_close(tangent, *torch.autograd.grad(y, inputs[0], torch.ones_like(y)))
+
+
+@ops
+def test_transforms_inside_autocast_cast_as_the_op_does(op):
+    first, *others = op.samples(torch.float32)[0]
+    stacked = torch.stack([first, first * 2])
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        mapped = torch.vmap(lambda value: op(value, *others))(stacked.bfloat16())
+        gradient = torch.func.grad(lambda value: op(value, *others).float().sum())(first)
+    assert mapped.dtype == torch.bfloat16 and gradient.dtype == torch.float32
+    for got, value in zip(mapped, stacked, strict=True):
+        assert_near(got, op, each((value, *others), lambda v: v.bfloat16()))
+
+
+# Of rows (..., in), whose first input a layer is given.
+LINEAR = {name: op for name, op in FUNCTIONS.items() if "linear" in name}
+linear_ops = pytest.mark.parametrize("op", LINEAR.values(), ids=LINEAR)
+
+
+@linear_ops
+def test_what_no_gradient_needs_may_be_changed_in_place(op):
+    for x, *others in op.samples(torch.float64):
+        given = x.clone().requires_grad_()
+        h = given * 1
+        y = op(h, *others)
+        h += 1
+        y.square().sum().backward()
+        again = x.clone().requires_grad_()
+        op(again, *others).square().sum().backward()
+        assert torch.equal(given.grad, again.grad)
+
+
+@contextlib.contextmanager
+def keeping():
+    """Where the tensors lie that are kept for the backward."""
+    kept = []
+
+    def keep(tensor):
+        kept.append(tensor.data_ptr())
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        yield kept
+
+
+@linear_ops
+@pytest.mark.parametrize("trained", [(0,), (1,), (2,), (0, 1), (1, 2), ()], ids=str)
+def test_nothing_is_kept_that_no_gradient_needs(op, trained):
+    """What a frozen F.linear keeps: nothing for the bias alone, and of the first input nothing for its own gradient."""
+    for inputs in op.samples(torch.float64)[:3]:
+        places = [place for place, value in enumerate(inputs) if is_float(value)]
+        bias = op.overload._schema.arguments[places[-1]].name == "bias"
+        weights = places[1 : len(places) - bias]
+        wanted = [place for at, place in enumerate([0, *weights]) if at in trained]
+        given = [
+            value.clone().requires_grad_(i in wanted) if is_float(value) else value for i, value in enumerate(inputs)
+        ]
+        with keeping() as kept:
+            y = op(*given)
+        assert (given[0].data_ptr() in kept) == any(place in weights for place in wanted)
+        if wanted:
+            y.square().sum().backward()
+            assert all((given[i].grad is not None) == (i in wanted) for i in places)
+
+
+def without_features(name, size_in, out):
+    """Inputs of an op without columns of x, or of y."""
+    rank, x = 2, torch.randn(4, size_in, requires_grad=True)
+    factors = torch.randn(rank, size_in), torch.randn(out, rank)
+    if name == "low_rank_linear_int8":
+        return x, *quantised(factors[0]), *quantised(factors[1]), torch.randn(out)
+    if name == "low_rank_linear":
+        return x, *factors, torch.randn(out)
+    weight = torch.randn(out, size_in)
+    return (x, *quantised(weight), torch.randn(out)) if name == "quantised_linear" else (x, weight, torch.randn(out))
+
+
+@pytest.mark.parametrize("name", [name for name in LINEAR if name != "pivoted_linear"])  # whose rank is above 0
+@pytest.mark.parametrize(("size_in", "out"), [(0, 5), (5, 0)])
+def test_gradients_where_there_are_no_features(name, size_in, out):
+    inputs = wanting_gradients(without_features(name, size_in, out))
+    LINEAR[name](*inputs).sum().backward()
+    for value in inputs:
+        assert not is_float(value) or value.grad.shape == value.shape
+    assert not inputs[0].grad.any()
+
+
+@linear_ops
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors:UserWarning")
+@pytest.mark.parametrize("layout", [torch.jagged, torch.strided], ids=str)
+def test_nested_tensors_are_their_parts(op, layout):
+    for x, *others in op.samples(torch.float64):
+        if x.dim() != 2 or not len(x):
+            continue
+        parts = [x.clone(), x[:1].clone() * 2]
+        nested = torch.nested.nested_tensor(parts, layout=layout, requires_grad=True)
+        y = op(nested, *others)
+        assert y.is_nested and y.layout == layout
+        for got, part in zip(y.unbind(), parts, strict=True):
+            torch.testing.assert_close(got, op(part, *others))
+        y.values().sum().backward() if layout == torch.jagged else sum(part.sum() for part in y.unbind()).backward()
+        for grad, part in zip(nested.grad.unbind(), parts, strict=True):
+            alone = part.requires_grad_()
+            torch.testing.assert_close(grad, *torch.autograd.grad(op(alone, *others).sum(), alone))
 
 
 def copies(op, inputs):
