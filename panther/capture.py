@@ -665,7 +665,10 @@ def _blockers(owners: _Owners, module: nn.Module, parameter: Tensor | None, uses
         reasons.append("its forward was replaced on the instance")
     made = [n for n in ("weight", "bias") if getattr(module, n, None) is not None and n not in module._parameters]
     if made:
-        reasons.append(f"its {' and '.join(made)} is computed from others (weight norm, a parametrisation or pruning)")
+        reasons.append(
+            f"its {' and '.join(made)} is computed from others (weight norm, a parametrisation or pruning): make it "
+            "one tensor first, with remove_parametrizations, remove_weight_norm or prune.remove of torch.nn.utils"
+        )
     names = owners.modules[module]
     tied = [name for name in owners.parameters.get(id(parameter), ()) if name.rpartition(".")[0] not in names]
     if tied:

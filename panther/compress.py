@@ -332,7 +332,7 @@ def prepared_for(request: Request) -> Prepared:
     if request.calib_data is not None:
         data, note = without_padding(calibration(request.calib_data, example, model))
         notes.extend(said for said in (data.note, note) if said)
-        check_batches(model, data.held_out, len(data))
+        check_batches(model, data.held_out, data.stop or 0)
     else:
         text = (
             "no calibration data: the weights alone decide. On real models this loses several times more of the output "

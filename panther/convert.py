@@ -390,6 +390,9 @@ def _named_object(flag: str, spec: str) -> Any:
     Raises: UsageError when the module or the name is not there, or the module fails.
     """
     source, _, name = spec.rpartition(":")
+    if spec.endswith(".npy"):
+        wanted = "a file that numpy.savez('calib.npz', array) wrote"
+        raise UsageError(f"{flag} {spec}: an array alone has no name; give {wanted}")
     if not source or not name:
         raise UsageError(f"{flag} {spec}: expected MODULE:NAME, as in {flag} pkg.mod:name or {flag} my.py:name")
     try:

@@ -12,6 +12,7 @@ from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 from torch.utils.hooks import RemovableHandle
 
 from panther.answers import answers_of
@@ -111,8 +112,13 @@ class Reactions:
         """
         # cuDNN's recurrent layers refuse a backward pass in evaluation mode; torch's own do not.
         with torch.enable_grad(), torch.backends.cudnn.flags(enabled=not self._is_recurrent):
-            outputs = answers_of(run(self.model, call, tensors=self._tensors))
-            _project(outputs, call.to(device_of(self.model)), self.generator).backward()
+            # The backward as well: a checkpoint runs parts of the model again there.
+            functional_call(_Both(self), {f"model.{name}": t for name, t in self._tensors.items()}, (call,))
+
+    def both_ways(self, call: Call) -> None:
+        """The call forward and backward, with the parameters that the model has just now."""
+        outputs = answers_of(run(self.model, call))
+        _project(outputs, call.to(device_of(self.model)), self.generator).backward()
 
     def chunks(self, call: Call) -> Iterator[Call]:
         """The call, as many samples at a time as memory allows."""
@@ -123,6 +129,17 @@ class Reactions:
         """The sensitivity of every layer that the output reacts to; see panther.sketches.Seen for its form."""
         scaled = {name: total.scaled() for name, total in self.sums.items()}
         return {name: matrix for name, matrix in scaled.items() if matrix is not None}
+
+
+class _Both(nn.Module):
+    """A run forward and backward as a module, in which parameters can be replaced for as long as it takes."""
+
+    def __init__(self, of: Reactions) -> None:
+        super().__init__()
+        self.of, self.model = of, of.model
+
+    def forward(self, call: Call) -> None:
+        self.of.both_ways(call)
 
 
 def chunk_size(layers: Sequence[LayerSpec], samples: int) -> int:

@@ -14,6 +14,7 @@ from functools import cached_property
 from typing import Any, cast
 
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
 
 from panther.allocate import in_file
 from panther.batches import Calibration, Call, inference, run
@@ -375,12 +376,11 @@ class Prepared:
 
 
 def tensors_of(model: nn.Module) -> Iterator[Tensor]:
-    """What a model computes with: its parameters, and the numbers that are saved beside them; counters are none."""
+    """What a model was trained to: its parameters, and the statistics of its norms. Other buffers may count runs."""
     yield from model.parameters()
     for module in model.modules():
-        for name, buffer in module.named_buffers(recurse=False):
-            if buffer.is_floating_point() and name not in module._non_persistent_buffers_set:
-                yield buffer
+        if isinstance(module, _NormBase):
+            yield from (buffer for buffer in module.buffers(recurse=False) if buffer.is_floating_point())
 
 
 def _useful(options: Mapping[str, Sequence[Choice]], budget: Budget) -> Mapping[str, Sequence[Choice]]:

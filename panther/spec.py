@@ -239,6 +239,9 @@ def _number(value: object) -> object:
         return value
 
 
+FEWEST_AS_TEXT = 100  # of numbers or operations: a smaller count that is typed is a percentage without its sign
+
+
 def _fraction_or_count(name: str, given: object) -> float | int:
     """A float in (0, 1] (also "50%") or a positive int, told apart by type and never guessed."""
     value = _number(given)
@@ -251,6 +254,8 @@ def _fraction_or_count(name: str, given: object) -> float | int:
                 value = float(text) if any(c in text for c in ".eE") else int(text)
         except ValueError:
             raise ValueError(f'Budget({name}={given!r}): not a number; write 0.5, "50%" or an absolute count') from None
+        if isinstance(value, int) and value <= FEWEST_AS_TEXT:
+            raise ValueError(f'Budget({name}={given!r}): write {name}="{text}%" for a percentage; so few are no count')
     if isinstance(value, int) and not isinstance(value, bool):
         if value < 1:
             raise ValueError(f"Budget({name}={given}): an int is an absolute count and must be at least 1")

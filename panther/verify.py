@@ -434,7 +434,7 @@ def verify(
     ]
     said += _verdicts(totals[0], totals[1], measured.agreement)
     limits = tuple(_limits(target, stored, totals[0], totals[1], measured.metric))
-    said += [_missed(limit) for limit in limits if not limit.met]
+    said += [_missed(limit, totals[1].size_bytes - stored.size_bytes) for limit in limits if not limit.met]
     if measured.agreement and not (held_out and is_held_out):
         on_example = all(call is example for call in calls)
         what = "the example inputs only" if on_example else "inputs that were not kept aside from the fit"
@@ -641,7 +641,8 @@ def _limits(
 _SAID = {
     "sketchable weights": "the sketchable layers hold {got:,} params, at most {limit:,} were asked for",
     "operations of the sketchable layers": "the sketchable layers need {got:,} flops, at most {limit:,} were asked for",
-    "saved file": "the saved file takes {got:,} bytes, at most {limit:,} were asked for",
+    "saved file": "the saved file takes {got:,} bytes, at most {limit:,} were asked for; {others:,} of them are in "
+    "what cannot be sketched",
     "bytes of the sketchable layers": "the sketchable layers hold {got:,} size_bytes, at most {limit:,} were asked for",
     "latency": "one run of the example inputs takes {got:.4g} ms, at most {limit:.4g} were asked for",
     "peak memory": "one run of the example inputs needs {got:,} bytes, at most {limit:,} were asked for",
@@ -649,10 +650,11 @@ _SAID = {
 }
 
 
-def _missed(limit: LimitReport) -> str:
+def _missed(limit: LimitReport, others: int) -> str:
+    """others: bytes of the file that are in no layer that can be sketched."""
     if limit.got is None:
         return f"budget not met: the {limit.name} could not be measured"
-    return "budget not met: " + _SAID[limit.name].format(got=limit.got, limit=limit.limit)
+    return "budget not met: " + _SAID[limit.name].format(got=limit.got, limit=limit.limit, others=others)
 
 
 def environment(model: nn.Module, seed: int) -> dict[str, str]:

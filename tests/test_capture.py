@@ -20,7 +20,10 @@ from panther.nn.surgery import put_layers, with_layers
 from panther.sizes import file_bytes
 
 UNUSED = "not used when the model runs on the example inputs"
-COMPUTED = "its weight is computed from others (weight norm, a parametrisation or pruning)"
+COMPUTED = (
+    "its weight is computed from others (weight norm, a parametrisation or pruning): make it one tensor first, with "
+    "remove_parametrizations, remove_weight_norm or prune.remove of torch.nn.utils"
+)
 
 
 class PaddedConv(nn.Conv2d):

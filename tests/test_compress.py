@@ -879,7 +879,9 @@ def test_counters_and_odd_buffers_are_no_change(cnn: Cnn) -> None:
     cnn.register_buffer("calls", torch.zeros((), dtype=torch.long))
     cnn.register_buffer("cache", torch.zeros(3), persistent=False)
     cnn.register_buffer("filters", torch.randn(4, dtype=torch.complex64).conj())
+    cnn.register_buffer("seen", torch.zeros(3))
     result = compress(cnn)
+    cnn.seen += 1  # type: ignore[operator]
     cnn.calls += 1  # type: ignore[operator]
     cnn.cache += 1  # type: ignore[operator]
     assert result.resolve(0.3).plan.choices

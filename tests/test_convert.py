@@ -435,7 +435,7 @@ def test_a_dry_run_says_what_each_layer_is_stored_in(choice: Choice, words: str)
 
 
 def test_a_dry_run_tells_when_the_budget_is_out_of_reach(run) -> None:
-    code, _, err = run(*MLP, "--dry-run", "--budget", "params=10")
+    code, _, err = run(*MLP, "--dry-run", "--budget", "params=101")
     assert code == cli.OVER_BUDGET
     assert "nothing was written" in refusal(err)
 
@@ -887,6 +887,7 @@ def test_a_recipe_that_cannot_be_followed_is_refused(run, here: Path, text: str,
         (["--include", "nothing.*"], "matches no dense layer"),
         (["--calib", "gone.npz"], "gone.npz cannot be read"),
         (["--calib", "nets.py"], "expected MODULE:NAME"),
+        (["--calib", "one.npy"], "an array alone has no name; give a file that numpy.savez"),
         (["--calib", "gone.py:loader"], "no file gone.py"),
         (["--calib", "nets.py:lodaer"], "nets.py has no 'lodaer'; nearest: loader"),
         (["--calib", "nets.py:broken"], "failed: RuntimeError: no such disk"),

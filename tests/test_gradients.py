@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from panther import gradients
 from panther.batches import Call
@@ -200,6 +201,34 @@ def test_a_model_whose_output_has_no_gradient_raises() -> None:
 
     with pytest.raises(ValueError, match="no floating-point output that depends on its layers"):
         sensitivities(Frozen(), [Call((torch.randn(4, 4),))])
+
+
+class Checkpointed(nn.Module):
+    """Its blocks run again in the backward pass."""
+
+    def __init__(self, reentrant: bool | None) -> None:
+        super().__init__()
+        self.first = nn.Linear(6, 6)
+        self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(6, 9), nn.SiLU(), nn.Linear(9, 6)) for _ in range(2))
+        self.reentrant = reentrant
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x)
+        for block in self.blocks:
+            x = x + (block(x) if self.reentrant is None else checkpoint(block, x, use_reentrant=self.reentrant))
+        return x
+
+
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad:UserWarning")  # before gradients are wanted
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_what_is_checkpointed_is_as_sensitive_as_without(reentrant: bool) -> None:
+    plain, calls = Checkpointed(None), [Call((torch.randn(8, 6),))]
+    model = Checkpointed(reentrant)
+    model.load_state_dict(plain.state_dict())
+    wanted, got = sensitivities(plain, calls), sensitivities(model, calls)
+    assert list(wanted) == list(got) and len(wanted) == 5
+    for name, matrix in wanted.items():
+        torch.testing.assert_close(got[name], matrix)
 
 
 def test_nothing_is_left_behind() -> None:

@@ -137,10 +137,16 @@ def test_counts_and_fractions_are_told_apart_by_type(name):
         return getattr(Budget(**{name: value}), name)
 
     assert held(0.5) == 0.5 and held("50%") == 0.5 and held(np.float32(0.5)) == 0.5
-    for count in (1, 5_000_000, "5000000", np.int64(7)):
+    for count in (1, 5_000_000, "5000000", "101", np.int64(7)):
         assert type(held(count)) is int and held(count) == int(count)
     assert type(held(1.0)) is float  # everything, and not a single number
     assert held("0.25") == 0.25
+
+
+@pytest.mark.parametrize("name", ["params", "flops"])
+def test_a_percentage_without_its_sign_is_no_count(name):
+    with pytest.raises(ValueError, match=rf"Budget\({name}='50'\): write {name}=\"50%\" for a percentage"):
+        Budget.parse({name: "50"})
 
 
 @pytest.mark.parametrize("value", [0, -3, 0.0, 1.5, "150%", "0%", "nan%", "abc", True, math.nan, math.inf, [1], "1e6"])
