@@ -566,10 +566,17 @@ def _from_npz(path: Path, model: nn.Module) -> Any:
         raise UsageError(f"--calib {path} holds {found}: expected arrays with one sample a row, as many rows in each")
     dtype = _float_dtype(model)
     tensors = {name: array.to(dtype) if array.is_floating_point() else array for name, array in arrays.items()}
-    if set(tensors) & set(inspect.signature(model.forward).parameters):
+    takes = inspect.signature(model.forward).parameters
+    if set(tensors) & set(takes):
         return tensors
     if len(tensors) == 1:
         return next(iter(tensors.values()))
+    takes_any = any(p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD) for p in takes.values())
+    if not takes_any and any(not re.fullmatch(r"arr_\d+", name) for name in tensors):  # as NumPy calls unnamed arrays
+        raise UsageError(
+            f"--calib {path} holds arrays called {', '.join(tensors)}; {type(model).__name__}.forward takes "
+            f"{', '.join(takes)}: give them these names, or none, in this order"
+        )
     return list(zip(*(tensor.split(CHUNK) for tensor in tensors.values()), strict=True))
 
 

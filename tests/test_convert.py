@@ -707,6 +707,9 @@ def test_arrays_are_taken_by_name_or_by_position(run, quick: dict[str, Any], her
     run("pair.pt", "--model", "nets.py:Pair", "--calib", "placed.npz")
     assert [len(left) for left, _ in quick["calib_data"]] == [32, 8]
     assert len(quick["example_inputs"].args) == 2
+    np.savez("misnamed.npz", r=rows, l=-rows)
+    code, _, err = run("pair.pt", "--model", "nets.py:Pair", "--calib", "misnamed.npz")
+    assert code == cli.USAGE and "holds arrays called r, l; Pair.forward takes left, right: give them these" in err
 
 
 def test_a_factory_is_imported_from_the_working_folder(run, here: Path, quick: dict[str, Any]) -> None:

@@ -190,7 +190,10 @@ def _round(
             _keep_mean(layer, link, links, weight.flatten(1).double().cpu(), rounded.matrix().double(), products)
         if choice.scheme == chains.CORRECTED:
             sees_data = products is not None and products.rows
-            lower = with_ridge(products.covariances()[0], LEFT_RIDGE) if products is not None and sees_data else None
+            lower = None
+            if products is not None and sees_data:  # without a bias the mean is lost as well
+                moments = products.about_zero() if layer.bias is None else products.covariances()
+                lower = with_ridge(moments[0], LEFT_RIDGE)
             layer = corrected(cast(nn.Linear, layer), wanted - rounded.matrix().double(), choice.ranks[0], lower)
             put_layers(student, {choice.layer: layer})
             found.extend((name, to_nearest(getattr(layer, name).detach().cpu(), Grid(8))) for name in ("down", "up"))
