@@ -21,7 +21,7 @@ from panther.batches import device_of
 from panther.converters import safetensors
 from panther.converters.files import read_json, staging
 from panther.converters.formats import MANIFEST
-from panther.converters.weights import ModelSource, check_no_meta, copy_of, make_model, tie, tied_names
+from panther.converters.weights import ModelSource, check_no_meta, copy_of, dtype_name, make_model, tie, tied_names
 from panther.errors import ExportError, LoadError
 from panther.nn import LAYERS, SKMultiheadAttention
 from panther.nn.bare import as_linear, may_be_bare
@@ -105,7 +105,7 @@ def save(model: nn.Module, folder: Path | str, *, plan: Plan, report: Report) ->
         "model_class": f"{type(model).__module__}.{type(model).__qualname__}",
         "layers": describe_layers(model),
         "tied": tied,
-        UNSAVED: {name: _short(buffer.dtype) for name, buffer in _unsaved(model).items()},
+        UNSAVED: {name: dtype_name(buffer) for name, buffer in _unsaved(model).items()},
         "plan": json.loads(plan.to_json()),
         "report": to_data(report),
     }
@@ -219,7 +219,7 @@ def _unsaved(model: nn.Module) -> dict[str, Tensor]:
         f"{place}.{name}".lstrip("."): buffer
         for place, module in model.named_modules()
         for name, buffer in module.named_buffers(recurse=False)
-        if name in module._non_persistent_buffers_set and _short(buffer.dtype) in _FLOATING
+        if name in module._non_persistent_buffers_set and dtype_name(buffer) in _FLOATING
     }
 
 
@@ -227,12 +227,8 @@ def _cast_unsaved(model: nn.Module, dtypes: Mapping[str, str]) -> None:
     """Give such buffers the dtypes that they had beside the file's tensors, for a model may have been cast."""
     for name, buffer in _unsaved(model).items():
         place, _, own = name.rpartition(".")
-        dtype = getattr(torch, dtypes.get(name, _short(buffer.dtype)))
+        dtype = getattr(torch, dtypes.get(name, dtype_name(buffer)))
         model.get_submodule(place)._buffers[own] = buffer.to(dtype)
-
-
-def _short(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 def _write_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:

@@ -189,7 +189,7 @@ def _warn_of_wider(tensors: Mapping[str, Any], target: Mapping[str, Any], source
     """Say where the architecture's numbers are larger than the file's."""
     pairs = [(got, wanted) for name, wanted in target.items() if isinstance(got := tensors.get(name), Tensor)]
     kinds = dict.fromkeys(
-        f"{_short(got)} in the file and {_short(wanted)} here"
+        f"{dtype_name(got)} in the file and {dtype_name(wanted)} here"
         for got, wanted in pairs
         if isinstance(wanted, Tensor) and got.is_floating_point() and got.itemsize < wanted.itemsize
         if not wanted.is_meta  # such a model takes the file's tensors
@@ -203,7 +203,7 @@ def _warn_of_wider(tensors: Mapping[str, Any], target: Mapping[str, Any], source
         )
 
 
-def _short(tensor: Tensor) -> str:
+def dtype_name(tensor: Tensor) -> str:
     return str(tensor.dtype).removeprefix("torch.")
 
 

@@ -88,6 +88,9 @@ def dequantised(values: Tensor, scales: Tensor, columns: int | None = None) -> T
 
     columns: the numbers in a row of uint8 values, which hold two to a byte; None for as many as they have room for.
     int16 values are the bits of bfloat16 numbers, whose scales (m, 0) are there for their dtype.
+
+    Shapes: int8 or int16 (m, n), or uint8 (m, ceil(n / 2)), and scales (m, groups) -> (m, n).
+    Raises: ValueError for a number of scales that is of no group size.
     """
     if values.dtype == torch.int16:
         wide = _from_bits(values).to(scales.dtype)
